@@ -1,0 +1,41 @@
+"""Preference losses that TRL lacks, as `loss_type=` of its own trainers.
+
+Names are loaded on first use, so `import trl_ext` costs what `import trl` costs and touches no device.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+from trl_ext.version import __version__
+
+
+_ORIGIN = {
+    "DPOConfig": "trl_ext.trainers.dpo_config",
+    "DPOTrainer": "trl_ext.trainers.dpo",
+    "GroupBatch": "trl_ext.losses",
+    "PreferenceBatch": "trl_ext.losses",
+    "get_loss": "trl_ext.losses",
+    "list_losses": "trl_ext.losses",
+    "patch_trl": "trl_ext.trainers.patch",
+    "register_loss": "trl_ext.losses",
+}
+
+__all__ = ["__version__", *_ORIGIN]
+
+if TYPE_CHECKING:
+    from trl_ext.losses import GroupBatch, PreferenceBatch, get_loss, list_losses, register_loss
+    from trl_ext.trainers.dpo import DPOTrainer
+    from trl_ext.trainers.dpo_config import DPOConfig
+    from trl_ext.trainers.patch import patch_trl
+
+
+def __getattr__(name: str):
+    if name not in _ORIGIN:
+        raise AttributeError(f"module 'trl_ext' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_ORIGIN[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,98 @@
+"""What a loss is given: log-probabilities of whole completions, their lengths and the columns of the dataset."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+
+
+@dataclass(frozen=True)
+class PreferenceBatch:
+    r"""
+    A batch of `B` preference pairs.
+
+    Args:
+        chosen_logps (`torch.Tensor` of shape `(B,)`):
+            Log-probability of the chosen completion under the policy: the sum over its tokens, in nats.
+        rejected_logps (`torch.Tensor` of shape `(B,)`):
+            The same for the rejected completion.
+        ref_chosen_logps (`torch.Tensor` of shape `(B,)`):
+            Log-probability of the chosen completion under the reference, in nats.
+        ref_rejected_logps (`torch.Tensor` of shape `(B,)`):
+            The same for the rejected completion.
+        chosen_lengths (`torch.Tensor` of shape `(B,)`):
+            Number of chosen completion tokens after truncation, the end-of-sequence token included where it is scored.
+        rejected_lengths (`torch.Tensor` of shape `(B,)`):
+            The same for the rejected completion.
+        beta (`float`, *optional*, defaults to `0.1`):
+            DPO temperature: rewards are `beta` times log-ratios.
+        columns (`dict[str, torch.Tensor]`, *optional*, defaults to `{}`):
+            Numeric dataset columns by name, each of shape `(B,)`.
+        empty_trace ([`PreferenceBatch`], *optional*):
+            The pair that the same prompts gave with reasoning switched off. Rows that have none count 0 tokens there.
+    """
+
+    chosen_logps: torch.Tensor
+    rejected_logps: torch.Tensor
+    ref_chosen_logps: torch.Tensor
+    ref_rejected_logps: torch.Tensor
+    chosen_lengths: torch.Tensor
+    rejected_lengths: torch.Tensor
+    beta: float = 0.1
+    columns: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    empty_trace: "PreferenceBatch | None" = None
+
+    @cached_property
+    def chosen_logratios(self) -> torch.Tensor:
+        """`log pi(chosen) - log ref(chosen)`, shape `(B,)`, nats."""
+        return self.chosen_logps - self.ref_chosen_logps
+
+    @cached_property
+    def rejected_logratios(self) -> torch.Tensor:
+        """`log pi(rejected) - log ref(rejected)`, shape `(B,)`, nats."""
+        return self.rejected_logps - self.ref_rejected_logps
+
+    @cached_property
+    def delta(self) -> torch.Tensor:
+        """Chosen minus rejected log-ratio, shape `(B,)`, nats: TRL's `delta_score` for reverse KL."""
+        return self.chosen_logratios - self.rejected_logratios
+
+    def column(self, name: str) -> torch.Tensor:
+        """The column `name`, shape `(B,)`, in float32 or wider; a `ValueError` that lists what is there if absent."""
+        if name not in self.columns:
+            raise ValueError(f"The batch has no column {name!r}; its columns are {sorted(self.columns)}.")
+        values = self.columns[name]
+        # bf16 has 8 bits: scores of 6.1 and 6.12 would be one. Columns are tiny, so they are never narrowed.
+        return values if values.dtype in (torch.float32, torch.float64) else values.float()
+
+
+@dataclass(frozen=True)
+class GroupBatch:
+    r"""
+    A batch of `B` prompts with up to `K` scored completions each.
+
+    Args:
+        logps (`torch.Tensor` of shape `(B, K)`):
+            Log-probability of each completion under the policy: the sum over its tokens, in nats.
+        ref_logps (`torch.Tensor` of shape `(B, K)`):
+            The same under the reference.
+        lengths (`torch.Tensor` of shape `(B, K)`):
+            Number of completion tokens after truncation.
+        scores (`torch.Tensor` of shape `(B, K)`):
+            Score of each completion; higher is better.
+        mask (`torch.Tensor` of shape `(B, K)`):
+            `False` where a group has fewer than `K` completions. What stands there is not read.
+        beta (`float`, *optional*, defaults to `0.1`):
+            DPO temperature.
+        columns (`dict[str, torch.Tensor]`, *optional*, defaults to `{}`):
+            Numeric dataset columns by name, each of shape `(B,)`.
+    """
+
+    logps: torch.Tensor
+    ref_logps: torch.Tensor
+    lengths: torch.Tensor
+    scores: torch.Tensor
+    mask: torch.Tensor
+    beta: float = 0.1
+    columns: Mapping[str, torch.Tensor] = field(default_factory=dict)

@@ -1,0 +1,243 @@
+"""
+Losses by name: ours, those that users register, and those that installed packages offer.
+
+A plug-in package offers a loss through the entry-point group `trl_ext.losses`; groups are looked up when a name is not
+known here, not at import.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Callable, Collection, Iterable
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, TypeVar
+
+from .anchored import AnchoredLoss
+from .base import Loss, check_hyperparameters
+from .bias_variance import BiasVarianceLoss
+from .length_regularized import LengthRegularizedLoss
+from .margin_adaptive import MarginAdaptiveLoss
+from .offset import OffsetLoss
+
+
+ENTRY_POINT_GROUP = "trl_ext.losses"
+
+# TRL's own `DPOConfig.loss_type` values: they keep their meaning, so no loss of ours may have their names. A test
+# compares the list with the installed TRL.
+TRL_LOSS_TYPES = (
+    "sigmoid",
+    "hinge",
+    "ipo",
+    "exo_pair",
+    "nca_pair",
+    "robust",
+    "bco_pair",
+    "sppo_hard",
+    "aot",
+    "aot_unpaired",
+    "apo_zero",
+    "apo_down",
+    "discopop",
+    "sft",
+    "sigmoid_norm",
+)
+
+LossClass = TypeVar("LossClass", bound=type)
+
+_classes: dict[str, type] = {}
+_aliases: dict[str, str] = {}
+
+
+def _origin(name: str) -> str:
+    if name in TRL_LOSS_TYPES:
+        return "TRL"
+    cls = _classes[_aliases.get(name, name)]
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def register_loss(name: str, *, aliases: Iterable[str] = ()) -> Callable[[LossClass], LossClass]:
+    """
+    Class decorator that makes a dataclass of hyper-parameters available as `loss_type=name`.
+
+    The class must be callable with a [`PreferenceBatch`] and return one loss a pair, shape `(B,)`. It may derive from
+    [`losses.Loss`] and state `paper`, `columns` and the other class attributes given there; what it leaves out has
+    that class's defaults.
+
+    Args:
+        name (`str`):
+            The loss type.
+        aliases (`Iterable[str]`, *optional*, defaults to `()`):
+            Other names for it.
+
+    Raises:
+        `ValueError`: If TRL or this package already has one of the names.
+        `TypeError`: If the class is not a callable dataclass.
+
+    Example:
+
+    ```python
+    >>> from dataclasses import dataclass
+    >>> import torch
+    >>> from trl_ext import register_loss
+
+    >>> @register_loss("squared")
+    ... @dataclass(frozen=True)
+    ... class SquaredLoss:
+    ...     target: float = 1.0
+    ...
+    ...     def __call__(self, batch):
+    ...         return (batch.beta * batch.delta - self.target) ** 2
+    ```
+    """
+    if isinstance(aliases, str):
+        aliases = (aliases,)
+    names = (name, *aliases)
+
+    def register(cls: LossClass) -> LossClass:
+        if not (isinstance(cls, type) and dataclasses.is_dataclass(cls) and callable(getattr(cls, "__call__", None))):
+            raise TypeError(
+                f"@register_loss({name!r}) needs a dataclass with a `__call__(batch)` method, got {cls!r}. Put "
+                "`@dataclass(frozen=True)` below it."
+            )
+        origin = f"{cls.__module__}.{cls.__qualname__}"
+        for taken in names:
+            known = taken in TRL_LOSS_TYPES or taken in _classes or taken in _aliases
+            # The same class registered again, as a reloaded notebook cell or module does, replaces itself
+            if known and _origin(taken) != origin:
+                raise ValueError(
+                    f"The loss name {taken!r} of {origin} is taken: {_origin(taken)} has it. Choose another name."
+                )
+        for attribute in ("paper", "title", "citation", "columns", "optional_columns", "needs_reference"):
+            if not hasattr(cls, attribute):
+                setattr(cls, attribute, getattr(Loss, attribute))
+        for attribute in ("takes_groups", "metrics", "check_columns", "column_help", "required_columns"):
+            if not hasattr(cls, attribute):
+                setattr(cls, attribute, Loss.__dict__[attribute])
+        if not hasattr(cls, "divides_by_beta"):
+            cls.divides_by_beta = False
+        _classes[name] = cls
+        _aliases.update({alias: name for alias in aliases})
+        return cls
+
+    return register
+
+
+register_loss("offset", aliases=["odpo"])(OffsetLoss)
+register_loss("anchored", aliases=["adpo"])(AnchoredLoss)
+register_loss("margin_adaptive", aliases=["madpo"])(MarginAdaptiveLoss)
+register_loss("bias_variance", aliases=["bvpo"])(BiasVarianceLoss)
+register_loss("length_regularized", aliases=["ilr_dpo", "r_dpo"])(LengthRegularizedLoss)
+
+
+def _plugins() -> dict[str, EntryPoint]:
+    """Entry points of the group by name; a name that is taken, or offered twice, is refused."""
+    plugins: dict[str, EntryPoint] = {}
+    for entry in entry_points(group=ENTRY_POINT_GROUP):
+        other = plugins.get(entry.name)
+        if other is not None and other.value != entry.value:
+            raise ValueError(
+                f"The loss name {entry.name!r} is offered twice, by {other.value} and by {entry.value}. Uninstall one "
+                "of the two packages."
+            )
+        taken = entry.name in TRL_LOSS_TYPES or entry.name in _classes or entry.name in _aliases
+        # `_load` has registered it, or the package's import did: then the origin is its own module
+        if taken and _origin(entry.name) != entry.value.replace(":", "."):
+            raise ValueError(
+                f"The loss name {entry.name!r} of the plug-in {entry.value} is taken: {_origin(entry.name)} has it. "
+                "Rename it in the plug-in."
+            )
+        plugins[entry.name] = entry
+    return plugins
+
+
+def _load(entry: EntryPoint) -> None:
+    try:
+        cls = entry.load()
+    except Exception as error:
+        raise ValueError(f"The plug-in {entry.value} that offers the loss {entry.name!r} cannot be loaded: {error}") from error
+    if entry.name not in _classes and entry.name not in _aliases:
+        register_loss(entry.name)(cls)
+
+
+def resolve_name(name: str, also: Collection[str] = ()) -> str:
+    """
+    Canonical name of a loss.
+
+    Args:
+        name (`str`):
+            A registered name, an alias, or a name in `also`.
+        also (`Collection[str]`, *optional*, defaults to `()`):
+            Further names that are allowed, such as TRL's; returned as they are.
+
+    Raises:
+        `ValueError`: If there is no such loss; says the nearest name and all that are allowed.
+    """
+    if not isinstance(name, str):
+        raise ValueError(f"A loss is named by a string, got {name!r}.")
+    if name in also or name in _classes:
+        return name
+    if name in _aliases:
+        return _aliases[name]
+    plugins = _plugins()
+    if name in plugins:
+        _load(plugins[name])
+        return _aliases.get(name, name)
+    allowed = sorted({*also, *_classes, *_aliases, *plugins})
+    near = difflib.get_close_matches(name, allowed, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    if name in TRL_LOSS_TYPES:
+        hint = " It is TRL's own loss type: pass it as `loss_type` to the trainer."
+    raise ValueError(f"Unknown loss {name!r}.{hint} Known: {allowed}.")
+
+
+def loss_class(name: str) -> type:
+    """The class registered under a name or alias."""
+    return _classes[resolve_name(name)]
+
+
+def get_loss(name: str, **hyperparameters: Any) -> Any:
+    """
+    Build a loss by name.
+
+    Args:
+        name (`str`):
+            Name or alias, see [`list_losses`].
+        hyperparameters:
+            Hyper-parameters of the method, by the paper's names; those left out have the catalogue's defaults.
+
+    Returns:
+        A frozen dataclass: `loss(batch)` is the unreduced loss, shape `(B,)`; `loss.metrics(batch)` what to plot.
+
+    Raises:
+        `ValueError`: For an unknown name or hyper-parameter, or a value of the wrong type or out of range.
+
+    Example:
+
+    ```python
+    >>> from trl_ext import get_loss
+
+    >>> get_loss("offset", alpha=0.5)
+    OffsetLoss(alpha=0.5, scaling='log', margin_floor=None)
+    ```
+    """
+    name = resolve_name(name)
+    cls = _classes[name]
+    allowed = [field.name for field in dataclasses.fields(cls) if field.init]
+    for given in hyperparameters:
+        if given not in allowed:
+            near = difflib.get_close_matches(given, allowed, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"The loss {name!r} has no hyper-parameter {given!r}.{hint} It has: {allowed}.")
+    loss = cls(**hyperparameters)
+    check_hyperparameters(loss)
+    return loss
+
+
+def list_losses() -> list[str]:
+    """Names of all losses: ours, registered ones, and those of installed plug-ins. Aliases are left out."""
+    return sorted({*_classes, *(name for name in _plugins() if name not in _aliases)})
+
+
+def list_aliases(name: str) -> list[str]:
+    """Aliases of a loss."""
+    name = resolve_name(name)
+    return sorted(alias for alias, target in _aliases.items() if target == name)
