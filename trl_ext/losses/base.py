@@ -112,4 +112,12 @@ def ipo(batch: PreferenceBatch) -> torch.Tensor:
     return (chosen - rejected - 1 / (2 * batch.beta)) ** 2
 
 
+@dataclasses.dataclass(frozen=True)
+class SigmoidLoss(Loss):
+    """TRL's `sigmoid` as a loss on a batch, where a `weight` column scales its pairs one at a time."""
+
+    def __call__(self, batch: PreferenceBatch) -> torch.Tensor:
+        return sigmoid(batch)
+
+
 PLAIN_LOSSES = {"sigmoid": sigmoid, "hinge": hinge, "ipo": ipo}

@@ -1,0 +1,104 @@
+"""
+The command `trl-ext`: what losses there are, TRL scripts with them, and a demonstration.
+
+Heavy imports stay inside the commands: `trl-ext --help` answers at once.
+"""
+
+import argparse
+import os
+import runpy
+import sys
+import traceback
+from pathlib import Path
+
+from trl_ext.version import __version__
+
+
+# Set to see where an error of ours came from
+TRACEBACK_VARIABLE = "TRL_EXT_TRACEBACK"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run `trl-ext`; returns the exit status. An error in what the user gave ends in one message, not a traceback."""
+    parser, run_parser = _parsers()
+    argv = sys.argv[1:] if argv is None else argv
+    # What follows the script belongs to the script, `--help` included
+    if argv[:1] == ["run"] and len(argv) > 1 and not argv[1].startswith("-"):
+        args = argparse.Namespace(function=_run, script=argv[1], script_args=argv[2:])
+    else:
+        args = parser.parse_args(argv)
+    try:
+        return args.function(args)
+    except (ValueError, TypeError, ImportError) as error:
+        if os.environ.get(TRACEBACK_VARIABLE) or not _is_about_input(error):
+            raise
+        print(f"trl-ext: error: {error}", file=sys.stderr)
+        print(f"(set {TRACEBACK_VARIABLE}=1 for the traceback)", file=sys.stderr)
+        return 2
+
+
+def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
+    parser = argparse.ArgumentParser(
+        prog="trl-ext", description="Preference losses for TRL. https://pypi.org/project/trl-ext/"
+    )
+    parser.add_argument("--version", action="version", version=f"trl-ext {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    losses = commands.add_parser("losses", help="list the losses, or show one in full")
+    losses.add_argument("name", nargs="?", metavar="NAME", help="a loss, by name or alias")
+    losses.set_defaults(function=_losses)
+
+    run = commands.add_parser(
+        "run",
+        help="run a TRL script, or TRL's own `dpo` command, with the losses of this package",
+        description="Run an unmodified script with trl.DPOConfig and trl.DPOTrainer replaced by those of trl_ext. On "
+        "several devices: accelerate launch -m trl_ext run SCRIPT ...",
+    )
+    run.add_argument("script", metavar="SCRIPT", help="path of a Python script, or `dpo` for TRL's own command")
+    run.add_argument("script_args", nargs=argparse.REMAINDER, metavar="ARGS", help="its arguments")
+    run.set_defaults(function=_run)
+
+    from trl_ext import demo
+
+    demo_parser = commands.add_parser("demo", help="train DPO and our losses in a small world, nothing to download")
+    demo.add_arguments(demo_parser)
+    demo_parser.set_defaults(function=demo.run)
+    return parser, run
+
+
+def _is_about_input(error: BaseException) -> bool:
+    """Whether an error was raised on purpose about what the user gave: by our code, or by TRL's command line."""
+    frames = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)]
+    ours = Path(__file__).parent
+    innermost = Path(frames[-1])
+    return ours in innermost.parents or (innermost.parent.name, innermost.parent.parent.name) == ("scripts", "trl")
+
+
+def _losses(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from trl_ext.losses import describe
+
+    console = Console()
+    console.print(describe.one_loss(args.name) if args.name else describe.all_losses())
+    return 0
+
+
+def _run(args: argparse.Namespace) -> int:
+    from trl_ext.trainers.patch import patch_trl
+
+    path = Path(args.script)
+    if not path.is_file() and args.script != "dpo":
+        raise ValueError(f"There is no script {args.script!r}. Give the path of a Python file, or `dpo` for TRL's command.")
+    patch_trl()
+    if path.is_file():
+        sys.argv = [args.script, *args.script_args]
+        sys.path.insert(0, str(path.resolve().parent))  # as Python would have it
+        runpy.run_path(args.script, run_name="__main__")
+        return 0
+    from trl.scripts import dpo
+
+    sys.argv = ["trl-ext run dpo", *args.script_args]
+    parser = dpo.make_parser(prog="trl-ext run dpo")
+    dpo.main(*parser.parse_args_and_config(args.script_args))
+    return 0

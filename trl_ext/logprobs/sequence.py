@@ -1,0 +1,39 @@
+"""From the log-probabilities of tokens to those of completions."""
+
+import torch
+
+
+def completion_lengths(completion_mask: torch.Tensor) -> torch.Tensor:
+    """Number of scored tokens of each sequence, shape `(N,)`; the first position of a row is never scored."""
+    return completion_mask[:, 1:].sum(dim=1)
+
+
+def sum_completions(
+    token_logps: torch.Tensor, completion_mask: torch.Tensor, ld_alpha: float | None = None
+) -> torch.Tensor:
+    """
+    Log-probability of each completion.
+
+    Args:
+        token_logps (`torch.Tensor` of shape `(N, T')`):
+            Log-probability of each next token, in nats, 0 outside the completion. Virtual tokens that prompt-learning
+            PEFT puts in front make `T'` larger than `T - 1`; they are left out.
+        completion_mask (`torch.Tensor` of shape `(N, T)`):
+            1 at the tokens of the completion.
+        ld_alpha (`float`, *optional*):
+            LD-DPO: weight of the tokens beyond the length that both completions of a pair have. Rows `i` and
+            `i + N / 2` are then a pair.
+
+    Returns:
+        `torch.Tensor` of shape `(N,)`: sums over the completion tokens, in nats.
+    """
+    mask = completion_mask[:, 1:]
+    token_logps = token_logps[:, -mask.size(1) :]
+    if ld_alpha is None:
+        return token_logps.sum(dim=1)
+    lengths = mask.sum(dim=1)
+    shared = torch.minimum(*lengths.chunk(2)).repeat(2)
+    position = mask.cumsum(dim=1)
+    head = (position > 0) & (position <= shared.unsqueeze(1))
+    tail = position > shared.unsqueeze(1)
+    return (token_logps * head).sum(dim=1) + ld_alpha * (token_logps * tail).sum(dim=1)

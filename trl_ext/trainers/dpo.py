@@ -1,0 +1,381 @@
+"""`trl.DPOTrainer` with the losses of this package."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import trl
+from accelerate.logging import get_logger
+from datasets import Dataset, IterableDataset, concatenate_datasets
+from huggingface_hub import ModelCard
+from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
+from trl.trainer.utils import pad
+
+from trl_ext.data.collator import PreferenceCollator
+from trl_ext.data.columns import TEXT_COLUMNS, WEIGHT, checked, columns_of, used_columns
+from trl_ext.data.reasoning import (
+    EMPTY_TRACE_FIELDS,
+    EMPTY_TRACE_PREFIX,
+    HAS_TRACES,
+    check_pairs,
+    tokenize_empty_trace,
+)
+from trl_ext.logprobs import completion_lengths, sum_completions
+from trl_ext.losses import PreferenceBatch
+from trl_ext.losses.base import SigmoidLoss
+from trl_ext.trainers.dpo_config import DPOConfig
+from trl_ext.trainers.loss_terms import build_losses, check_combination, resolve_loss_types
+from trl_ext.trainers.trl_seam import Replay, fused_forward, reference_in_inputs, select_rows, with_cache_key
+
+
+logger = get_logger(__name__)
+
+
+class DPOTrainer(trl.DPOTrainer):
+    """
+    Drop-in for [`trl.DPOTrainer`] that knows more loss types.
+
+    With TRL's loss types it is TRL's trainer. With ours, the dataset columns that a loss reads reach it, and each loss
+    is computed on the same log-probabilities and in the same forward as TRL's own, with which it can be mixed.
+
+    Example:
+
+    ```python
+    >>> from datasets import load_dataset
+    >>> from trl_ext import DPOConfig, DPOTrainer
+
+    >>> dataset = load_dataset("trl-lib/ultrafeedback_binarized", split="train")  # score_chosen, score_rejected
+
+    >>> trainer = DPOTrainer(
+    ...     model="Qwen/Qwen3-0.6B",
+    ...     args=DPOConfig(loss_type="offset", loss_kwargs={"alpha": 0.5}, output_dir="out"),
+    ...     train_dataset=dataset,
+    ... )
+    >>> trainer.train()
+    ```
+
+    Args:
+        args ([`DPOConfig`] or [`trl.DPOConfig`], *optional*):
+            Configuration. With TRL's class, losses of ours have their default hyper-parameters.
+        train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            Preference data in any form that TRL takes, with the columns that the losses require (`trl-ext losses NAME`
+            says which). A numeric column `weight`, at least 0, scales the loss of each pair.
+        kwargs:
+            All other arguments of [`trl.DPOTrainer`], with their meaning there.
+
+    Raises:
+        `ValueError`: For columns that are absent or cannot be used, an empty dataset, and options that exclude each
+            other; before the model is loaded.
+    """
+
+    def __init__(
+        self,
+        model: "str | PreTrainedModel | Any",
+        ref_model: PreTrainedModel | None = None,
+        args: trl.DPOConfig | None = None,
+        data_collator: DataCollator | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset | IterableDataset | Mapping[str, Dataset | IterableDataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+        compute_metrics: Callable | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        quantization_config: Any | None = None,
+        peft_config: Any | None = None,
+    ):
+        names, losses = ["sigmoid"], {}
+        if args is not None:
+            names = resolve_loss_types(args.loss_type)
+            losses = build_losses(names, args.loss_kwargs if isinstance(args, DPOConfig) else None)
+            check_combination(args, names, losses)
+        # What the losses of ours read from the dataset; `_losses` are the terms that TRL does not compute
+        self._losses: dict[str, Any] = losses
+        self._columns: list[str] = []
+        if isinstance(train_dataset, (Dataset, IterableDataset)):
+            available = columns_of(train_dataset, "train")
+            if WEIGHT in available:
+                self._losses = losses = self._weighted_losses(names, losses, args)
+            self._columns = used_columns(available, losses, "train")
+            self._refuse_vision(available, losses)
+            train_dataset = checked(train_dataset, self._columns, losses, "train")
+        if eval_dataset is not None:
+            eval_dataset = self._checked_eval(eval_dataset)
+
+        super().__init__(
+            model=model,
+            ref_model=ref_model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+        )
+        if not self._losses:
+            return
+
+        # TRL computes its own loss types, we the rest
+        weights = dict(zip(names, self.loss_weights, strict=True))
+        self._weights = {name: weights[name] for name in self._losses}
+        theirs = [(name, weight) for name, weight in zip(names, self.loss_weights, strict=True) if name not in losses]
+        self.loss_types = [name for name, _ in theirs]
+        self.loss_weights = [weight for _, weight in theirs]
+        self.data_collator = PreferenceCollator(self.data_collator, self._numeric_columns, self._empty_trace)
+
+        described = {name: loss for name, loss in self._losses.items() if loss.paper}
+        if described:
+            first = next(iter(described.values()))
+            self._name = " + ".join(names)
+            self._paper = {"title": first.title, "id": first.paper.split(",")[0], "citation": first.citation}
+            self._tag_names = [*self._tag_names, "trl-ext", *described]
+
+    # Dataset
+
+    @property
+    def _empty_trace(self) -> bool:
+        return TEXT_COLUMNS[0] in self._columns
+
+    @property
+    def _numeric_columns(self) -> list[str]:
+        return [column for column in self._columns if column not in TEXT_COLUMNS]
+
+    @staticmethod
+    def _weighted_losses(names: list[str], losses: dict[str, Any], args: trl.DPOConfig | None) -> dict[str, Any]:
+        """The losses that a `weight` column scales: ours, and TRL's `sigmoid`, which then is computed here."""
+        unweighted = [name for name in names if name not in losses and name != "sigmoid"]
+        if unweighted:
+            raise ValueError(
+                f"The train dataset has a column 'weight', which scales each pair's loss, but TRL's {unweighted} cannot "
+                "be weighted a pair at a time. Use `sigmoid` or a loss of this package, or drop the column: "
+                "dataset.remove_columns('weight')."
+            )
+        weighted = {name: losses[name] if name in losses else SigmoidLoss() for name in names}
+        if args is not None:
+            check_combination(args, names, weighted)
+        return weighted
+
+    @staticmethod
+    def _refuse_vision(available: list[str], losses: dict[str, Any]) -> None:
+        needy = [name for name, loss in losses.items() if TEXT_COLUMNS[0] in loss.required_columns]
+        if needy and {"image", "images"} & set(available):
+            raise ValueError(
+                f"{needy} cannot be used on a vision dataset: its completions are tokenized while training, the "
+                "empty-trace pair when the dataset is prepared. Remove the images, or choose another loss."
+            )
+        if needy and "prompt" not in available:
+            raise ValueError(
+                f"{needy} needs an explicit column 'prompt': the empty-trace pair is rendered after it. The train "
+                f"dataset has {sorted(available)}; `trl.extract_prompt` splits it off."
+            )
+
+    def _checked_eval(self, dataset: Any) -> Any:
+        """Evaluation data, one dataset or a dict of them, with the same columns as the training data, checked."""
+        if isinstance(dataset, Mapping):
+            return type(dataset)({name: self._checked_split(split, name) for name, split in dataset.items()})
+        return self._checked_split(dataset, "eval")
+
+    def _checked_split(self, dataset: Any, split: str) -> Any:
+        if not self._losses or not isinstance(dataset, (Dataset, IterableDataset)):
+            return dataset
+        available = columns_of(dataset, split)
+        missing = [column for column in self._columns if column not in available]
+        used_columns(available, self._losses, split)
+        if missing:
+            raise ValueError(
+                f"The {split} dataset lacks the columns {missing}, which the losses read from the train dataset. Its "
+                f"columns are {sorted(available)}."
+            )
+        return checked(dataset, self._columns, self._losses, split)
+
+    def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
+        if not self._empty_trace:
+            return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+        rows = len(dataset) if isinstance(dataset, Dataset) else None
+        dataset = dataset.map(check_pairs, with_indices=True, fn_kwargs={"split": dataset_name})
+        dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+        if rows is not None and len(dataset) == 0:
+            raise ValueError(
+                f"All {rows} prompts of the {dataset_name} dataset have `max_length={args.max_length}` tokens or more, so "
+                "nothing of a completion is left. Raise `max_length`."
+            )
+        options = {"num_proc": args.dataset_num_proc} if isinstance(dataset, Dataset) else {}
+        return dataset.map(
+            tokenize_empty_trace, fn_kwargs={"tokenizer": self._tokenizer}, remove_columns=[HAS_TRACES], **options
+        )
+
+    def _set_signature_columns_if_needed(self):
+        super()._set_signature_columns_if_needed()
+        extra = list(self._numeric_columns)
+        if self._empty_trace:
+            extra += [EMPTY_TRACE_PREFIX + name for name in EMPTY_TRACE_FIELDS]
+        self._signature_columns += [name for name in extra if name not in self._signature_columns]
+
+    def _precompute_ref_logps(self, dataset, name, batch_size):
+        if not isinstance(dataset, Dataset):
+            return super()._precompute_ref_logps(dataset, name, batch_size)  # says that a stream cannot be precomputed
+        args = self.args
+        key = (args.max_length, args.truncation_mode, args.ld_alpha, args.bf16, args.fp16)
+        collator = self.data_collator
+        if isinstance(collator, PreferenceCollator):  # `evaluate` of a new dataset: the reference reads no columns
+            self.data_collator = collator.collator
+        try:
+            dataset = super()._precompute_ref_logps(with_cache_key(dataset, *key), name, batch_size)
+            if self._empty_trace:
+                ids = {EMPTY_TRACE_PREFIX + field: field for field in ("prompt_ids", "chosen_ids", "rejected_ids")}
+                empty = with_cache_key(dataset.select_columns(list(ids)).rename_columns(ids), *key)
+                empty = super()._precompute_ref_logps(empty, f"{name} (empty trace)", batch_size)
+                refs = {ref: EMPTY_TRACE_PREFIX + ref for ref in ("ref_chosen_logps", "ref_rejected_logps")}
+                empty = empty.select_columns(list(refs)).rename_columns(refs)
+                dataset = concatenate_datasets([dataset, empty], axis=1)
+        finally:
+            self.data_collator = collator
+        return dataset
+
+    # Loss
+
+    def _split(self, inputs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        """A batch as (what the model and TRL read, numeric columns, the empty-trace pair)."""
+        columns = {name: inputs[name] for name in self._numeric_columns if name in inputs}
+        empty = {
+            name.removeprefix(EMPTY_TRACE_PREFIX): value
+            for name, value in inputs.items()
+            if name.startswith(EMPTY_TRACE_PREFIX)
+        }
+        rest = {
+            name: value
+            for name, value in inputs.items()
+            if name not in columns and not name.startswith(EMPTY_TRACE_PREFIX)
+        }
+        return rest, columns, empty
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if not self._losses:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        inputs, columns, empty = self._split(inputs)
+        joint = self._join(inputs, empty) if empty else inputs
+
+        # One forward for all sequences, through the wrapped model
+        outputs = fused_forward(model, joint, router_logits=self.aux_loss_enabled)
+        logps = sum_completions(outputs.log_probs, joint["completion_mask"], self.ld_alpha)
+        if "ref_chosen_logps" in joint:
+            ref_logps = torch.cat([joint["ref_chosen_logps"], joint["ref_rejected_logps"]])
+        else:
+            ref_logps = torch.cat(self.compute_ref_log_probs(self.ref_model or self.model, joint))
+        lengths = completion_lengths(joint["completion_mask"])
+
+        # Rows are [chosen, rejected], with an empty-trace pair [chosen, its chosen, rejected, its rejected]
+        parts = 2 if empty else 1
+        pairs = [
+            PreferenceBatch(
+                *logps.chunk(2 * parts)[part::parts],
+                *ref_logps.chunk(2 * parts)[part::parts],
+                *lengths.chunk(2 * parts)[part::parts],
+                beta=self.beta,
+                columns=columns,
+            )
+            for part in range(parts)
+        ]
+        batch = pairs[0]
+        if empty:
+            batch = dataclasses.replace(batch, empty_trace=pairs[1])
+            rows = torch.arange(logps.numel(), device=logps.device).chunk(4)
+            outputs = select_rows(outputs, torch.cat([rows[0], rows[2]]))
+
+        # TRL adds its own loss types, the auxiliary loss and all of its metrics, on the outputs that are there
+        inputs = {**inputs, "ref_chosen_logps": batch.ref_chosen_logps, "ref_rejected_logps": batch.ref_rejected_logps}
+        with reference_in_inputs(self):
+            result = super().compute_loss(Replay(model, outputs), inputs, return_outputs, num_items_in_batch)
+        loss = (result[0] if return_outputs else result) + self._loss(batch, empty)
+        return (loss, result[1]) if return_outputs else loss
+
+    def _join(self, inputs: dict[str, Any], empty: dict[str, Any]) -> dict[str, Any]:
+        """Both pairs as one batch of `4 B` rows: chosen, its empty-trace one, rejected, its empty-trace one."""
+        padding = {"input_ids": self._tokenizer.pad_token_id}
+        joint = {}
+        for name in inputs:
+            if name not in empty:
+                raise ValueError(f"The collator gives {name!r} for the traced pair but not for the empty-trace pair.")
+            first, second = inputs[name], empty[name]
+            if name.startswith("ref_"):
+                joint[name] = torch.cat([first, second])
+                continue
+            parts = [part for halves in zip(first.chunk(2), second.chunk(2), strict=True) for part in halves]
+            rows = [row for part in parts for row in part]
+            joint[name] = pad(rows, padding_value=padding.get(name, 0), padding_side="right")
+        return joint
+
+    def _loss(self, batch: PreferenceBatch, empty: dict[str, Any]) -> torch.Tensor:
+        """Weighted sum of the mean losses of ours, whose metrics are logged on the way."""
+        weight = batch.columns.get(WEIGHT)
+        metrics = {
+            "lengths/chosen": batch.chosen_lengths.float().mean(),
+            "lengths/rejected": batch.rejected_lengths.float().mean(),
+            "logratios/chosen": batch.chosen_logratios.mean(),
+            "logratios/rejected": batch.rejected_logratios.mean(),
+        }
+        if weight is not None:
+            metrics["pair_weight/mean"] = weight.mean()
+        total = torch.zeros((), dtype=batch.delta.dtype, device=batch.delta.device)
+        for name, loss in self._losses.items():
+            per_pair = loss(batch)
+            if per_pair.shape != batch.delta.shape:
+                raise ValueError(
+                    f"The loss {name!r} returned shape {tuple(per_pair.shape)}; expected one value a pair, shape "
+                    f"{tuple(batch.delta.shape)}. Reduce over tokens or completions, not over pairs."
+                )
+            if weight is not None:
+                per_pair = per_pair * weight.to(per_pair.dtype)
+            total = total + self._weights[name] * per_pair.mean()
+            for key, value in loss.metrics(batch).items():
+                metrics[f"{name}/{key}" if key in metrics else key] = value
+            if len(self._weights) + len(self.loss_types) > 1:
+                metrics[f"loss/{name}"] = per_pair.mean()
+        self._log_metrics(metrics)
+        if empty and self.model.training:
+            # TRL counts the tokens of the traced pair
+            tokens = self.accelerator.gather_for_metrics(empty["attention_mask"].sum()).sum().item()
+            self._total_train_tokens += tokens // self._tp_size
+            self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
+        return total
+
+    def _log_metrics(self, metrics: dict[str, torch.Tensor]) -> None:
+        """Mean of each metric over processes, with one gather and one transfer for all of them."""
+        values = torch.stack([value.detach().float() for value in metrics.values()]).unsqueeze(0)
+        means = self.accelerator.gather(values).mean(dim=0).tolist()
+        mode = "train" if self.model.training else "eval"
+        for key, value in zip(metrics, means, strict=True):
+            self._metrics[mode][key].append(value)
+
+    # Evaluation and model card
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        if eval_dataset is not None and not isinstance(eval_dataset, str):
+            eval_dataset = self._checked_eval(eval_dataset)
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def create_model_card(self, *args, **kwargs):
+        super().create_model_card(*args, **kwargs)
+        if not any(loss.paper for loss in self._losses.values()) or not self.is_world_process_zero():
+            return
+        path = f"{self.args.output_dir}/README.md"
+        card = ModelCard.load(path)
+        card.text = card.text.replace("### Framework versions", f"{self._describe_losses()}\n\n### Framework versions", 1)
+        card.save(path)
+
+    def _describe_losses(self) -> str:
+        lines = ["### Loss", "", "| loss | weight | hyper-parameters | paper |", "| --- | --- | --- | --- |"]
+        rows = dict(zip(self.loss_types, self.loss_weights, strict=True)) | self._weights
+        for name, weight in rows.items():
+            loss = self._losses.get(name)
+            values = json.dumps(dataclasses.asdict(loss), default=str) if loss else ""
+            papers = [paper.strip() for paper in loss.paper.split(",") if paper] if loss else []
+            links = ", ".join(f"[{paper}](https://huggingface.co/papers/{paper})" for paper in papers)
+            lines.append(f"| `{name}` | {weight} | {f'`{values}`' if values else ''} | {links} |")
+        lines += ["", f"With [trl_ext](https://pypi.org/project/trl-ext/), `beta={self.beta}`."]
+        return "\n".join(lines)

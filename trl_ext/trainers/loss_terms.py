@@ -1,0 +1,105 @@
+"""From `loss_type`, `loss_weights` and `loss_kwargs` to losses: built once, refused early."""
+
+import math
+from typing import Any
+
+import trl
+
+from trl_ext.losses import TRL_LOSS_TYPES, get_loss, list_aliases, resolve_name
+
+
+# TRL loss types whose formula divides by beta
+_TRL_DIVIDES_BY_BETA = ("ipo", "sppo_hard")
+
+
+def resolve_loss_types(loss_type: str | list[str]) -> list[str]:
+    """Canonical names; an unknown one, none at all, or one of ours twice is a `ValueError`."""
+    names = [loss_type] if isinstance(loss_type, str) else loss_type
+    if not isinstance(names, (list, tuple)) or not names:
+        raise ValueError(f"`loss_type={loss_type!r}` names no loss; give one name or a list of at least one.")
+    names = [resolve_name(name, also=TRL_LOSS_TYPES) for name in names]
+    twice = {name for name in names if names.count(name) > 1 and name not in TRL_LOSS_TYPES}
+    if twice:
+        raise ValueError(f"`loss_type={loss_type!r}` names {sorted(twice)} twice; name it once and set its weight.")
+    return names
+
+
+def build_losses(names: list[str], loss_kwargs: dict[str, Any] | None) -> dict[str, Any]:
+    """
+    The losses of ours among canonical `names`, by name.
+
+    Args:
+        names (`list[str]`):
+            Canonical loss types, TRL's among them.
+        loss_kwargs (`dict[str, Any]` or `None`):
+            Hyper-parameters: flat where one loss of ours is named, else a dict a loss name (or alias).
+
+    Raises:
+        `ValueError`: For hyper-parameters that no loss would read, or that their loss refuses.
+    """
+    ours = [name for name in names if name not in TRL_LOSS_TYPES]
+    if not loss_kwargs:
+        return {name: get_loss(name) for name in ours}
+    if not isinstance(loss_kwargs, dict):
+        raise ValueError(f"`loss_kwargs={loss_kwargs!r}` is a {type(loss_kwargs).__name__}; expected a dict.")
+    if not ours:
+        raise ValueError(
+            f"`loss_kwargs={loss_kwargs}` would be ignored: `loss_type={names}` names TRL's own loss types only, whose "
+            "options are fields of `DPOConfig`."
+        )
+    if all(isinstance(value, dict) for value in loss_kwargs.values()):
+        keyed: dict[str, dict] = {}
+        for given, values in loss_kwargs.items():
+            name = resolve_name(given, also=TRL_LOSS_TYPES)
+            if name not in ours:
+                raise ValueError(
+                    f"`loss_kwargs` has hyper-parameters for {given!r}, which `loss_type={names}` does not use"
+                    f"{' (it is TRL’s own and takes none)' if name in TRL_LOSS_TYPES else ''}. Remove them, or name "
+                    "the loss."
+                )
+            if name in keyed:
+                raise ValueError(f"`loss_kwargs` names {name!r} twice, by its name and by an alias of {list_aliases(name)}.")
+            keyed[name] = values
+    elif len(ours) == 1:
+        keyed = {ours[0]: loss_kwargs}
+    else:
+        raise ValueError(
+            f"`loss_kwargs={loss_kwargs}` is flat, but `loss_type={names}` names {len(ours)} losses that could take "
+            f"it: {ours}. Give one dict a loss: {{{ours[0]!r}: {{...}}, {ours[1]!r}: {{...}}}}."
+        )
+    return {name: get_loss(name, **keyed.get(name, {})) for name in ours}
+
+
+def check_combination(args: trl.DPOConfig, names: list[str], losses: dict[str, Any]) -> None:
+    """Raise a `ValueError` for options that have no meaning together; `losses` are ours among `names`."""
+    beta = args.beta
+    if isinstance(beta, bool) or not isinstance(beta, (int, float)) or not math.isfinite(beta) or beta < 0:
+        raise ValueError(f"`beta={beta!r}` must be a finite number, at least 0.")
+    if beta == 0:
+        divided = [name for name in names if name in _TRL_DIVIDES_BY_BETA]
+        divided += [name for name, loss in losses.items() if loss.divides_by_beta]
+        if divided:
+            raise ValueError(f"`beta=0` has no meaning for {divided}, which divide by it. Set a positive `beta`.")
+    weights = args.loss_weights
+    if weights is not None:
+        if len(weights) != len(names):
+            raise ValueError(f"`loss_weights={weights}` has {len(weights)} weights for {len(names)} losses: {names}.")
+        if not all(isinstance(weight, (int, float)) and math.isfinite(weight) for weight in weights):
+            raise ValueError(f"`loss_weights={weights}` must be finite numbers, one for each of {names}.")
+    if not losses:
+        return
+    if args.f_divergence_type != "reverse_kl":
+        raise ValueError(
+            f"`f_divergence_type={args.f_divergence_type!r}` cannot be combined with {list(losses)}: their formulas "
+            'hold for log-ratios only. Use the default `f_divergence_type="reverse_kl"`.'
+        )
+    if args.use_weighting:
+        raise ValueError(
+            f"`use_weighting=True` (WPO) cannot be combined with {list(losses)}: it is defined for TRL's own loss types. "
+            "Set `use_weighting=False`, or give each pair a `weight` column."
+        )
+    if args.label_smoothing and len(losses) == len(names):
+        raise ValueError(
+            f"`label_smoothing={args.label_smoothing}` would be ignored: only TRL's robust, exo_pair and aot losses read "
+            'it. For soft labels use `loss_type="anchored"` with `loss_kwargs={"label_smoothing": ...}`.'
+        )
