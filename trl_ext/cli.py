@@ -5,6 +5,7 @@ Heavy imports stay inside the commands: `trl-ext --help` answers at once.
 """
 
 import argparse
+import dataclasses
 import os
 import runpy
 import sys
@@ -20,13 +21,7 @@ TRACEBACK_VARIABLE = "TRL_EXT_TRACEBACK"
 
 def main(argv: list[str] | None = None) -> int:
     """Run `trl-ext`; returns the exit status. An error in what the user gave ends in one message, not a traceback."""
-    parser, run_parser = _parsers()
-    argv = sys.argv[1:] if argv is None else argv
-    # What follows the script belongs to the script, `--help` included
-    if argv[:1] == ["run"] and len(argv) > 1 and not argv[1].startswith("-"):
-        args = argparse.Namespace(function=_run, script=argv[1], script_args=argv[2:])
-    else:
-        args = parser.parse_args(argv)
+    args = _parser().parse_args(argv)
     try:
         return args.function(args)
     except (ValueError, TypeError, ImportError) as error:
@@ -37,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
 
 
-def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="trl-ext", description="Preference losses for TRL. https://pypi.org/project/trl-ext/"
     )
@@ -63,7 +58,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
     demo_parser = commands.add_parser("demo", help="train DPO and our losses in a small world, nothing to download")
     demo.add_arguments(demo_parser)
     demo_parser.set_defaults(function=demo.run)
-    return parser, run
+    return parser
 
 
 def _is_about_input(error: BaseException) -> bool:
@@ -77,11 +72,74 @@ def _is_about_input(error: BaseException) -> bool:
 def _losses(args: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from trl_ext.losses import describe
-
     console = Console()
-    console.print(describe.one_loss(args.name) if args.name else describe.all_losses())
+    if args.name:
+        # Formulas hold square brackets and long lines: no markup, no wrapping
+        console.print(_one_loss(args.name), markup=False, highlight=False, soft_wrap=True)
+    else:
+        console.print(_all_losses())
+        console.print("[dim]trl-ext losses NAME shows one in full. TRL's own loss types work as they do in TRL.[/dim]")
     return 0
+
+
+def _all_losses():
+    """A table of all losses."""
+    from rich import box
+    from rich.table import Table
+
+    from trl_ext.losses import list_aliases, list_losses, loss_class
+
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
+    for heading in ("loss_type", "hyper-parameters", "columns", "paper"):
+        table.add_column(heading, overflow="fold")
+    for name in list_losses():
+        cls = loss_class(name)
+        aliases = "".join(f"\n[dim]{alias}[/dim]" for alias in list_aliases(name))
+        hyperparameters = [f"{field.name}={_default(field)}" for field in dataclasses.fields(cls)]
+        columns = [*cls.columns, *(f"({column})" for column in _optional(cls))]
+        table.add_row(
+            f"[bold]{name}[/bold]{aliases}", "\n".join(hyperparameters), "\n".join(columns), cls.paper.replace(", ", "\n")
+        )
+        table.add_section()
+    table.caption = "aliases stand below a name; columns in brackets are optional"
+    return table
+
+
+def _one_loss(name: str) -> str:
+    """All that is known of a loss: formula, hyper-parameters, columns, paper."""
+    import inspect
+
+    from trl_ext.losses import list_aliases, loss_class, resolve_name
+
+    name = resolve_name(name)
+    cls = loss_class(name)
+    papers = [f"https://huggingface.co/papers/{paper.strip()}" for paper in cls.paper.split(",") if paper]
+    lines = [
+        f"{name}  (aliases: {', '.join(list_aliases(name)) or 'none'})",
+        *([f"{cls.title}  {' '.join(papers)}"] if papers else []),
+        "",
+        # Our files hold one loss each and say its formula first; a user's class may stand anywhere
+        inspect.getdoc(sys.modules[cls.__module__]) if cls.__module__.startswith("trl_ext.losses.") else "",
+        "",
+        inspect.getdoc(cls) or "",
+        "",
+        f"Hyper-parameters: {', '.join(f'{field.name}={_default(field)}' for field in dataclasses.fields(cls)) or 'none'}",
+        f"Columns: {', '.join(cls.columns) or 'none'}",
+        f"Optional columns: {', '.join(_optional(cls)) or 'none'}",
+        f"Takes groups of completions: {'yes' if cls.takes_groups else 'no'}",
+    ]
+    return "\n".join(lines)
+
+
+def _default(field: dataclasses.Field) -> str:
+    if field.default is not dataclasses.MISSING:
+        return repr(field.default)
+    return "required" if field.default_factory is dataclasses.MISSING else repr(field.default_factory())
+
+
+def _optional(cls: type) -> tuple[str, ...]:
+    """Optional columns of a class; those that depend on hyper-parameters are left out."""
+    return cls.optional_columns if isinstance(cls.optional_columns, tuple) else ()
 
 
 def _run(args: argparse.Namespace) -> int:

@@ -1,0 +1,99 @@
+"""Runs of a few steps on tiny models, and what they are compared by."""
+
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.conftest import preference_rows
+
+
+# TRL's loss types with the options without which they refuse to run or coincide with another
+TRL_LOSSES: dict[str, dict[str, Any]] = {
+    "sigmoid": {},
+    "hinge": {},
+    "ipo": {},
+    "exo_pair": {"label_smoothing": 1e-3},
+    "nca_pair": {},
+    "robust": {"label_smoothing": 0.1},
+    "bco_pair": {},
+    "sppo_hard": {},
+    "aot": {},
+    "aot_unpaired": {},
+    "apo_zero": {},
+    "apo_down": {},
+    "discopop": {},
+    "sft": {},
+    "sigmoid_norm": {},
+}
+OUR_LOSSES = ("offset", "anchored", "margin_adaptive", "bias_variance", "length_regularized")
+
+TIMINGS = ("runtime", "per_second", "total_flos")
+
+
+def options(output_dir, **overrides) -> dict[str, Any]:
+    """Arguments of a config for a short, deterministic float32 run on a CPU."""
+    return {
+        "output_dir": str(output_dir),
+        "max_steps": 3,
+        "per_device_train_batch_size": 4,
+        "per_device_eval_batch_size": 4,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "report_to": "none",
+        "save_strategy": "no",
+        "bf16": False,
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "seed": 3,
+        **overrides,
+    }
+
+
+def build(trainer_class, config_class, model_dir, output_dir, *, rows=12, dataset=None, trainer_kwargs=None, **overrides):
+    """A trainer on tiny data; `model_dir` is loaded anew."""
+    dataset = Dataset.from_list(preference_rows(rows)) if dataset is None else dataset
+    trainer_kwargs = {"eval_dataset": dataset, **(trainer_kwargs or {})}
+    return trainer_class(
+        model=AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32),
+        args=config_class(**options(output_dir, **overrides)),
+        processing_class=AutoTokenizer.from_pretrained(model_dir),
+        train_dataset=dataset,
+        **trainer_kwargs,
+    )
+
+
+def history(trainer) -> list[dict[str, float]]:
+    """What was logged, without timings."""
+    return [
+        {key: value for key, value in entry.items() if not any(word in key for word in TIMINGS)}
+        for entry in trainer.state.log_history
+    ]
+
+
+def parameters(trainer) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in trainer.model.named_parameters()}
+
+
+def assert_same_parameters(first: dict, second: dict, **tolerance) -> None:
+    assert first.keys() == second.keys()
+    for name in first:
+        if tolerance:
+            torch.testing.assert_close(first[name], second[name], **tolerance, msg=lambda text, n=name: f"{n}: {text}")
+        else:
+            assert torch.equal(first[name], second[name]), name
+
+
+def first_batch(trainer) -> dict[str, torch.Tensor]:
+    return next(iter(trainer.get_train_dataloader()))
+
+
+def loss_and_gradients(trainer, batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Loss of one batch, and its gradients, without a training step."""
+    trainer.model.train()
+    trainer.model.zero_grad()
+    loss = trainer.compute_loss(trainer.model, dict(batch))
+    loss.backward()
+    grads = {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}
+    return loss.detach(), grads
