@@ -2,9 +2,11 @@
 
 import pytest
 import trl
+from datasets import Dataset
 from peft import LoraConfig
 
 import trl_ext
+from tests.conftest import preference_rows
 from tests.helpers import TRL_LOSSES, assert_same_parameters, build, history, parameters
 from trl_ext.losses import TRL_LOSS_TYPES
 
@@ -72,11 +74,9 @@ def test_trls_config_class(tiny_model_dir, tmp_path):
 
 
 def test_without_config(tiny_model_dir, tmp_path, monkeypatch):
-    from datasets import Dataset
-
-    from tests.conftest import preference_rows
-
+    # The default is bf16, which transformers refuses without a GPU; here it matters what is built, not what runs
+    monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
     monkeypatch.chdir(tmp_path)
     trainer = trl_ext.DPOTrainer(model=str(tiny_model_dir), train_dataset=Dataset.from_list(preference_rows(4)))
     assert trainer.loss_types == ["sigmoid"]
-    assert type(trainer.args) is trl.DPOConfig
+    assert isinstance(trainer.args, trl.DPOConfig)

@@ -285,7 +285,8 @@ class DPOTrainer(trl.DPOTrainer):
         if empty:
             batch = dataclasses.replace(batch, empty_trace=pairs[1])
             rows = torch.arange(logps.numel(), device=logps.device).chunk(4)
-            outputs = select_rows(outputs, torch.cat([rows[0], rows[2]]))
+            padding = joint["input_ids"].size(1) - inputs["input_ids"].size(1)
+            outputs = select_rows(outputs, torch.cat([rows[0], rows[2]]), padding)
 
         # TRL adds its own loss types, the auxiliary loss and all of its metrics, on the outputs that are there
         inputs = {**inputs, "ref_chosen_logps": batch.ref_chosen_logps, "ref_rejected_logps": batch.ref_rejected_logps}

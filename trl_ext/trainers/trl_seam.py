@@ -53,9 +53,10 @@ def fused_forward(model: Callable, inputs: dict, router_logits: bool) -> FusedCa
     return model(**kwargs, use_cache=False, labels=labels, fused_lm_head=True)
 
 
-def select_rows(outputs: FusedCausalLMOutput, rows: torch.Tensor) -> FusedCausalLMOutput:
-    """The same output for some of its sequences; what is not per sequence (the auxiliary loss) stays."""
-    fields = {name: None if outputs[name] is None else outputs[name][rows] for name in ROW_FIELDS if name in outputs}
+def select_rows(outputs: FusedCausalLMOutput, rows: torch.Tensor, padding: int) -> FusedCausalLMOutput:
+    """The same output for some of its sequences, without the last `padding` positions; the auxiliary loss stays."""
+    fields = {name: outputs[name] for name in ROW_FIELDS if outputs.get(name) is not None}
+    fields = {name: value[rows, : value.size(1) - padding] for name, value in fields.items()}
     return FusedCausalLMOutput(loss=outputs.loss, aux_loss=outputs.aux_loss, **fields)
 
 
