@@ -1,0 +1,72 @@
+"""Says which private name of TRL has moved, when one has."""
+
+import inspect
+
+import trl
+from datasets import Dataset
+
+from tests.conftest import preference_rows
+from tests.helpers import build, first_batch
+from trl_ext.trainers import trl_seam
+
+
+def test_methods_are_there():
+    for name in trl_seam.DPO_METHODS:
+        assert callable(getattr(trl.DPOTrainer, name)), name
+
+
+def test_attributes_are_there(tiny_model_dir, tmp_path):
+    trainer = build(trl.DPOTrainer, trl.DPOConfig, tiny_model_dir, tmp_path)
+    for name in trl_seam.DPO_ATTRIBUTES:
+        assert hasattr(trainer, name), name
+
+
+def test_signatures():
+    def names(method):
+        return list(inspect.signature(method).parameters)
+
+    trainer = trl.DPOTrainer
+    assert names(trainer.compute_loss) == ["self", "model", "inputs", "return_outputs", "num_items_in_batch"]
+    assert names(trainer.compute_ref_log_probs) == ["self", "model", "inputs"]
+    assert names(trainer._prepare_dataset) == ["self", "dataset", "processing_class", "args", "dataset_name"]
+    assert names(trainer._precompute_ref_logps) == ["self", "dataset", "name", "batch_size"]
+    assert names(trainer.evaluate) == ["self", "eval_dataset", "ignore_keys", "metric_key_prefix"]
+
+
+def test_arguments_of_the_trainer_are_trls():
+    import trl_ext
+
+    theirs, ours = (inspect.signature(cls.__init__).parameters for cls in (trl.DPOTrainer, trl_ext.DPOTrainer))
+    assert list(ours) == list(theirs)
+    assert all(ours[name].default == theirs[name].default for name in theirs)
+
+
+def test_keys_that_the_model_is_not_called_with():
+    keys = "{" + ", ".join(f'"{key}"' for key in trl_seam.NON_MODEL_KEYS) + "}"
+    for method in (trl.DPOTrainer._compute_loss, trl.DPOTrainer.compute_ref_log_probs):
+        assert f"_non_model_keys = {keys}" in inspect.getsource(method)
+
+
+def test_batch_keys_of_trls_collator(tiny_model_dir, tmp_path):
+    trainer = build(trl.DPOTrainer, trl.DPOConfig, tiny_model_dir, tmp_path, precompute_ref_log_probs=True)
+    expected = {"input_ids", "attention_mask", "completion_mask", "ref_chosen_logps", "ref_rejected_logps"}
+    assert set(first_batch(trainer)) == expected
+
+
+def test_fused_output(tiny_model_dir, tmp_path):
+    trainer = build(trl.DPOTrainer, trl.DPOConfig, tiny_model_dir, tmp_path, use_weighting=True)
+    batch = first_batch(trainer)
+    output = trl_seam.fused_forward(trainer.model, batch, router_logits=False)
+    rows, width = batch["input_ids"].shape
+    for name in trl_seam.ROW_FIELDS:
+        assert output[name].shape == (rows, width - 1), name
+    assert set(output.keys()) == {"loss", *trl_seam.ROW_FIELDS}
+
+
+def test_reference_cache_key():
+    dataset = Dataset.from_list(preference_rows(4))
+    keyed = trl_seam.with_cache_key(dataset, 1024, None)
+    assert keyed._fingerprint != dataset._fingerprint
+    assert keyed._fingerprint == trl_seam.with_cache_key(dataset, 1024, None)._fingerprint
+    assert keyed._fingerprint != trl_seam.with_cache_key(dataset, 512, None)._fingerprint
+    assert keyed.to_list() == dataset.to_list()
