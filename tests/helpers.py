@@ -51,7 +51,9 @@ def options(output_dir, **overrides) -> dict[str, Any]:
     }
 
 
-def build(trainer_class, config_class, model_dir, output_dir, *, rows=12, dataset=None, trainer_kwargs=None, **overrides):
+def build(
+    trainer_class, config_class, model_dir, output_dir, *, rows=12, dataset=None, trainer_kwargs=None, **overrides
+):
     """A trainer on tiny data; `model_dir` is loaded anew."""
     dataset = Dataset.from_list(preference_rows(rows)) if dataset is None else dataset
     trainer_kwargs = {"eval_dataset": dataset, **(trainer_kwargs or {})}

@@ -52,7 +52,11 @@ def without(*columns):
         ("offset", rows_with(score_chosen=True), r"'score_chosen'.*holds a bool"),
         ("offset", rows_with(score_chosen=[1.0]), r"'score_chosen'.*holds a list"),
         ("margin_adaptive", rows_with(score_chosen=float("nan")), r"'score_chosen'.*is not finite in row 0: nan"),
-        ("margin_adaptive", rows_with(score_rejected=float("-inf")), r"'score_rejected'.*is not finite in row 0: -inf"),
+        (
+            "margin_adaptive",
+            rows_with(score_rejected=float("-inf")),
+            r"'score_rejected'.*is not finite in row 0: -inf",
+        ),
         ("anchored", rows_with(preference_prob=1.5), r"'preference_prob'.*is no probability.*row 0: 1.5"),
         ("length_regularized", rows_with(weight=-1.0), r"'weight'.*is negative.*row 0: -1.0"),
         ("sigmoid", rows_with(weight=float("nan")), r"'weight'.*is not finite in row 0: nan"),
@@ -97,7 +101,9 @@ def test_rows_are_numbered_as_the_user_sees_them(tmp_path):
     dataset = Dataset.from_list(rows_with(score_chosen={1: None})).select([3, 2, 1, 0])
     with pytest.raises(ValueError, match="no value in row 2"):
         DPOTrainer(
-            model=str(tmp_path / "none"), args=DPOConfig(**options(tmp_path, loss_type="offset")), train_dataset=dataset
+            model=str(tmp_path / "none"),
+            args=DPOConfig(**options(tmp_path, loss_type="offset")),
+            train_dataset=dataset,
         )
 
 
@@ -134,7 +140,12 @@ def test_incomplete_empty_trace_pair(tiny_model_dir, tmp_path):
         rows[2].update(changes)
         with pytest.raises(ValueError, match=message):
             build(
-                DPOTrainer, DPOConfig, tiny_model_dir, tmp_path, loss_type="bias_variance", dataset=Dataset.from_list(rows)
+                DPOTrainer,
+                DPOConfig,
+                tiny_model_dir,
+                tmp_path,
+                loss_type="bias_variance",
+                dataset=Dataset.from_list(rows),
             )
 
     fails(r"Row 2 of the train dataset has an incomplete empty-trace pair", chosen_empty_trace=None)

@@ -28,7 +28,10 @@ def config(**kwargs):
         ({"loss_type": "offset", "loss_kwargs": '{"alpha": "0.5"}'}, "alpha='0.5'.*is a str; expected float"),
         ({"loss_type": "offset", "loss_kwargs": {"alpha": True}}, "is a bool"),
         ({"loss_type": "offset", "loss_kwargs": {"alpha": -1.0}}, "at least 0"),
-        ({"loss_type": "offset", "loss_kwargs": {"scaling": "sqrt"}}, r"choose one of \['log', 'log_ratio', 'linear'\]"),
+        (
+            {"loss_type": "offset", "loss_kwargs": {"scaling": "sqrt"}},
+            r"choose one of \['log', 'log_ratio', 'linear'\]",
+        ),
         ({"loss_type": "offset", "loss_kwargs": [1]}, "is a list; expected a dict"),
         ({"loss_type": "offset", "loss_kwargs": "{alpha: 1}"}, "is not JSON"),
         ({"loss_type": "margin_adaptive", "loss_kwargs": {"c_max": 1.0}}, "c_max=1.0.*above 1"),
@@ -46,7 +49,10 @@ def config(**kwargs):
         ({"loss_type": "offset", "label_smoothing": 0.1}, "label_smoothing=0.1.*would be ignored"),
         ({"loss_type": "anchored", "beta": 0.0}, r"no meaning for \['anchored'\]"),
         ({"loss_type": "ipo", "beta": 0}, r"no meaning for \['ipo'\]"),
-        ({"loss_type": "bias_variance", "loss_kwargs": {"base": "ipo"}, "beta": 0.0}, r"no meaning for \['bias_variance'\]"),
+        (
+            {"loss_type": "bias_variance", "loss_kwargs": {"base": "ipo"}, "beta": 0.0},
+            r"no meaning for \['bias_variance'\]",
+        ),
         ({"loss_type": "bias_variance", "loss_kwargs": {"base": "bvpo"}}, "cannot be"),
         ({"beta": float("nan")}, "beta=nan"),
         ({"beta": -0.1}, "beta=-0.1"),

@@ -68,13 +68,17 @@ def test_loss_and_gradients_equal_the_plain_way(loss_type, tiny_model_dir, tmp_p
 
     expected_batch = plain_batch(trainer, batch)
     if loss_type == "bias_variance":
-        expected_batch = PreferenceBatch(**{**vars(expected_batch), "empty_trace": plain_batch(trainer, batch, "empty_trace_")})
+        expected_batch = PreferenceBatch(
+            **{**vars(expected_batch), "empty_trace": plain_batch(trainer, batch, "empty_trace_")}
+        )
     trainer.model.zero_grad()
     expected = get_loss(loss_type)(expected_batch).mean()
     expected.backward()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     for name, parameter in trainer.model.named_parameters():
-        torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            gradients[name], parameter.grad, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 @pytest.mark.parametrize("peft", [False, True], ids=["full", "peft"])
@@ -87,9 +91,21 @@ def test_loss_and_gradients_equal_the_plain_way(loss_type, tiny_model_dir, tmp_p
     ],
 )
 def test_limit_trains_like_trls_sigmoid(loss_type, loss_kwargs, peft, tiny_model_dir, tmp_path):
-    kwargs = {"trainer_kwargs": {"peft_config": LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")} if peft else None}
+    kwargs = {
+        "trainer_kwargs": {"peft_config": LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")}
+        if peft
+        else None
+    }
     theirs = build(trl.DPOTrainer, trl.DPOConfig, tiny_model_dir, tmp_path / "trl", **kwargs)
-    ours = build(DPOTrainer, DPOConfig, tiny_model_dir, tmp_path / "ours", loss_type=loss_type, loss_kwargs=loss_kwargs, **kwargs)
+    ours = build(
+        DPOTrainer,
+        DPOConfig,
+        tiny_model_dir,
+        tmp_path / "ours",
+        loss_type=loss_type,
+        loss_kwargs=loss_kwargs,
+        **kwargs,
+    )
     for trainer in (theirs, ours):
         trainer.train()
         trainer.evaluate()
@@ -177,14 +193,18 @@ def test_mixture_is_the_weighted_sum(tiny_model_dir, tmp_path):
     loss, grads = gradients(mixture, loss_weights=[0.5, 2.0, -0.25], loss_kwargs={"offset": {"alpha": 0.5}})
     parts = [gradients("sft"), gradients("offset", loss_kwargs={"alpha": 0.5}), gradients("bias_variance")]
     weights = [0.5, 2.0, -0.25]
-    assert loss.item() == pytest.approx(sum(w * part[0].item() for w, part in zip(weights, parts, strict=True)), rel=1e-5)
+    assert loss.item() == pytest.approx(
+        sum(w * part[0].item() for w, part in zip(weights, parts, strict=True)), rel=1e-5
+    )
     for name in grads:
         expected = sum(w * part[1][name] for w, part in zip(weights, parts, strict=True))
         torch.testing.assert_close(grads[name], expected, rtol=1e-4, atol=1e-6)
 
 
 def test_mixture_logs_each_loss(tiny_model_dir, tmp_path):
-    trainer = build(DPOTrainer, DPOConfig, tiny_model_dir, tmp_path, loss_type=["sigmoid", "offset", "margin_adaptive"])
+    trainer = build(
+        DPOTrainer, DPOConfig, tiny_model_dir, tmp_path, loss_type=["sigmoid", "offset", "margin_adaptive"]
+    )
     trainer.train()
     assert {"loss/offset", "loss/margin_adaptive", "offset/mean", "weight/mean"} <= history(trainer)[0].keys()
 
@@ -193,7 +213,9 @@ def test_mixture_logs_each_loss(tiny_model_dir, tmp_path):
 def test_adapter_that_was_trained_before(loss_type, tiny_model_dir, tmp_path):
     """The reference of a PEFT model that comes with an adapter is that adapter, so the first loss is that at delta 0."""
     base = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
-    model = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM"))
+    model = get_peft_model(
+        base, LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    )
     trainer = DPOTrainer(
         model=model,
         args=DPOConfig(**_options(tmp_path, loss_type=loss_type)),

@@ -55,7 +55,11 @@ def row(**changes):
 @pytest.mark.parametrize(
     ("template", "prompt", "chosen"),
     [
-        (SWITCH, "<|im_start|>user\nwhat is it<|im_end|>\n<|im_start|>assistant\n" + EMPTY_TRACE, "<b>good<|im_end|>\n"),
+        (
+            SWITCH,
+            "<|im_start|>user\nwhat is it<|im_end|>\n<|im_start|>assistant\n" + EMPTY_TRACE,
+            "<b>good<|im_end|>\n",
+        ),
         (OPENS, "[user]what is it[assistant]" + EMPTY_TRACE, "<b>good<|im_end|>"),
         (PLAIN, "[user]what is it<|im_end|>[assistant]" + EMPTY_TRACE, "<b>good<|im_end|>"),
         (DROPS, "[user]what is it<|im_end|>[assistant]<think>\n</think>\n", "<b>good<|im_end|>"),
@@ -90,9 +94,7 @@ def test_plain_text(tiny_model_dir):
 def test_tools_and_template_arguments_reach_the_template(tiny_model_dir):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
     tokenizer.chat_template = "{{- tools[0].name ~ mood }}" + PLAIN
-    ids = tokenize_empty_trace(
-        row(tools='[{"name": "clock"}]', chat_template_kwargs={"mood": "!"}), tokenizer
-    )
+    ids = tokenize_empty_trace(row(tools='[{"name": "clock"}]', chat_template_kwargs={"mood": "!"}), tokenizer)
     assert tokenizer.decode(ids["empty_trace_prompt_ids"]).startswith("clock![user]")
 
 
@@ -175,7 +177,10 @@ def test_strip_reasoning_traces(form):
     rows = [{side: completion(text) if side != "prompt" else text for side, text in row.items()} for row in rows]
     for dataset in (Dataset.from_list(rows), Dataset.from_list(rows).to_iterable_dataset()):
         first, second = list(strip_reasoning_traces(dataset))
-        assert (first["chosen_empty_trace"], first["rejected_empty_trace"]) == (completion("b"), completion("c </think> d"))
+        assert (first["chosen_empty_trace"], first["rejected_empty_trace"]) == (
+            completion("b"),
+            completion("c </think> d"),
+        )
         assert (second["chosen_empty_trace"], second["rejected_empty_trace"]) == (None, None)
         assert first["chosen"] == rows[0]["chosen"]
 

@@ -20,7 +20,17 @@ _ORIGIN = {
     "register_loss": "trl_ext.losses",
 }
 
-__all__ = ["__version__", *_ORIGIN]
+__all__ = [
+    "DPOConfig",
+    "DPOTrainer",
+    "GroupBatch",
+    "PreferenceBatch",
+    "__version__",
+    "get_loss",
+    "list_losses",
+    "patch_trl",
+    "register_loss",
+]
 
 if TYPE_CHECKING:
     from trl_ext.losses import GroupBatch, PreferenceBatch, get_loss, list_losses, register_loss

@@ -98,7 +98,10 @@ def _all_losses():
         hyperparameters = [f"{field.name}={_default(field)}" for field in dataclasses.fields(cls)]
         columns = [*cls.columns, *(f"({column})" for column in _optional(cls))]
         table.add_row(
-            f"[bold]{name}[/bold]{aliases}", "\n".join(hyperparameters), "\n".join(columns), cls.paper.replace(", ", "\n")
+            f"[bold]{name}[/bold]{aliases}",
+            "\n".join(hyperparameters),
+            "\n".join(columns),
+            cls.paper.replace(", ", "\n"),
         )
         table.add_section()
     table.caption = "aliases stand below a name; columns in brackets are optional"
@@ -147,7 +150,9 @@ def _run(args: argparse.Namespace) -> int:
 
     path = Path(args.script)
     if not path.is_file() and args.script != "dpo":
-        raise ValueError(f"There is no script {args.script!r}. Give the path of a Python file, or `dpo` for TRL's command.")
+        raise ValueError(
+            f"There is no script {args.script!r}. Give the path of a Python file, or `dpo` for TRL's command."
+        )
     patch_trl()
     if path.is_file():
         sys.argv = [args.script, *args.script_args]

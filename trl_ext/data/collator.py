@@ -33,7 +33,11 @@ class PreferenceCollator:
         empty = []
         if self.empty_trace:
             empty = [
-                {name: example[EMPTY_TRACE_PREFIX + name] for name in EMPTY_TRACE_FIELDS if EMPTY_TRACE_PREFIX + name in example}
+                {
+                    name: example[EMPTY_TRACE_PREFIX + name]
+                    for name in EMPTY_TRACE_FIELDS
+                    if EMPTY_TRACE_PREFIX + name in example
+                }
                 for example in examples
             ]
         batch = self.collator(examples)

@@ -45,8 +45,12 @@ def used_columns(available: Sequence[str], losses: Mapping[str, Any], split: str
     for name, loss in losses.items():
         for column in loss.required_columns:
             if column not in available:
-                near = difflib.get_close_matches(column, available, n=1)
-                hint = f" Rename {near[0]!r} if it is that column: dataset.rename_column({near[0]!r}, {column!r})." if near else ""
+                others = [
+                    other for other in available if other not in (*loss.required_columns, *loss.optional_columns)
+                ]
+                near = difflib.get_close_matches(column, others, n=1)
+                near += [other for other in others if sorted(other.split("_")) == sorted(column.split("_"))]
+                hint = f" If {near[-1]!r} is it: dataset.rename_column({near[-1]!r}, {column!r})." if near else ""
                 raise ValueError(
                     f"The loss {name!r} needs the column {column!r}, which the {split} dataset does not have. Its "
                     f"columns are {sorted(available)}.{hint}"

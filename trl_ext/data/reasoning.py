@@ -10,7 +10,6 @@ block belongs to the prompt: it is the same for both completions, so its log-pro
 import json
 import os
 import re
-from collections.abc import Callable
 from typing import Any
 
 from datasets import Dataset, IterableDataset
@@ -80,7 +79,10 @@ def check_pairs(example: dict, index: int, split: str) -> dict:
         `ValueError`: If a row has one completion of a pair without the other, or neither pair.
     """
     there = {}
-    for kind, sides in (("traced", ("chosen", "rejected")), ("empty-trace", ("chosen_empty_trace", "rejected_empty_trace"))):
+    for kind, sides in (
+        ("traced", ("chosen", "rejected")),
+        ("empty-trace", ("chosen_empty_trace", "rejected_empty_trace")),
+    ):
         missing = [side for side in sides if example[side] is None]
         if len(missing) == 1:
             raise ValueError(
@@ -89,7 +91,9 @@ def check_pairs(example: dict, index: int, split: str) -> dict:
             )
         there[kind] = not missing
     if not any(there.values()):
-        raise ValueError(f"Row {index} of the {split} dataset has neither a traced nor an empty-trace pair. Remove it.")
+        raise ValueError(
+            f"Row {index} of the {split} dataset has neither a traced nor an empty-trace pair. Remove it."
+        )
     for traced, empty in (("chosen", "chosen_empty_trace"), ("rejected", "rejected_empty_trace")):
         if there["traced"] and there["empty-trace"] and type(example[traced]) is not type(example[empty]):
             raise ValueError(
@@ -114,8 +118,11 @@ def tokenize_empty_trace(example: dict, tokenizer: Any) -> dict[str, list[int]]:
         conversational = isinstance(example["prompt"], list)
         render = _render_messages if conversational else _render_text
         prompt, completions = render(example, tokenizer)
-        # A chat template writes its own special tokens
-        encode: Callable[[str], list[int]] = lambda text: tokenizer(text, add_special_tokens=not conversational)["input_ids"]  # noqa: E731
+
+        def encode(text: str) -> list[int]:
+            # A chat template writes its own special tokens
+            return tokenizer(text, add_special_tokens=not conversational)["input_ids"]
+
         whole = {side: encode(prompt + text) for side, text in completions.items()}
         # Tokens may merge across the boundary: the completions start where the three part, as in TRL
         length = len(os.path.commonprefix([encode(prompt), *whole.values()]))

@@ -18,7 +18,9 @@ def check_hyperparameters(loss: object) -> None:
     for field in dataclasses.fields(loss):
         value, hint = getattr(loss, field.name), hints[field.name]
         allowed = typing.get_args(hint) or (hint,)
-        expected = " or ".join("None" if kind is type(None) else getattr(kind, "__name__", str(kind)) for kind in allowed)
+        expected = " or ".join(
+            "None" if kind is type(None) else getattr(kind, "__name__", str(kind)) for kind in allowed
+        )
         where = f"{type(loss).__name__}: `{field.name}={value!r}`"
         if isinstance(value, bool):
             if bool not in allowed:

@@ -35,7 +35,9 @@ class BiasVarianceLoss(Loss):
     """
 
     paper: ClassVar[str] = "2510.05095"
-    title: ClassVar[str] = "From Noisy Traces to Stable Gradients: Bias-Variance Optimized Preference Optimization for Aligning Large Reasoning Models"
+    title: ClassVar[str] = (
+        "From Noisy Traces to Stable Gradients: Bias-Variance Optimized Preference Optimization for Aligning Large Reasoning Models"
+    )
     citation: ClassVar[str] = """\
 @article{zhu2025noisy,
     title        = {{From Noisy Traces to Stable Gradients: Bias-Variance Optimized Preference Optimization for Aligning Large Reasoning Models}},

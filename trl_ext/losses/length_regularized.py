@@ -32,7 +32,9 @@ class LengthRegularizedLoss(Loss):
     """
 
     paper: ClassVar[str] = "2406.11817, 2403.19159"
-    title: ClassVar[str] = "Iterative Length-Regularized Direct Preference Optimization: A Case Study on Improving 7B Language Models to GPT-4 Level"
+    title: ClassVar[str] = (
+        "Iterative Length-Regularized Direct Preference Optimization: A Case Study on Improving 7B Language Models to GPT-4 Level"
+    )
     citation: ClassVar[str] = """\
 @article{liu2024iterative,
     title        = {{Iterative Length-Regularized Direct Preference Optimization: A Case Study on Improving 7B Language Models to GPT-4 Level}},

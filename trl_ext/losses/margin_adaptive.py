@@ -41,7 +41,9 @@ class MarginAdaptiveLoss(Loss):
     """
 
     paper: ClassVar[str] = "2510.05342"
-    title: ClassVar[str] = "Margin Adaptive DPO: Leveraging Reward Model for Granular Control in Preference Optimization"
+    title: ClassVar[str] = (
+        "Margin Adaptive DPO: Leveraging Reward Model for Granular Control in Preference Optimization"
+    )
     citation: ClassVar[str] = """\
 @article{rho2025margin,
     title        = {{Margin Adaptive DPO: Leveraging Reward Model for Granular Control in Preference Optimization}},

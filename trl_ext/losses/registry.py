@@ -93,7 +93,8 @@ def register_loss(name: str, *, aliases: Iterable[str] = ()) -> Callable[[LossCl
     names = (name, *aliases)
 
     def register(cls: LossClass) -> LossClass:
-        if not (isinstance(cls, type) and dataclasses.is_dataclass(cls) and callable(getattr(cls, "__call__", None))):
+        is_class = isinstance(cls, type) and dataclasses.is_dataclass(cls)
+        if not is_class or not any("__call__" in vars(base) for base in cls.__mro__):
             raise TypeError(
                 f"@register_loss({name!r}) needs a dataclass with a `__call__(batch)` method, got {cls!r}. Put "
                 "`@dataclass(frozen=True)` below it."
@@ -115,7 +116,7 @@ def register_loss(name: str, *, aliases: Iterable[str] = ()) -> Callable[[LossCl
         if not hasattr(cls, "divides_by_beta"):
             cls.divides_by_beta = False
         _classes[name] = cls
-        _aliases.update({alias: name for alias in aliases})
+        _aliases.update(dict.fromkeys(aliases, name))
         return cls
 
     return register
@@ -153,7 +154,9 @@ def _load(entry: EntryPoint) -> None:
     try:
         cls = entry.load()
     except Exception as error:
-        raise ValueError(f"The plug-in {entry.value} that offers the loss {entry.name!r} cannot be loaded: {error}") from error
+        raise ValueError(
+            f"The plug-in {entry.value} that offers the loss {entry.name!r} cannot be loaded: {error}"
+        ) from error
     if entry.name not in _classes and entry.name not in _aliases:
         register_loss(entry.name)(cls)
 

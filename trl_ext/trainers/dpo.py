@@ -366,7 +366,9 @@ class DPOTrainer(trl.DPOTrainer):
             return
         path = f"{self.args.output_dir}/README.md"
         card = ModelCard.load(path)
-        card.text = card.text.replace("### Framework versions", f"{self._describe_losses()}\n\n### Framework versions", 1)
+        card.text = card.text.replace(
+            "### Framework versions", f"{self._describe_losses()}\n\n### Framework versions", 1
+        )
         card.save(path)
 
     def _describe_losses(self) -> str:

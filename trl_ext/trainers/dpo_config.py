@@ -47,7 +47,7 @@ class DPOConfig(trl.DPOConfig):
         default=None,
         metadata={
             "help": "Hyper-parameters of trl_ext's losses as a JSON object: flat, '{\"alpha\": 0.5}', where one of them "
-            "is named, else by loss name, '{\"offset\": {\"alpha\": 0.5}}'. `trl-ext losses NAME` explains them."
+            'is named, else by loss name, \'{"offset": {"alpha": 0.5}}\'. `trl-ext losses NAME` explains them.'
         },
     )
     logprob_backend: str = field(

@@ -53,12 +53,13 @@ def build_losses(names: list[str], loss_kwargs: dict[str, Any] | None) -> dict[s
             name = resolve_name(given, also=TRL_LOSS_TYPES)
             if name not in ours:
                 raise ValueError(
-                    f"`loss_kwargs` has hyper-parameters for {given!r}, which `loss_type={names}` does not use"
-                    f"{' (it is TRL’s own and takes none)' if name in TRL_LOSS_TYPES else ''}. Remove them, or name "
-                    "the loss."
+                    f"`loss_kwargs` has hyper-parameters for {given!r}, which `loss_type={names}` does not use: "
+                    f"its losses with hyper-parameters here are {ours}. Remove them, or name the loss."
                 )
             if name in keyed:
-                raise ValueError(f"`loss_kwargs` names {name!r} twice, by its name and by an alias of {list_aliases(name)}.")
+                raise ValueError(
+                    f"`loss_kwargs` names {name!r} twice, by its name and by an alias of {list_aliases(name)}."
+                )
             keyed[name] = values
     elif len(ours) == 1:
         keyed = {ours[0]: loss_kwargs}

@@ -1,0 +1,68 @@
+"""Training on real scored preferences raises the preference accuracy on pairs that were held out."""
+
+import pytest
+import torch
+from datasets import Dataset, load_dataset
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from tests.conftest import build_tokenizer
+from tests.helpers import OUR_LOSSES, options
+from trl_ext import DPOConfig, DPOTrainer
+
+
+@pytest.fixture(scope="module")
+def imdb(shared_data, tmp_path_factory):
+    """Sentiment pairs with a clear margin, and a small model that has seen some of their texts."""
+    files = {split: str(shared_data / "imdb_sentiment" / f"pairs_{split}.jsonl") for split in ("train", "test")}
+    dataset = load_dataset("json", data_files=files, cache_dir=str(tmp_path_factory.mktemp("cache")))
+    dataset = dataset.filter(lambda row: row["score_chosen"] - row["score_rejected"] > 1)
+    tokenizer = build_tokenizer(row["prompt"] + row["chosen"] for row in dataset["train"])
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+    )  # fmt: skip
+    path = tmp_path_factory.mktemp("imdb-model")
+    Qwen3ForCausalLM(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+
+    def with_empty_trace(row):
+        # These reviews have no traces: the real texts stand in for both pairs, a made-up trace before one of them
+        trace = "<think>\nso\n</think>\n\n"
+        return {f"{side}_empty_trace": row[side] for side in ("chosen", "rejected")} | {
+            side: trace + row[side] for side in ("chosen", "rejected")
+        }
+
+    return path, dataset, dataset.map(with_empty_trace)
+
+
+@pytest.mark.parametrize("loss_type", OUR_LOSSES)
+def test_held_out_accuracy_rises(loss_type, imdb, tmp_path):
+    path, plain, traced = imdb
+    dataset = traced if loss_type == "bias_variance" else plain
+    assert isinstance(dataset["train"], Dataset)
+    trainer = DPOTrainer(
+        model=str(path),
+        args=DPOConfig(
+            **options(
+                tmp_path,
+                loss_type=loss_type,
+                max_steps=60,
+                per_device_train_batch_size=8,
+                learning_rate=1e-3,
+                per_device_eval_batch_size=32,
+                max_length=96,
+                logging_steps=20,
+                gradient_checkpointing=False,
+            )
+        ),
+        train_dataset=dataset["train"],
+        eval_dataset=dataset["test"],
+    )
+    # Where policy and reference agree, every pair is a tie: half of them right by chance
+    assert trainer.evaluate()["eval_rewards/margins"] == pytest.approx(0, abs=1e-4)
+    trainer.train()
+    after = trainer.evaluate()
+    assert after["eval_rewards/accuracies"] > 0.6
+    assert after["eval_rewards/margins"] > 0
