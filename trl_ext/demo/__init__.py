@@ -1,0 +1,39 @@
+"""
+`trl-ext demo`: the main job with nothing to download.
+
+`world.py` is the world and its true reward, `lm.py` the small language model, `training.py` the runs, `report.py` the
+table and the plot.
+"""
+
+import argparse
+
+
+# Plain DPO is the row that the others are compared with
+BASELINE = "sigmoid"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's flags."""
+    parser.description = (
+        "Build a small language model, sample preferences whose true reward is known, train DPO and the losses of this "
+        "package from the same start, and compare them. Takes a few minutes on two cores."
+    )
+    parser.add_argument("--loss", nargs="+", metavar="NAME", help="losses to train (default: sigmoid and all of ours)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of everything (default: 0)")
+    parser.add_argument(
+        "--output-dir", default="trl-ext-demo", help="where models and results go (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--dataset",
+        metavar="PATH",
+        help="preference data of your own (file, folder or hub name; prompt, chosen, rejected and what the losses need) "
+        "in place of the small world; the true reward is then unknown",
+    )
+    parser.add_argument("--steps", type=int, default=None, help="training steps a loss (default: 120)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the demonstration; returns the exit status."""
+    from trl_ext.demo.training import demonstrate
+
+    return demonstrate(args)

@@ -1,0 +1,150 @@
+"""A small language model, built from a config and fine-tuned here."""
+
+import random
+from collections.abc import Callable, Iterable
+
+import torch
+import torch.nn.functional as F
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+
+MAX_NEW_TOKENS = 64
+
+
+def word_tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
+    """One token a word."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    special = ["<pad>", "<eos>", "<unk>"]
+    vocabulary = {word: index for index, word in enumerate([*special, *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return _fast(tokenizer)
+
+
+def trained_tokenizer(texts: Iterable[str], size: int = 2000) -> PreTrainedTokenizerFast:
+    """Byte-level BPE trained on texts of the user's."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special = ["<pad>", "<eos>", "<unk>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return _fast(tokenizer)
+
+
+def _fast(tokenizer) -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", padding_side="left"
+    )
+
+
+def build_model(tokenizer: PreTrainedTokenizerBase, max_length: int) -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=96,
+        intermediate_size=256,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=max_length,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+        tie_word_embeddings=True,
+    )
+    return LlamaForCausalLM(config)
+
+
+def fine_tune(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: list[tuple[str, str]],
+    steps: int,
+    max_length: int,
+    rng: random.Random,
+    advance: Callable[[], None],
+) -> float:
+    """Next-token training on (prompt, completion) texts; returns the last step's loss in nats a token."""
+    batch_size = 48
+    encoded = [
+        tokenizer(prompt + completion + tokenizer.eos_token)["input_ids"][:max_length] for prompt, completion in texts
+    ]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=steps)
+    model.train()
+    for _ in range(steps):
+        rows = rng.choices(encoded, k=batch_size)
+        width = max(map(len, rows))
+        ids = torch.tensor([row + [tokenizer.pad_token_id] * (width - len(row)) for row in rows])
+        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+        loss = model(input_ids=ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        advance()
+    model.eval()
+    return loss.item()
+
+
+@torch.no_grad()
+def sample(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[str],
+    max_new_tokens: int = MAX_NEW_TOKENS,
+) -> list[torch.Tensor]:
+    """One completion a prompt at temperature 1: token ids up to and with the end of sequence."""
+    completions = []
+    for start in range(0, len(prompts), 256):
+        inputs = tokenizer(
+            prompts[start : start + 256], return_tensors="pt", padding=True, return_token_type_ids=False
+        )
+        output = model.generate(**inputs, do_sample=True, top_k=0, max_new_tokens=max_new_tokens)
+        for row in output[:, inputs["input_ids"].size(1) :]:
+            ends = (row == tokenizer.eos_token_id).nonzero()
+            completions.append(row[: int(ends[0]) + 1] if len(ends) else row)
+    return completions
+
+
+@torch.no_grad()
+def kl_to_reference(
+    model: PreTrainedModel,
+    reference: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[str],
+    completions: list[torch.Tensor],
+) -> float:
+    """
+    KL of the policy to the reference, in nats a completion.
+
+    The sum, over the tokens of the policy's own completions, of the KL between the two next-token distributions: the
+    same expectation as the mean log-ratio, with less noise.
+    """
+    total = 0.0
+    for start in range(0, len(prompts), 64):
+        texts = [tokenizer(prompt)["input_ids"] for prompt in prompts[start : start + 64]]
+        rows = [torch.cat([torch.tensor(a), b]) for a, b in zip(texts, completions[start : start + 64], strict=True)]
+        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
+        position = torch.arange(ids.size(1))
+        lengths = torch.tensor([len(row) for row in rows])[:, None]
+        first = torch.tensor([len(text) for text in texts])[:, None]
+        logps = [
+            F.log_softmax(lm(input_ids=ids, attention_mask=(position < lengths).long()).logits.float(), dim=-1)
+            for lm in (model, reference)
+        ]
+        kl = F.kl_div(logps[1], logps[0], reduction="none", log_target=True).sum(-1)
+        # Position t holds the distribution of token t + 1
+        total += (kl * ((position >= first - 1) & (position < lengths - 1))).sum().item()
+    return total / len(prompts)
