@@ -1,0 +1,39 @@
+"""Batches for the loss tests."""
+
+import torch
+
+from trl_ext import GroupBatch, PreferenceBatch
+
+
+def pairs(deltas, *, lengths=None, beta=0.1, dtype=torch.float64, requires_grad=False, **columns) -> PreferenceBatch:
+    """A batch whose `delta` is `deltas`: log-ratios of 0.5 more and 0.5 less than half of it."""
+    delta = torch.tensor(deltas, dtype=dtype)
+    ref = torch.linspace(-20, -10, len(delta), dtype=dtype)
+    chosen = (ref + delta / 2 + 0.5).requires_grad_(requires_grad)
+    rejected = (ref - delta / 2 + 0.5).requires_grad_(requires_grad)
+    n_chosen, n_rejected = lengths or ([7] * len(delta), [7] * len(delta))
+    columns = {
+        name: value if isinstance(value, torch.Tensor) else torch.tensor(value, dtype=torch.float64)
+        for name, value in columns.items()
+    }
+    return PreferenceBatch(
+        chosen, rejected, ref, ref.clone(), torch.tensor(n_chosen), torch.tensor(n_rejected), beta=beta, columns=columns
+    )
+
+
+def group(logratios, scores, mask=None, *, beta=0.1, dtype=torch.float64) -> GroupBatch:
+    """Groups of completions with the given log-ratios."""
+    logratios = torch.tensor(logratios, dtype=dtype)
+    ref = torch.full_like(logratios, -12.0)
+    mask = torch.ones_like(logratios, dtype=torch.bool) if mask is None else torch.tensor(mask)
+    return GroupBatch(
+        (ref + logratios).requires_grad_(), ref, torch.full_like(logratios, 5), torch.tensor(scores, dtype=dtype), mask, beta
+    )
+
+
+def slope(loss, batch) -> torch.Tensor:
+    """dL/d delta of each pair, by autograd: the derivative in the chosen log-prob."""
+    (gradient,) = torch.autograd.grad(loss(batch).sum(), batch.chosen_logps, retain_graph=True)
+    (opposite,) = torch.autograd.grad(loss(batch).sum(), batch.rejected_logps)
+    torch.testing.assert_close(gradient, -opposite)
+    return gradient

@@ -1,0 +1,169 @@
+"""What holds for every loss."""
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.losses.batches import group, pairs
+from trl_ext import get_loss, list_losses
+from trl_ext.losses import loss_class
+
+
+VARIANTS = [
+    ("offset", {}),
+    ("offset", {"scaling": "linear"}),
+    ("offset", {"scaling": "log_ratio"}),
+    ("offset", {"scaling": "log", "margin_floor": 0.5}),
+    ("anchored", {}),
+    ("anchored", {"label_smoothing": 0.2, "standardize": True}),
+    ("margin_adaptive", {}),
+    ("margin_adaptive", {"c_max": 4.0, "c_min": 0.25, "tau": 6.9}),
+    ("bias_variance", {}),
+    ("bias_variance", {"base": "ipo"}),
+    ("length_regularized", {}),
+]
+IDS = [f"{name}-{'-'.join(map(str, kwargs.values()))}" for name, kwargs in VARIANTS]
+
+
+def full(deltas, *, dtype=torch.float64, margins=None, lengths=None, requires_grad=False):
+    """A batch that every loss can take: positive margins, positive scores, an empty-trace pair."""
+    margins = [1.5] * len(deltas) if margins is None else margins
+    rejected = torch.full((len(deltas),), 0.25, dtype=torch.float32)
+    columns = {"score_chosen": rejected + torch.tensor(margins, dtype=torch.float32), "score_rejected": rejected}
+    kwargs = {"dtype": dtype, "lengths": lengths, "requires_grad": requires_grad, **columns}
+    return dataclasses.replace(pairs(deltas, **kwargs), empty_trace=pairs([-delta for delta in deltas], **kwargs))
+
+
+def test_every_loss_is_here():
+    assert {name for name, _ in VARIANTS} == set(list_losses())
+
+
+@pytest.mark.parametrize(("name", "kwargs"), VARIANTS, ids=IDS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_shape_and_dtype(name, kwargs, dtype):
+    for size in (1, 5):
+        loss = get_loss(name, **kwargs)(full([0.5] * size, dtype=dtype))
+        assert loss.shape == (size,)
+        assert loss.dtype == dtype
+
+
+@pytest.mark.parametrize(("name", "kwargs"), VARIANTS, ids=IDS)
+def test_gradient_by_finite_differences(name, kwargs):
+    base = full([-2.0, 0.3, 4.0], lengths=([9, 4, 6], [3, 8, 6]))
+    loss = get_loss(name, **kwargs)
+
+    def of(chosen, rejected, empty_chosen, empty_rejected):
+        empty = dataclasses.replace(base.empty_trace, chosen_logps=empty_chosen, rejected_logps=empty_rejected)
+        return loss(dataclasses.replace(base, chosen_logps=chosen, rejected_logps=rejected, empty_trace=empty))
+
+    empty = base.empty_trace
+    inputs = [base.chosen_logps, base.rejected_logps, empty.chosen_logps, empty.rejected_logps]
+    assert torch.autograd.gradcheck(of, [tensor.clone().requires_grad_() for tensor in inputs])
+
+
+@pytest.mark.parametrize(("name", "kwargs"), VARIANTS, ids=IDS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_finite_at_extremes(name, kwargs, dtype):
+    """Log-ratios of 1e5 and margins of 1e4, in value and gradient."""
+    deltas = [1e5, -1e5, 0.0, 1e5, -1e5]
+    margins = [1e4, 1e4, 1e4, 1e-3, 1e-3]
+    lengths = ([10_000, 1, 7, 1, 7], [1, 10_000, 7, 7, 1])
+    batch = full(deltas, dtype=dtype, margins=margins, lengths=lengths, requires_grad=True)
+    loss = get_loss(name, **kwargs)(batch)
+    loss.float().sum().backward()
+    assert loss.isfinite().all()
+    for tensor in (batch.chosen_logps, batch.rejected_logps):
+        assert tensor.grad.isfinite().all()
+    if name == "bias_variance":
+        assert batch.empty_trace.chosen_logps.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["anchored", "margin_adaptive"])
+def test_finite_for_contradicted_labels(name):
+    margins = [-1e4, -50.0, -1.0, 1e4]
+    batch = full([1e5, -1e5, 3.0, -3.0], dtype=torch.float32, margins=margins, requires_grad=True)
+    loss = get_loss(name)(batch)
+    loss.sum().backward()
+    assert loss.isfinite().all()
+    assert batch.chosen_logps.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_groups_are_finite_at_extremes(dtype):
+    batch = group([[1e5, -1e5, 0.0]], [[1e4, -1e4, 0.0]], [[True, True, False]], dtype=dtype)
+    loss = get_loss("anchored")(batch)
+    loss.float().sum().backward()
+    assert loss.isfinite().all()
+    assert batch.logps.grad.isfinite().all()
+    assert loss.dtype == dtype
+
+
+@pytest.mark.parametrize(("name", "kwargs"), VARIANTS, ids=IDS)
+def test_no_gradient_reaches_columns_or_the_reference(name, kwargs):
+    batch = full([1.0, -2.0], requires_grad=True)
+    scores = [column.requires_grad_() for column in batch.columns.values()]
+    references = [batch.ref_chosen_logps.requires_grad_(), batch.ref_rejected_logps]
+    loss = get_loss(name, **kwargs)(batch)
+    gradients = torch.autograd.grad(loss.sum(), scores, allow_unused=True, retain_graph=True)
+    assert gradients == (None, None)
+    (reference,) = torch.autograd.grad(loss.sum(), references[:1])
+    (policy,) = torch.autograd.grad(get_loss(name, **kwargs)(batch).sum(), batch.chosen_logps)
+    torch.testing.assert_close(reference, -policy)  # the reference enters through the log-ratio alone
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from(VARIANTS),
+    st.lists(
+        st.tuples(
+            st.floats(-1e5, 1e5), st.floats(2**-10, 1e4, width=32), st.integers(1, 10_000), st.integers(1, 10_000)
+        ),
+        min_size=1,
+        max_size=9,
+    ),
+)
+def test_any_shape_and_any_value(variant, rows):
+    """Finite, and each pair's loss its own: a batch gives what its pairs give one by one."""
+    deltas, margins, chosen, rejected = (list(column) for column in zip(*rows, strict=True))
+    loss = get_loss(variant[0], **variant[1])
+    values = loss(full(deltas, margins=margins, lengths=(chosen, rejected)))
+    assert values.isfinite().all()
+    assert values.shape == (len(rows),)
+    for index, (delta, margin, n_chosen, n_rejected) in enumerate(rows):
+        alone = full([delta], margins=[margin], lengths=([n_chosen], [n_rejected]))
+        # The same reference, so that rounding is the same
+        for batch, whole in ((alone, full(deltas)), (alone.empty_trace, full(deltas).empty_trace)):
+            shift = whole.ref_chosen_logps[index] - batch.ref_chosen_logps
+            for field in ("chosen_logps", "rejected_logps", "ref_chosen_logps", "ref_rejected_logps"):
+                object.__setattr__(batch, field, getattr(batch, field) + shift)
+        torch.testing.assert_close(loss(alone)[0], values[index], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("name", "kwargs"), VARIANTS, ids=IDS)
+def test_metrics_are_detached_scalars(name, kwargs):
+    metrics = get_loss(name, **kwargs).metrics(full([1.0, -2.0], requires_grad=True))
+    assert metrics
+    for key, value in metrics.items():
+        assert value.shape == (), key
+        assert not value.requires_grad, key
+
+
+@pytest.mark.parametrize("name", list_losses())
+def test_states_what_it_needs(name):
+    cls = loss_class(name)
+    assert cls.paper
+    assert cls.title
+    assert cls.citation.startswith("@")
+    assert isinstance(cls.columns, tuple)
+    assert cls.needs_reference
+    assert cls.takes_groups == (name == "anchored")
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        get_loss(name).alpha = 3
+
+
+def test_missing_column_names_what_is_there():
+    with pytest.raises(ValueError, match=r"no column 'score_chosen'; its columns are \['weight'\]"):
+        get_loss("margin_adaptive")(pairs([0.0], weight=[1.0]))
