@@ -17,7 +17,14 @@ def pairs(deltas, *, lengths=None, beta=0.1, dtype=torch.float64, requires_grad=
         for name, value in columns.items()
     }
     return PreferenceBatch(
-        chosen, rejected, ref, ref.clone(), torch.tensor(n_chosen), torch.tensor(n_rejected), beta=beta, columns=columns
+        chosen,
+        rejected,
+        ref,
+        ref.clone(),
+        torch.tensor(n_chosen),
+        torch.tensor(n_rejected),
+        beta=beta,
+        columns=columns,
     )
 
 
@@ -27,7 +34,12 @@ def group(logratios, scores, mask=None, *, beta=0.1, dtype=torch.float64) -> Gro
     ref = torch.full_like(logratios, -12.0)
     mask = torch.ones_like(logratios, dtype=torch.bool) if mask is None else torch.tensor(mask)
     return GroupBatch(
-        (ref + logratios).requires_grad_(), ref, torch.full_like(logratios, 5), torch.tensor(scores, dtype=dtype), mask, beta
+        (ref + logratios).requires_grad_(),
+        ref,
+        torch.full_like(logratios, 5),
+        torch.tensor(scores, dtype=dtype),
+        mask,
+        beta,
     )
 
 

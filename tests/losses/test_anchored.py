@@ -72,7 +72,9 @@ def test_pair_is_the_group_of_two():
     for standardize in (False, True):
         loss = get_loss("anchored", beta_r=0.7, standardize=standardize)
         pair = pairs([3.0, -5.0], score_chosen=[2.0, 0.5], score_rejected=[1.0, 3.0])
-        ratios = [[c, r] for c, r in zip(pair.chosen_logratios.tolist(), pair.rejected_logratios.tolist(), strict=True)]
+        ratios = [
+            [c, r] for c, r in zip(pair.chosen_logratios.tolist(), pair.rejected_logratios.tolist(), strict=True)
+        ]
         torch.testing.assert_close(loss(group(ratios, [[2.0, 1.0], [0.5, 3.0]])), loss(pair))
 
 

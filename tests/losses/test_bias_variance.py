@@ -10,7 +10,9 @@ from trl_ext.losses.base import PLAIN_LOSSES
 
 
 def both(traced, empty, **kwargs):
-    return dataclasses.replace(pairs(traced, requires_grad=True, **kwargs), empty_trace=pairs(empty, requires_grad=True, **kwargs))
+    return dataclasses.replace(
+        pairs(traced, requires_grad=True, **kwargs), empty_trace=pairs(empty, requires_grad=True, **kwargs)
+    )
 
 
 def test_value_and_gradient():
@@ -39,7 +41,9 @@ def test_limits(base):
 
 def test_ipo_by_hand():
     # log-ratios 1.5 and -0.5 over 7 tokens each: (2 / 7 - 5)^2 at beta 0.1
-    assert get_loss("bias_variance", base="ipo", alpha=1.0)(both([2.0], [0.0])).item() == pytest.approx((2 / 7 - 5) ** 2)
+    assert get_loss("bias_variance", base="ipo", alpha=1.0)(both([2.0], [0.0])).item() == pytest.approx(
+        (2 / 7 - 5) ** 2
+    )
 
 
 def test_base_that_reads_columns():

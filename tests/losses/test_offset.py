@@ -73,7 +73,10 @@ def test_tie_is_refused_by_log():
 
 
 def test_check_columns():
-    columns = {"score_chosen": torch.tensor([2.0, 1.0, 0.5, 3.0]), "score_rejected": torch.tensor([1.0, 1.0, 1.0, -1.0])}
+    columns = {
+        "score_chosen": torch.tensor([2.0, 1.0, 0.5, 3.0]),
+        "score_rejected": torch.tensor([1.0, 1.0, 1.0, -1.0]),
+    }
     assert get_loss("offset").check_columns(columns).tolist() == [False, True, True, False]
     assert get_loss("offset", scaling="log_ratio").check_columns(columns).tolist() == [False, True, True, True]
     assert not get_loss("offset", margin_floor=0.1).check_columns(columns).any()

@@ -62,7 +62,11 @@ def test_unknown_name(name, message):
         ("offset", {"alpha": True}, "`alpha=True` is a bool; expected float"),
         ("offset", {"alpha": None}, "`alpha=None` is a NoneType; expected float"),
         ("offset", {"alpha": -0.5}, "`alpha=-0.5` must be at least 0"),
-        ("offset", {"scaling": "sqrt"}, r"`scaling='sqrt'` is unknown; choose one of \['log', 'log_ratio', 'linear'\]"),
+        (
+            "offset",
+            {"scaling": "sqrt"},
+            r"`scaling='sqrt'` is unknown; choose one of \['log', 'log_ratio', 'linear'\]",
+        ),
         ("offset", {"scaling": 1}, "`scaling=1` is a int; expected str"),
         ("offset", {"margin_floor": 0.0}, "`margin_floor=0.0` must be positive"),
         ("offset", {"margin_floor": "0.1"}, "expected float or None"),
@@ -150,8 +154,9 @@ def test_the_same_class_again_replaces_itself():
 
         return Again
 
-    define()
-    assert loss_class("again") is define()
+    first, second = define(), define()
+    assert first is not second
+    assert loss_class("again") is second
 
 
 @pytest.mark.parametrize("thing", [lambda batch: batch.delta, object, dataclass(type("NoCall", (), {}))])
@@ -217,7 +222,9 @@ def test_plugin_that_registers_itself(plugin):
 
 def test_plugin_that_cannot_be_loaded(plugin):
     plugin(code="import no_such_module", plugged="plugged:Plugged")
-    with pytest.raises(ValueError, match=r"plug-in plugged:Plugged that offers the loss 'plugged' cannot be loaded: No module"):
+    with pytest.raises(
+        ValueError, match=r"plug-in plugged:Plugged that offers the loss 'plugged' cannot be loaded: No module"
+    ):
         get_loss("plugged")
 
 
