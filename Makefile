@@ -1,5 +1,8 @@
 # Everything starts here: the virtual environment is made when it is not there.
-PYTHON ?= $(firstword $(foreach name,python3.12 python3.11 python3.10 python3,$(shell command -v $(name))))
+# The first Python of a supported version that runs: a name on the path may be a shim of one that is not installed
+SUPPORTED := import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))
+PYTHON ?= $(shell for name in python3 python3.12 python3.11 python3.10; do \
+	$$name -c '$(SUPPORTED)' 2>/dev/null && echo $$name && break; done)
 BIN := .venv/bin
 WORKERS ?= 2
 
@@ -10,6 +13,7 @@ help:  ## list the commands
 
 # torch first, on its own: pinned, so that no other build of it is resolved
 .venv/ready: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "No Python 3.10, 3.11 or 3.12 found. Install one, or name it: make $(MAKECMDGOALS) PYTHON=..."; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'

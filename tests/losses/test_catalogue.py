@@ -47,7 +47,9 @@ def test_row(name):
 @pytest.mark.parametrize("name", list_losses())
 def test_section(name):
     text = section(name)
-    assert re.findall(r"^- `(\w+)`", text, flags=re.MULTILINE) == [f.name for f in dataclasses.fields(loss_class(name))]
+    assert re.findall(r"^- `(\w+)`", text, flags=re.MULTILINE) == [
+        f.name for f in dataclasses.fields(loss_class(name))
+    ]
     for word in ("L ", "How sure:", "not"):
         assert word in text
 

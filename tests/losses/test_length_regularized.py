@@ -12,8 +12,8 @@ def test_values_and_gradients():
     deltas, chosen, rejected = [-3.0, 0.0, 5.0], [40, 10, 3], [10, 40, 3]
     batch = pairs(deltas, beta=0.5, lengths=(chosen, rejected), requires_grad=True)
     loss = get_loss("length_regularized", alpha=0.04)
-    for value, gradient, d, w, l in zip(loss(batch), slope(loss, batch), deltas, chosen, rejected, strict=True):
-        z = 0.5 * d + 0.04 * (w - l)
+    for value, gradient, d, w, r in zip(loss(batch), slope(loss, batch), deltas, chosen, rejected, strict=True):
+        z = 0.5 * d + 0.04 * (w - r)
         assert value.item() == pytest.approx(math.log1p(math.exp(-z)), rel=1e-12)
         assert gradient.item() == pytest.approx(-0.5 / (1 + math.exp(z)), rel=1e-12)
 

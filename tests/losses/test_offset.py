@@ -21,8 +21,8 @@ def test_values_and_gradients(scaling, alpha):
     batch = pairs(deltas, beta=0.5, score_chosen=chosen, score_rejected=rejected, requires_grad=True)
     loss = get_loss("offset", alpha=alpha, scaling=scaling)
     expected = [
-        by_hand(d, w - l, w / l, alpha=alpha, beta=0.5, scaling=scaling)
-        for d, w, l in zip(deltas, chosen, rejected, strict=True)
+        by_hand(d, w - r, w / r, alpha=alpha, beta=0.5, scaling=scaling)
+        for d, w, r in zip(deltas, chosen, rejected, strict=True)
     ]
     assert loss(batch).tolist() == pytest.approx([value for value, _ in expected], rel=1e-12)
     assert slope(loss, batch).tolist() == pytest.approx([gradient for _, gradient in expected], rel=1e-12)
@@ -63,7 +63,7 @@ def test_margin_that_is_not_positive_is_refused(scaling, chosen, rejected):
     if scaling == "log_ratio" and chosen > 0:
         return  # the ratio is defined; the data set is refused all the same, see check_columns
     batch = pairs([0.0], score_chosen=[chosen], score_rejected=[rejected])
-    with pytest.raises(ValueError, match="1 of 1 pairs.*margin_floor"):
+    with pytest.raises(ValueError, match=r"1 of 1 pairs.*margin_floor"):
         get_loss("offset", scaling=scaling)(batch)
 
 
