@@ -1,0 +1,37 @@
+"""
+Length-regularised DPO (R-DPO, iLR-DPO): longer answers need less push.
+
+Needs nothing but pairs. `alpha` is the price of a token: `alpha` times a typical length gap should be of order 1.
+
+    python examples/length_regularized.py --output_dir out
+    python examples/length_regularized.py --model path/to/model --dataset pairs.jsonl --output_dir out --max_steps 100
+
+Every field of `DPOConfig` is a flag, `--loss_kwargs '{"alpha": 0.01}'` among them.
+"""
+
+from dataclasses import dataclass, field
+
+from trl import TrlParser
+
+from trl_ext import DPOConfig, DPOTrainer
+from trl_ext.data import load_preferences
+
+
+@dataclass
+class Script:
+    model: str = field(default="Qwen/Qwen3-0.6B", metadata={"help": "Hub name or folder of the model."})
+    dataset: str = field(
+        default="trl-lib/ultrafeedback_binarized",
+        metadata={"help": "Hub name, folder or file (JSON Lines, CSV, Parquet) of the preference data."},
+    )
+
+
+if __name__ == "__main__":
+    parser = TrlParser([Script, DPOConfig])
+    parser.set_defaults(loss_type=["length_regularized"], loss_kwargs={"alpha": 0.02})
+    script, args = parser.parse_args_and_config()
+
+    dataset = load_preferences(script.dataset)
+    trainer = DPOTrainer(model=script.model, args=args, train_dataset=dataset)
+    trainer.train()
+    trainer.save_model()
