@@ -117,7 +117,7 @@ def test_run_under_accelerate(script, data, tiny_model_dir, tmp_path):
         (["--loss_type", "offset", "--loss_kwargs", "{alpha: 1}"], "is not JSON"),
         (["--loss_type", "offset", "sft", "--loss_weights", "nan", "1"], "must be finite"),
         (["--loss_type", "anchored", "--beta", "0"], "no meaning for"),
-        (["--loss_typ", "offset"], "not used by the HfArgumentParser"),
+        (["--lose_type", "offset"], "not used by the HfArgumentParser"),
     ],
     ids=lambda value: None if isinstance(value, str) else "-".join(value[:3]),
 )
