@@ -1,0 +1,138 @@
+"""The small world, and the demonstration in it."""
+
+import argparse
+import json
+import math
+import random
+
+import pytest
+
+from trl_ext import demo, list_losses
+from trl_ext.cli import main
+from trl_ext.demo import world
+
+
+def run(*arguments):
+    parser = argparse.ArgumentParser()
+    demo.add_arguments(parser)
+    return demo.run(parser.parse_args([str(argument) for argument in arguments]))
+
+
+def results(folder):
+    return json.loads((folder / "results.json").read_text())["results"]
+
+
+def test_true_reward():
+    assert world.reward(" the plot was superb .") == 3.0
+    assert world.reward(" the plot was superb . the cast was awful .") == 0.0
+    assert world.reward(" i liked the lead . the script was very dull .") == 0.0
+    assert world.reward(" i liked the lead .") == 1.5
+    assert world.reward(" the plot was the plot .") == 0.0
+    # A trace earns nothing, and neither does length
+    assert world.reward(" <think> awful awful </think> the plot was superb .") == 3.0
+    assert world.reward(" the plot was superb ." * 5) == 3.0
+
+
+def test_grammar_speaks_the_vocabulary_only():
+    words = set(world.vocabulary())
+    texts = world.corpus(random.Random(0), 300)
+    assert {word for prompt, completion in texts for word in (prompt + completion).split()} <= words
+    assert world.corpus(random.Random(1), 5) == world.corpus(random.Random(1), 5)
+
+
+def test_preferences_are_bradley_terry():
+    rng = random.Random(0)
+    better, worse = " the plot was good .", " the plot was slow ."  # 1.5 and 0
+    wins = sum(world.prefer(rng, better, worse)[0] == better for _ in range(20_000))
+    assert wins / 20_000 == pytest.approx(1 / (1 + math.exp(-1.5)), abs=0.01)
+
+
+def test_kl_to_reference_equals_the_mean_log_ratio(tmp_path):
+    """In expectation; and it is 0 for the same model."""
+    import copy
+
+    import torch
+
+    from trl_ext.demo import lm
+
+    torch.manual_seed(0)
+    tokenizer = lm.word_tokenizer(world.vocabulary())
+    reference = lm.build_model(tokenizer, 64).eval()
+    policy = copy.deepcopy(reference)
+    for parameter in policy.parameters():
+        parameter.data += 0.03 * torch.randn_like(parameter)
+    prompts = world.PROMPTS[:4] * 150
+    completions = lm.sample(policy, tokenizer, prompts, max_new_tokens=6)
+    assert lm.kl_to_reference(policy, policy, tokenizer, prompts, completions) == pytest.approx(0, abs=1e-5)
+    ratios = []
+    for prompt, completion in zip(prompts, completions, strict=True):
+        ids = torch.cat([torch.tensor(tokenizer(prompt)["input_ids"]), completion])[None]
+        with torch.no_grad():
+            logps = [
+                model(input_ids=ids)
+                .logits[0, :-1]
+                .log_softmax(-1)
+                .gather(-1, ids[0, 1:, None])[-len(completion) :]
+                .sum()
+                for model in (policy, reference)
+            ]
+        ratios.append((logps[0] - logps[1]).item())
+    kl = lm.kl_to_reference(policy, reference, tokenizer, prompts, completions)
+    deviation = torch.tensor(ratios).std().item() / math.sqrt(len(ratios))
+    assert kl == pytest.approx(sum(ratios) / len(ratios), abs=4 * deviation)
+
+
+def test_own_dataset(shared_data, tmp_path, capsys):
+    data = shared_data / "imdb_sentiment" / "pairs_train.jsonl"
+    status = run(
+        "--dataset", data, "--loss", "sigmoid", "odpo", "bias_variance", "--steps", 2, "--output-dir", tmp_path
+    )
+    assert status == 0
+    rows = results(tmp_path)
+    assert [row["loss"] for row in rows] == ["start", "sigmoid", "offset"]
+    assert all(row["reward"] is None and row["kl"] >= 0 for row in rows)
+    shown = capsys.readouterr().out
+    assert "bias_variance was skipped: The loss 'bias_variance' needs the column 'chosen_empty_trace'" in " ".join(
+        shown.split()
+    )
+    assert "reward" not in shown.splitlines()[3]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--loss", "ofset"], "Did you mean 'offset'"),
+        (["--steps", "0"], "at least 1 step"),
+        (["--dataset", "nowhere.txt"], "nowhere"),
+    ],
+)
+def test_mistakes(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "nowhere.txt").write_text("")
+    assert main(["demo", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_demonstration(tmp_path, capsys):
+    """Each loss raises the true reward; everything it promises to save is there, and loads."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    assert run("--output-dir", tmp_path, "--seed", 1) == 0
+    rows = results(tmp_path)
+    start = {row["data"]: row for row in rows if row["loss"] == "start"}
+    trained = [row for row in rows if row["loss"] != "start"]
+    assert {row["loss"] for row in trained} == {"sigmoid", *list_losses()}
+    for row in trained:
+        assert row["reward"] > start[row["data"]]["reward"] + 0.3, row
+        assert row["accuracy"] > 0.55, row
+        assert 0 < row["kl"] < 50, row
+        name = row["loss"] if row["data"] == "plain" else f"{row['loss']}-traced"
+        AutoModelForCausalLM.from_pretrained(tmp_path / name)
+        AutoTokenizer.from_pretrained(tmp_path / name)
+        assert (tmp_path / name / "README.md").is_file()
+    lengths = {row["loss"]: row["length"] for row in trained if row["data"] == "plain"}
+    assert lengths["length_regularized"] < lengths["sigmoid"]
+    assert (tmp_path / "reward_kl.png").stat().st_size > 10_000
+    assert (tmp_path / "results.csv").read_text().startswith("loss,data,reward,kl")
+    assert "offset" in capsys.readouterr().out
