@@ -1,6 +1,7 @@
 """`trl.DPOTrainer` with the losses of this package."""
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import torch
 import trl
 from accelerate.logging import get_logger
+from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset, concatenate_datasets
 from huggingface_hub import ModelCard
 from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
@@ -27,10 +29,25 @@ from trl_ext.losses import PreferenceBatch
 from trl_ext.losses.base import SigmoidLoss
 from trl_ext.trainers.dpo_config import DPOConfig
 from trl_ext.trainers.loss_terms import build_losses, check_combination, resolve_loss_types
-from trl_ext.trainers.trl_seam import Replay, fused_forward, reference_in_inputs, select_rows, with_cache_key
+from trl_ext.trainers.scoring import ReferenceModel, Scorer, build_scorer
+from trl_ext.trainers.trl_seam import (
+    Replay,
+    bind_forward,
+    forget_metrics,
+    fused_forward,
+    map_rows,
+    reference_in_inputs,
+    unbind_forward,
+    with_cache_key,
+)
 
 
 logger = get_logger(__name__)
+
+
+def _base(model: torch.nn.Module) -> torch.nn.Module:
+    """The model inside an adapter's wrapper."""
+    return model.get_base_model() if is_peft_model(model) else model
 
 
 class DPOTrainer(trl.DPOTrainer):
@@ -102,6 +119,9 @@ class DPOTrainer(trl.DPOTrainer):
             train_dataset = checked(train_dataset, self._columns, losses, "train")
         if eval_dataset is not None:
             eval_dataset = self._checked_eval(eval_dataset)
+        for given in (model, ref_model):
+            if isinstance(given, torch.nn.Module):
+                unbind_forward(_base(given))  # of an earlier trainer, or of the model this one is a copy of
 
         super().__init__(
             model=model,
@@ -117,6 +137,8 @@ class DPOTrainer(trl.DPOTrainer):
             quantization_config=quantization_config,
             peft_config=peft_config,
         )
+        bind_forward(_base(self.model))
+        _ = self._scorer  # an impossible backend is refused now
         if not self._losses:
             return
 
@@ -220,7 +242,7 @@ class DPOTrainer(trl.DPOTrainer):
         if not isinstance(dataset, Dataset):
             return super()._precompute_ref_logps(dataset, name, batch_size)  # says that a stream cannot be precomputed
         args = self.args
-        key = (args.max_length, args.truncation_mode, args.ld_alpha, args.bf16, args.fp16)
+        key = (args.max_length, args.truncation_mode, args.ld_alpha, args.bf16, args.fp16, str(self._scorer))
         collator = self.data_collator
         if isinstance(collator, PreferenceCollator):  # `evaluate` of a new dataset: the reference reads no columns
             self.data_collator = collator.collator
@@ -254,19 +276,58 @@ class DPOTrainer(trl.DPOTrainer):
         }
         return rest, columns, empty
 
+    @functools.cached_property
+    def _scorer(self) -> Scorer | None:
+        """Our token log-probabilities; `None` for TRL's own. Built when first needed: TRL may precompute with it."""
+        return build_scorer(self.model, self.args, self.aux_loss_enabled)
+
+    def compute_ref_log_probs(self, model, inputs):
+        if self._scorer is None:
+            return super().compute_ref_log_probs(model, inputs)
+        return self._ref_log_probs(model, inputs, self._scorer.layout(inputs, inputs["input_ids"].size(0) // 2))
+
+    def _ref_log_probs(self, model, inputs, layout):
+        if self._scorer is not None:
+            model = ReferenceModel(self._scorer, model, inputs, layout)
+        return super().compute_ref_log_probs(model, inputs)
+
+    def _statistics(self) -> tuple[str, ...] | None:
+        """
+        Which of the per-token statistics that feed TRL's metrics to compute: all of them (`None`) in evaluation and in a
+        step that will be logged, else those that cost next to nothing.
+        """
+        args, state = self.args, self.state
+        step = state.global_step + 1
+        logged = {
+            "no": False,
+            "steps": step % state.logging_steps == 0 if state.logging_steps else True,
+            "epoch": True,  # its last step is not known in advance
+        }[str(getattr(args.logging_strategy, "value", args.logging_strategy))]
+        if not self.model.training or logged or (args.logging_first_step and step == 1):
+            return None
+        capped = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None) is not None
+        return ("is_top1",) if capped else ("mean_logits", "is_top1")
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        if not self._losses:
+        if not self._losses and self._scorer is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         inputs, columns, empty = self._split(inputs)
         joint = self._join(inputs, empty) if empty else inputs
+        groups = joint["input_ids"].size(0) // (4 if empty else 2)
 
         # One forward for all sequences, through the wrapped model
-        outputs = fused_forward(model, joint, router_logits=self.aux_loss_enabled)
+        statistics = layout = None
+        if self._scorer is None:
+            outputs = fused_forward(model, joint, router_logits=self.aux_loss_enabled)
+        else:
+            statistics = self._statistics()
+            layout = self._scorer.layout(joint, groups)
+            outputs = self._scorer(model, joint, layout, statistics, router_logits=self.aux_loss_enabled)
         logps = sum_completions(outputs.log_probs, joint["completion_mask"], self.ld_alpha)
         if "ref_chosen_logps" in joint:
             ref_logps = torch.cat([joint["ref_chosen_logps"], joint["ref_rejected_logps"]])
         else:
-            ref_logps = torch.cat(self.compute_ref_log_probs(self.ref_model or self.model, joint))
+            ref_logps = torch.cat(self._ref_log_probs(self.ref_model or self.model, joint, layout))
         lengths = completion_lengths(joint["completion_mask"])
 
         # Rows are [chosen, rejected], with an empty-trace pair [chosen, its chosen, rejected, its rejected]
@@ -285,13 +346,18 @@ class DPOTrainer(trl.DPOTrainer):
         if empty:
             batch = dataclasses.replace(batch, empty_trace=pairs[1])
             rows = torch.arange(logps.numel(), device=logps.device).chunk(4)
+            traced = torch.cat([rows[0], rows[2]])
             padding = joint["input_ids"].size(1) - inputs["input_ids"].size(1)
-            outputs = select_rows(outputs, torch.cat([rows[0], rows[2]]), padding)
+            outputs = map_rows(outputs, lambda field: field[traced, : field.size(1) - padding])
 
         # TRL adds its own loss types, the auxiliary loss and all of its metrics, on the outputs that are there
         inputs = {**inputs, "ref_chosen_logps": batch.ref_chosen_logps, "ref_rejected_logps": batch.ref_rejected_logps}
         with reference_in_inputs(self):
             result = super().compute_loss(Replay(model, outputs), inputs, return_outputs, num_items_in_batch)
+        if statistics is not None:
+            forget_metrics(self, statistics)
+        if not self._losses:
+            return result
         loss = (result[0] if return_outputs else result) + self._loss(batch, empty)
         return (loss, result[1]) if return_outputs else loss
 

@@ -7,9 +7,7 @@ from typing import Any
 import trl
 
 from trl_ext.trainers.loss_terms import build_losses, check_combination, resolve_loss_types
-
-
-LOGPROB_BACKENDS = ("auto", "trl")
+from trl_ext.trainers.scoring import LOGPROB_BACKENDS
 
 
 @dataclass
@@ -25,8 +23,15 @@ class DPOConfig(trl.DPOConfig):
             Hyper-parameters of the losses of this package: flat, `{"alpha": 0.5}`, where one of them is named, else by
             loss name, `{"offset": {"alpha": 0.5}, "anchored": {"tau": 2.0}}`. A JSON object on the command line.
         logprob_backend (`str`, *optional*, defaults to `"auto"`):
-            What computes token log-probabilities: `"trl"`, TRL's fused head, or `"auto"`, the best there is for the
-            device (TRL's fused head in this version).
+            What computes token log-probabilities: `"liger"`, Liger's Triton cross-entropy; `"torch"`, for CPUs and
+            other devices; `"trl"`, TRL's fused head, with which a run on TRL's loss types is TRL's to the last bit; or
+            `"auto"`, the fastest for the device: Liger on a GPU, torch elsewhere.
+        logprob_memory_mb (`float`, *optional*):
+            MiB of memory for one tile of logits. Larger tiles are faster up to a point; 256 on a GPU and 32 on a CPU
+            by default.
+        share_prefix (`str` or `bool`, *optional*, defaults to `"auto"`):
+            Whether a prompt runs through the model once for all of its completions: `True`, `False`, or `"auto"`, where
+            that is exact for the model and costs less. Not used with `logprob_backend="trl"`.
 
     Raises:
         `ValueError`: For an unknown loss, hyper-parameters that no loss reads or that are out of range, or options
@@ -53,9 +58,20 @@ class DPOConfig(trl.DPOConfig):
     logprob_backend: str = field(
         default="auto",
         metadata={
-            "help": "What computes token log-probabilities: 'trl' (TRL's fused head) or 'auto' (the best there is for "
-            "the device).",
+            "help": "What computes token log-probabilities: 'liger' (Liger's Triton cross-entropy), 'torch' (for CPUs and "
+            "other devices), 'trl' (TRL's fused head) or 'auto' (the fastest for the device).",
             "choices": list(LOGPROB_BACKENDS),
+        },
+    )
+    logprob_memory_mb: float | None = field(
+        default=None,
+        metadata={"help": "MiB of memory for one tile of logits; 256 on a GPU and 32 on a CPU by default."},
+    )
+    share_prefix: str = field(
+        default="auto",
+        metadata={
+            "help": "Whether a prompt runs through the model once for all of its completions: 'true', 'false', or "
+            "'auto' (where that is exact for the model and costs less)."
         },
     )
 
@@ -74,5 +90,19 @@ class DPOConfig(trl.DPOConfig):
             raise ValueError(
                 f"`logprob_backend={self.logprob_backend!r}` is unknown; choose one of {list(LOGPROB_BACKENDS)}."
             )
+        memory = self.logprob_memory_mb
+        if memory is not None and not (isinstance(memory, (int, float)) and 0 < memory < float("inf")):
+            raise ValueError(f"`logprob_memory_mb={memory!r}` must be a positive number of MiB.")
+        self.share_prefix = _tristate(self.share_prefix)
+        if self.share_prefix is True and self.logprob_backend == "trl":
+            raise ValueError("`share_prefix=True` needs our log-probabilities; set `logprob_backend` to 'auto'.")
         check_combination(self, self.loss_type, build_losses(self.loss_type, self.loss_kwargs))
         super().__post_init__()
+
+
+def _tristate(value: str | bool) -> str | bool:
+    """`"auto"`, `True` or `False`, from themselves or from the words of a command line."""
+    words = {"auto": "auto", "true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+    if str(value).lower() not in words:
+        raise ValueError(f"`share_prefix={value!r}` is none of 'auto', True, False.")
+    return words[str(value).lower()]
