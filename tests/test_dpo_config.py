@@ -103,9 +103,35 @@ def test_survives_to_dict_and_json():
 def test_has_all_of_trls_fields():
     theirs, ours = trl.DPOConfig.__dataclass_fields__, DPOConfig.__dataclass_fields__
     assert theirs.keys() <= ours.keys()
-    assert ours.keys() - theirs.keys() == {"loss_kwargs", "logprob_backend"}
+    assert ours.keys() - theirs.keys() == {"loss_kwargs", "logprob_backend", "logprob_memory_mb", "share_prefix"}
     for name in theirs.keys() - {"loss_type"}:
         assert ours[name].default == theirs[name].default
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [("auto", "auto"), (True, True), ("true", True), ("False", False), ("no", False), (False, False)],
+)
+def test_share_prefix_as_a_word(given, meant):
+    assert config(share_prefix=given).share_prefix == meant
+    travelled = json.loads(config(share_prefix=given).to_json_string())
+    assert config(share_prefix=travelled["share_prefix"]).share_prefix == meant
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"share_prefix": "perhaps"}, "none of 'auto', True, False"),
+        ({"share_prefix": True, "logprob_backend": "trl"}, "needs our log-probabilities"),
+        ({"logprob_backend": "cuda"}, "choose one of"),
+        ({"logprob_memory_mb": 0}, "positive number of MiB"),
+        ({"logprob_memory_mb": float("nan")}, "positive number of MiB"),
+    ],
+    ids=str,
+)
+def test_refused_log_probabilities(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        config(**overrides)
 
 
 def test_help_names_every_loss():

@@ -94,7 +94,7 @@ class Head:
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         targets: torch.Tensor,
-        transform: Transform = Transform(),  # noqa: B008
+        transform: Transform = Transform(),
         statistics: tuple[str, ...] = (),
         gather: Callable[..., AbstractContextManager] = lambda *parameters: nullcontext(),
     ) -> TokenLogProbs:

@@ -99,10 +99,13 @@ def chunk_multiplier(rows: int, shape: tuple[int, int], vocabulary: int) -> int:
     """
     Liger's `chunk_mem_const` for tiles of at most `rows` tokens.
 
-    Liger takes `next_power_of_2(tokens / ceil(V / (C H)))` tokens a tile, `C` being this number; it is at least 1, so a
-    tile is never smaller than the hidden states themselves.
+    Liger takes `next_power_of_2(ceil(tokens / ceil(V / (C H))))` tokens a tile, `C` being this number; it is at least 1,
+    so a tile is never smaller than the hidden states themselves.
     """
     tokens, width = shape
-    tile = 1 << (max(rows, 1).bit_length() - 1)  # the power of 2 at or below
+    if rows >= tokens:
+        return max(1, -(-vocabulary // width))  # one tile
+    tile = 1 << (rows.bit_length() - 1)  # the power of 2 at or below
     tiles = -(-tokens // tile)
-    return max(1, -(-vocabulary // (tiles * width)))
+    # The largest C with ceil(V / (C H)) >= tiles
+    return max(1, -(-vocabulary // ((tiles - 1) * width)) - 1)

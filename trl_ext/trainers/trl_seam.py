@@ -160,7 +160,11 @@ class Replay:
 
 
 # What TRL's loss logs from each per-token statistic
-METRICS_OF = {"entropy": ("entropy",), "mean_logits": ("logits/chosen", "logits/rejected"), "is_top1": ("mean_token_accuracy",)}
+METRICS_OF = {
+    "entropy": ("entropy",),
+    "mean_logits": ("logits/chosen", "logits/rejected"),
+    "is_top1": ("mean_token_accuracy",),
+}
 
 
 def forget_metrics(trainer: DPOTrainer, measured: tuple[str, ...]) -> None:

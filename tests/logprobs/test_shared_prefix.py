@@ -1,0 +1,172 @@
+"""A prompt that its completions share gives what rows of their own give."""
+
+import pytest
+import torch
+from trl.trainer.utils import add_fused_lm_head
+
+from tests.logprobs.families import EXACT, INEXACT, batch, tiny
+from trl_ext.logprobs import Head, pays, shared_prefix_layout, why_not_shared
+from trl_ext.trainers.scoring import Scorer
+from trl_ext.trainers.trl_seam import fused_forward
+
+
+def shared(model, inputs, groups):
+    scorer = Scorer(Head(), share_prefix=True, always=True, hidden_size=32)
+    return scorer(model, inputs, scorer.layout(inputs, groups))
+
+
+def gradients(model, output, upstream):
+    model.zero_grad()
+    (output.log_probs * upstream).sum().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(model, inputs, groups):
+    add_fused_lm_head(model, outputs=("log_probs", "entropy", "mean_logits", "is_top1"))
+    plain, ours = fused_forward(model, inputs, router_logits=False), shared(model, inputs, groups)
+    mask = inputs["completion_mask"][:, 1:].bool()
+    for field in ("log_probs", "entropy", "mean_logits"):
+        torch.testing.assert_close(ours[field][mask], plain[field][mask], rtol=1e-5, atol=2e-5)
+    assert torch.equal(ours.is_top1, plain.is_top1)
+    assert not ours.log_probs[~mask].any()
+    upstream = torch.randn(mask.shape, generator=torch.Generator().manual_seed(1))
+    theirs, mine = gradients(model, plain, upstream), gradients(model, ours, upstream)
+    assert theirs.keys() == mine.keys()
+    for name, value in theirs.items():
+        scale = value.abs().max().item() + 1e-3
+        torch.testing.assert_close(
+            mine[name] / scale, value / scale, rtol=1e-4, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_family(name):
+    model = tiny(name, EXACT[name])
+    assert why_not_shared(model) is None
+    assert_same(model, batch(), groups=3)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_attention_implementation(attention):
+    assert_same(tiny("qwen3-window", EXACT["qwen3-window"], attn_implementation=attention), batch(), groups=3)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3_text"])
+def test_gradient_checkpointing(name):
+    model = tiny(name, EXACT[name]).train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    assert_same(model, batch(), groups=3)
+
+
+@pytest.mark.parametrize("members", [1, 2, 4, 7])
+def test_group_size(members):
+    assert_same(tiny("llama", {}), batch(members=members), groups=3)
+
+
+def test_prompts_that_differ_are_not_shared():
+    inputs = batch(prompts=(9, 9), members=4)
+    inputs["input_ids"][2, 3] = 50  # the second completion of the first prompt has another prompt
+    layout = shared_prefix_layout(**inputs, groups=2)
+    lengths, prefix = inputs["attention_mask"].sum(1), 8
+    assert (layout.groups >= 0).sum() == (lengths - 1).sum() - prefix * (2 + 3)  # five of eight read another's prompt
+    assert_same(tiny("llama", {}), inputs, groups=2)
+
+
+def test_prompts_that_truncation_left_none_of():
+    inputs = batch(prompts=(4, 3))
+    inputs["completion_mask"] = inputs["attention_mask"].clone()
+    assert_same(tiny("llama", {}), inputs, groups=2)
+
+
+def test_nothing_to_score():
+    inputs = batch()
+    inputs["completion_mask"][:] = 0
+    model = tiny("llama", {})
+    add_fused_lm_head(model)
+    output = shared(model, inputs, 3)
+    assert not output.log_probs.any()
+    output.log_probs.sum().backward()
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
+def test_one_completion_much_longer():
+    inputs = batch(prompts=(3, 3, 3, 3))
+    long = torch.randint(3, 97, (1, 60))
+    width = 60 + inputs["input_ids"].size(1)
+    for name, value in inputs.items():
+        inputs[name] = torch.nn.functional.pad(value, (0, width - value.size(1)))
+    inputs["input_ids"][1, 3:63], inputs["attention_mask"][1, 3:63] = long, 1
+    inputs["completion_mask"][1, 3:63] = 1
+    layout = shared_prefix_layout(**inputs, groups=4)
+    assert layout.tokens.size(0) < 4  # short rows are packed together
+    assert_same(tiny("llama", {}), inputs, groups=4)
+
+
+def test_left_padding_is_not_laid_out():
+    inputs = {name: value.flip(1) for name, value in batch().items()}
+    assert shared_prefix_layout(**inputs, groups=3) is None
+    with pytest.raises(ValueError, match="not padded on the right"):
+        shared(tiny("llama", {}), inputs, 3)
+
+
+def test_pays_where_prompts_are_long():
+    def both(prompt, completion, hidden_size):
+        ones = torch.ones(2, prompt + completion, dtype=torch.long)
+        scored = ones.clone()
+        scored[:, :prompt] = 0
+        return pays(shared_prefix_layout(ones, ones, scored, groups=1), *ones.shape, hidden_size)
+
+    assert both(prompt=60, completion=8, hidden_size=1)
+    assert both(prompt=1, completion=60, hidden_size=1024)  # a token less
+    assert not both(prompt=1, completion=60, hidden_size=1)  # the row is twice as long, and attention all there is
+
+
+@pytest.mark.parametrize("name", INEXACT)
+def test_where_it_is_not_exact(name):
+    options, reason = INEXACT[name]
+    assert reason in why_not_shared(tiny(name, options))
+
+
+def test_dropout():
+    assert why_not_shared(tiny("llama", {"attention_dropout": 0.1})) == "dropout is on"
+
+
+def test_attention_without_a_mask():
+    model = tiny("llama", {})
+    model.config._attn_implementation = "flash_attention_2"
+    assert "takes no mask" in why_not_shared(model)
+
+
+def test_a_model_that_masks_by_itself(monkeypatch):
+    model = tiny("llama", {})
+    add_fused_lm_head(model)
+    monkeypatch.setattr("transformers.models.llama.modeling_llama.create_causal_mask", lambda **kwargs: None)
+    with pytest.raises(RuntimeError, match="no attention mask"):
+        shared(model, batch(), 3)
+
+
+def test_masks_are_put_back():
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+    before = dict(ALL_MASK_ATTENTION_FUNCTIONS.items())
+    test_group_size(2)
+    assert dict(ALL_MASK_ATTENTION_FUNCTIONS.items()) == before
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["qwen3", "gemma3_text", "mistral-window"])
+def test_flex_attention(name):
+    from trl_ext.logprobs.shared_prefix import enable_block_masks
+
+    enable_block_masks()
+    model = tiny(name, {**EXACT[name], "head_dim": 16, "hidden_size": 64}).cuda()
+    add_fused_lm_head(model)
+    upstream = None
+    for seed in range(4):  # lengths change: nothing is compiled anew after the second
+        inputs = {key: value.cuda() for key, value in batch(prompts=(40, 17, 9), seed=seed).items()}
+        plain, ours = fused_forward(model, inputs, router_logits=False), shared(model, inputs, 3)
+        torch.testing.assert_close(ours.log_probs, plain.log_probs, rtol=1e-3, atol=1e-3)
+        upstream = torch.randn_like(plain.log_probs)
+        theirs, mine = gradients(model, plain, upstream), gradients(model, ours, upstream)
+        for key in theirs:
+            torch.testing.assert_close(mine[key], theirs[key], rtol=1e-2, atol=1e-2)

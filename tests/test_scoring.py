@@ -1,0 +1,271 @@
+"""Which head runs where, models that are used twice, and what is measured when."""
+
+import copy
+import logging
+import os
+
+import pytest
+import torch
+import trl
+from datasets import Dataset
+from peft import LoraConfig, PromptTuningConfig
+from transformers import AutoModelForCausalLM
+
+import trl_ext
+from tests.conftest import preference_rows
+from tests.helpers import build, first_batch, history, loss_and_gradients
+from trl_ext.trainers import scoring
+from trl_ext.trainers.trl_seam import fused_forward
+
+
+def ours(tiny_model_dir, tmp_path, **kwargs):
+    return build(trl_ext.DPOTrainer, trl_ext.DPOConfig, tiny_model_dir, tmp_path, **kwargs)
+
+
+# Backends
+
+
+def test_auto_on_a_cpu_is_torch(tiny_model_dir, tmp_path):
+    assert ours(tiny_model_dir, tmp_path)._scorer.head.backend == "torch"
+
+
+def test_auto_leaves_wpo_to_trl(tiny_model_dir, tmp_path):
+    assert ours(tiny_model_dir, tmp_path, use_weighting=True)._scorer is None
+
+
+def test_liger_needs_a_gpu(tiny_model_dir, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(ValueError, match="its Triton kernels need a GPU"):
+        ours(tiny_model_dir, tmp_path, logprob_backend="liger")
+
+
+def test_liger_of_an_old_version(tiny_model_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(scoring.importlib.metadata, "version", lambda name: "0.8.1")
+    with pytest.raises(ValueError, match=r"liger-kernel 0.8.1 is older than 0.8.2 \(wrong gradients\)"):
+        ours(tiny_model_dir, tmp_path, logprob_backend="liger")
+
+
+def test_wpo_is_refused(tiny_model_dir, tmp_path):
+    with pytest.raises(ValueError, match="use_weighting"):
+        ours(tiny_model_dir, tmp_path, logprob_backend="torch", use_weighting=True)
+
+
+def test_an_adapter_on_the_head_is_refused(tiny_model_dir, tmp_path):
+    peft = {"peft_config": LoraConfig(r=2, target_modules=["lm_head"], task_type="CAUSAL_LM")}
+    with pytest.raises(ValueError, match="lm_head"):
+        ours(tiny_model_dir, tmp_path, trainer_kwargs=peft)
+
+
+# Shared prompts
+
+
+def test_prompt_learning_does_not_share(tiny_model_dir, tmp_path, caplog):
+    peft = {"peft_config": PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")}
+    kwargs = {"trainer_kwargs": peft, "optim": "sgd", "gradient_checkpointing": False}
+    with caplog.at_level(logging.WARNING):
+        trainer = ours(tiny_model_dir, tmp_path, **kwargs)
+    assert not trainer._scorer.share_prefix
+    assert "the adapter learns a prompt" in caplog.text
+    theirs = build(trl.DPOTrainer, trl.DPOConfig, tiny_model_dir, tmp_path, **kwargs)
+    torch.manual_seed(0)
+    values = torch.randn(3, 32)
+    batch = first_batch(trainer)
+    results = []
+    for each in (theirs, trainer):
+        with torch.no_grad():
+            each.model.prompt_encoder["default"].embedding.weight.copy_(values)
+        results.append(loss_and_gradients(each, batch))
+    (loss, grads), (our_loss, our_grads) = results
+    torch.testing.assert_close(our_loss, loss)
+    for name in grads:
+        torch.testing.assert_close(our_grads[name], grads[name], rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match=r"share_prefix=True.* the adapter learns a prompt"):
+        ours(tiny_model_dir, tmp_path, share_prefix=True, **kwargs)
+
+
+def test_dropout_is_not_shared(tiny_model_dir, tmp_path):
+    peft = {"peft_config": LoraConfig(r=2, lora_dropout=0.1, task_type="CAUSAL_LM")}
+    assert ours(tiny_model_dir, tmp_path, trainer_kwargs=peft)._scorer.share_prefix  # TRL turns dropout off
+    with pytest.raises(ValueError, match="dropout is on"):
+        ours(tiny_model_dir, tmp_path, trainer_kwargs=peft, disable_dropout=False, share_prefix=True)
+
+
+@pytest.mark.parametrize("loss_type", ["sigmoid", "bias_variance", ["offset", "sft"]])
+@pytest.mark.parametrize("peft", [False, True], ids=["full", "lora"])
+def test_loss_and_gradients_are_those_of_plain_rows(loss_type, peft, tiny_model_dir, tmp_path):
+    config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+    results = []
+    for options in ({"logprob_backend": "trl"}, {"share_prefix": True}, {"share_prefix": False}):
+        torch.manual_seed(0)
+        trainer = ours(
+            tiny_model_dir,
+            tmp_path,
+            loss_type=loss_type,
+            trainer_kwargs={"peft_config": config} if peft else {},
+            **options,
+        )
+        results.append(loss_and_gradients(trainer, first_batch(trainer)))
+    for loss, grads in results[1:]:
+        torch.testing.assert_close(loss, results[0][0], rtol=1e-5, atol=1e-6)
+        assert grads.keys() == results[0][1].keys()
+        for name, value in results[0][1].items():
+            scale = value.abs().max() + 1e-6
+            torch.testing.assert_close(grads[name] / scale, value / scale, rtol=1e-4, atol=2e-5)
+
+
+def test_four_completions_of_one_prompt_share_it(tiny_model_dir, tmp_path):
+    trainer = ours(tiny_model_dir, tmp_path, share_prefix=True)
+    inputs = first_batch(trainer)
+    joint = trainer._join(inputs, inputs)
+    four, two = trainer._scorer.layout(joint, 4), trainer._scorer.layout(joint, 8)
+    assert (four.groups >= 0).sum() < (two.groups >= 0).sum()
+
+
+def test_moe_with_its_auxiliary_loss(tmp_path):
+    from tests.logprobs.families import EXACT, tiny
+
+    results = []
+    for aux, backend in ((True, "trl"), (True, "auto"), (False, "auto")):
+        model = tiny("qwen3_moe", {**EXACT["qwen3_moe"], "vocab_size": 600})
+        trainer = moe_trainer(model, tmp_path, backend, 0.1 if aux else 0.0)
+        assert trainer.aux_loss_enabled is aux
+        if backend == "auto":
+            assert trainer._scorer.share_prefix is not aux
+        results.append(loss_and_gradients(trainer, first_batch(trainer)))
+    (theirs, grads), (loss, our_grads), _ = results
+    torch.testing.assert_close(loss, theirs, rtol=1e-5, atol=1e-6)
+    for name in grads:
+        torch.testing.assert_close(our_grads[name], grads[name], rtol=1e-3, atol=1e-5)
+
+
+def moe_trainer(model, tmp_path, backend, coefficient):
+    from tests.conftest import build_tokenizer
+    from tests.helpers import options
+
+    return trl_ext.DPOTrainer(
+        model=model,
+        ref_model=copy.deepcopy(model),
+        args=trl_ext.DPOConfig(**options(tmp_path, logprob_backend=backend, router_aux_loss_coef=coefficient)),
+        processing_class=build_tokenizer(),
+        train_dataset=Dataset.from_list(preference_rows(4)),
+    )
+
+
+# One model, twice
+
+
+@pytest.mark.parametrize("backend", ["trl", "auto"])
+def test_a_deep_copy_runs_its_own_weights(backend, tiny_model_dir, tmp_path):
+    trainer = ours(tiny_model_dir, tmp_path, logprob_backend=backend)
+    twin = copy.deepcopy(trainer.model)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.mul_(0.5)
+    batch = {k: v for k, v in first_batch(trainer).items() if k in ("input_ids", "attention_mask", "completion_mask")}
+    fresh = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in fresh.parameters():
+            parameter.mul_(0.5)
+        kwargs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+        assert torch.equal(twin(**kwargs).logits, fresh(**kwargs).logits)
+        assert not torch.equal(twin(**kwargs).logits, trainer.model(**kwargs).logits)
+        original, copied = (fused_forward(model, batch, False).log_probs for model in (trainer.model, twin))
+        assert not torch.equal(original, copied)
+
+
+@pytest.mark.parametrize("first", [trl.DPOTrainer, trl_ext.DPOTrainer])
+def test_a_second_trainer_on_the_model_or_on_its_copy(first, tiny_model_dir, tmp_path):
+    config = trl.DPOConfig if first is trl.DPOTrainer else trl_ext.DPOConfig
+    trained = build(first, config, tiny_model_dir, tmp_path, loss_type="sft")
+    trained.train()
+    results = []
+    for model in (trained.model, copy.deepcopy(trained.model)):
+        reference = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
+        trainer = second_trainer(model, reference, tiny_model_dir, tmp_path)
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        results.append(loss_and_gradients(trainer, first_batch(trainer)))
+        ids = torch.tensor([[5, 6, 7]])
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.zero_()
+            assert not model(input_ids=ids).logits.any()
+            for name, parameter in model.named_parameters():
+                parameter.copy_(before[name])
+    torch.testing.assert_close(results[0], results[1])
+    assert results[0][0] != pytest.approx(0.6931, abs=1e-3)  # the policy has moved away from the reference
+
+
+def second_trainer(model, reference, model_dir, tmp_path):
+    from transformers import AutoTokenizer
+
+    from tests.helpers import options
+
+    return trl_ext.DPOTrainer(
+        model=model,
+        ref_model=reference,
+        args=trl_ext.DPOConfig(**options(tmp_path)),
+        processing_class=AutoTokenizer.from_pretrained(model_dir),
+        train_dataset=Dataset.from_list(preference_rows(4)),
+    )
+
+
+def test_generation_after_training(tiny_model_dir, tmp_path):
+    trainer = ours(tiny_model_dir, tmp_path)
+    trainer.train()
+    assert trainer.model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=3, min_new_tokens=3).shape == (1, 6)
+
+
+# What is measured when
+
+
+def test_entropy_is_that_of_logged_steps(tiny_model_dir, tmp_path):
+    kwargs = {"optim": "sgd", "max_steps": 4, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
+    every = history_of(ours(tiny_model_dir, tmp_path, logging_steps=1, **kwargs))
+    second = history_of(ours(tiny_model_dir, tmp_path, logging_steps=2, **kwargs))
+    assert [entry["entropy"] for entry in second] == pytest.approx(
+        [every[1]["entropy"], every[3]["entropy"]], rel=1e-5
+    )
+    # the others are means over all steps, as TRL's are
+    means = [(every[i]["mean_token_accuracy"] + every[i + 1]["mean_token_accuracy"]) / 2 for i in (0, 2)]
+    assert [entry["mean_token_accuracy"] for entry in second] == pytest.approx(means, abs=1e-6)
+
+
+def history_of(trainer):
+    trainer.train()
+    return [entry for entry in history(trainer) if "loss" in entry]
+
+
+@pytest.mark.parametrize("strategy", ["no", "epoch"])
+def test_logging_strategies(strategy, tiny_model_dir, tmp_path):
+    trainer = ours(tiny_model_dir, tmp_path, logging_strategy=strategy, logging_first_step=True)
+    trainer.train()
+    trainer.evaluate()
+    entries = history(trainer)
+    assert "entropy" in entries[0]
+    assert all("eval_entropy" in entry for entry in entries if "eval_loss" in entry)
+
+
+# Many processes
+
+
+def test_two_processes_give_the_gradients_of_one(tiny_model_dir, tmp_path):
+    """The wrapped model's forward is what runs: a head outside it would skip the sum over processes."""
+    from tests.distributed import run
+
+    for options in ({"share_prefix": True}, {"share_prefix": False}, {"share_prefix": True, "lora": True}):
+        one = run(1, tiny_model_dir, tmp_path / "one", batch_size=8, **options)
+        two = run(2, tiny_model_dir, tmp_path / "two", batch_size=4, **options)
+        assert one.keys() == two.keys()
+        for name, value in one.items():
+            torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.gpu
+def test_auto_on_a_gpu_is_liger(tiny_model_dir, tmp_path):
+    trainer = ours(tiny_model_dir, tmp_path, use_cpu=False)
+    assert trainer._scorer.head.backend == "liger"
+    assert os.environ.get("TRITON_INTERPRET") != "1"
+    trainer.train()
+    theirs = build(trl.DPOTrainer, trl.DPOConfig, tiny_model_dir, tmp_path, use_cpu=False)
+    theirs.train()
+    assert history(trainer)[0]["loss"] == pytest.approx(history(theirs)[0]["loss"], rel=1e-3)
