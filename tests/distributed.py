@@ -1,6 +1,7 @@
 """Trains a step in several processes on gloo; run as a module, or through `run`."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +12,8 @@ import torch
 def run(processes: int, model_dir: Path, output_dir: Path, **options) -> dict[str, torch.Tensor]:
     """Parameters after two steps of SGD on the same eight pairs."""
     output_dir.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes)]
-    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    command += ["--num_cpu_threads_per_process", "1", "-m", "tests.distributed", str(model_dir), str(output_dir)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command += ["-m", "tests.distributed", str(model_dir), str(output_dir)]
     result = subprocess.run(
         [*command, json.dumps(options)], capture_output=True, text=True, cwd=Path(__file__).parents[1], check=False
     )
@@ -46,6 +46,7 @@ def main(model_dir: str, output_dir: str, options: str) -> None:
         trainer_kwargs={"peft_config": peft},
         **options,
     )
+    assert trainer.args.world_size == int(os.environ["WORLD_SIZE"])
     trainer.train()
     if trainer.is_world_process_zero():
         torch.save(parameters(trainer), f"{output_dir}/parameters.pt")

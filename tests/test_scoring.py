@@ -252,7 +252,7 @@ def test_two_processes_give_the_gradients_of_one(tiny_model_dir, tmp_path):
     """The wrapped model's forward is what runs: a head outside it would skip the sum over processes."""
     from tests.distributed import run
 
-    for options in ({"share_prefix": True}, {"share_prefix": False}, {"share_prefix": True, "lora": True}):
+    for options in ({"share_prefix": False}, {"share_prefix": True, "lora": True}):
         one = run(1, tiny_model_dir, tmp_path / "one", batch_size=8, **options)
         two = run(2, tiny_model_dir, tmp_path / "two", batch_size=4, **options)
         assert one.keys() == two.keys()
