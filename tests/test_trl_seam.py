@@ -2,11 +2,15 @@
 
 import inspect
 
+import torch
 import trl
 from datasets import Dataset
+from transformers import AutoModelForCausalLM
+from trl.trainer import utils
 
 from tests.conftest import preference_rows
 from tests.helpers import build, first_batch
+from trl_ext.logprobs import Head
 from trl_ext.trainers import trl_seam
 
 
@@ -61,6 +65,54 @@ def test_fused_output(tiny_model_dir, tmp_path):
     for name in trl_seam.ROW_FIELDS:
         assert output[name].shape == (rows, width - 1), name
     assert set(output.keys()) == {"loss", *trl_seam.ROW_FIELDS}
+
+
+def test_fused_forward_has_the_parts_that_are_replaced():
+    """`head_in_place` substitutes the head, `bind_forward` the closure's own forward."""
+    names = list(inspect.signature(utils._ChunkedLogProbFunction.forward).parameters)
+    assert names == [
+        "ctx", "hidden", "weight", "bias", "targets", "temperature", "chunk_size", "final_logit_softcapping",
+        "logit_scale", "outputs",
+    ]  # fmt: skip
+    source = inspect.getsource(utils.add_fused_lm_head)
+    assert "_ChunkedLogProbFunction.apply(" in source
+    assert "compact = _use_triton(hidden_states.device)" in source
+    assert "log_probs, entropy, log_sum_sq_probs, mean_logits, is_top1 = per_token" in source
+    assert callable(utils.maybe_gather_lm_head_ctx)
+
+
+def test_fused_forward_keeps_the_forward_it_replaced(tiny_model_dir):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    before = model.forward
+    utils.add_fused_lm_head(model)
+    function = model.forward.__func__
+    assert function.__code__.co_name == "_fused_forward"
+    assert inspect.getclosurevars(function).nonlocals["original_forward"] == before
+    trl_seam.unbind_forward(model)
+    assert model.forward == before
+
+
+def test_head_in_place_is_what_runs(tiny_model_dir, tmp_path, monkeypatch):
+    trainer = build(trl.DPOTrainer, trl.DPOConfig, tiny_model_dir, tmp_path)
+    batch, seen = first_batch(trainer), []
+    monkeypatch.setattr(
+        Head, "__call__", lambda *args, real=Head.__call__, **kwargs: seen.append(1) or real(*args, **kwargs)
+    )
+    with trl_seam.head_in_place(Head("torch"), ()):
+        ours = trl_seam.fused_forward(trainer.model, batch, router_logits=False)
+    assert seen == [1]
+    theirs = trl_seam.fused_forward(trainer.model, batch, router_logits=False)
+    assert seen == [1]
+    torch.testing.assert_close(ours.log_probs, theirs.log_probs)
+    assert not ours.entropy.any() and theirs.entropy.any()
+
+
+def test_metrics_of_each_statistic(tiny_model_dir, tmp_path):
+    trainer = build(trl.DPOTrainer, trl.DPOConfig, tiny_model_dir, tmp_path)
+    trainer.compute_loss(trainer.model, first_batch(trainer))
+    for names in trl_seam.METRICS_OF.values():
+        for name in names:
+            assert len(trainer._metrics["train"][name]) == 1, name
 
 
 def test_reference_cache_key():

@@ -13,6 +13,8 @@ _ORIGIN = {
     "DPOConfig": "trl_ext.trainers.dpo_config",
     "DPOTrainer": "trl_ext.trainers.dpo",
     "GroupBatch": "trl_ext.losses",
+    "OnlineDPOConfig": "trl_ext.trainers.online.config",
+    "OnlineDPOTrainer": "trl_ext.trainers.online.trainer",
     "PreferenceBatch": "trl_ext.losses",
     "get_loss": "trl_ext.losses",
     "list_losses": "trl_ext.losses",
@@ -24,6 +26,8 @@ __all__ = [
     "DPOConfig",
     "DPOTrainer",
     "GroupBatch",
+    "OnlineDPOConfig",
+    "OnlineDPOTrainer",
     "PreferenceBatch",
     "__version__",
     "get_loss",
@@ -36,6 +40,8 @@ if TYPE_CHECKING:
     from trl_ext.losses import GroupBatch, PreferenceBatch, get_loss, list_losses, register_loss
     from trl_ext.trainers.dpo import DPOTrainer
     from trl_ext.trainers.dpo_config import DPOConfig
+    from trl_ext.trainers.online.config import OnlineDPOConfig
+    from trl_ext.trainers.online.trainer import OnlineDPOTrainer
     from trl_ext.trainers.patch import patch_trl
 
 

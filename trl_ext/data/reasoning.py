@@ -141,21 +141,47 @@ def _render_text(example: dict, tokenizer: Any) -> tuple[str, dict[str, str]]:
     return example["prompt"] + EMPTY_TRACE, completions
 
 
-def _render_messages(example: dict, tokenizer: Any) -> tuple[str, dict[str, str]]:
+def answer_text(text: str) -> str:
+    """What a completion says after its reasoning trace; all of it where it opened none, nothing where none closed."""
+    if "</think>" in text:
+        return _TRACE.sub("", text, count=1)
+    return "" if "<think>" in text else text
+
+
+def empty_trace_prompt(example: dict, tokenizer: Any) -> str:
+    """The text of a prompt, plain or conversational, as a model with reasoning switched off sees it."""
+    if isinstance(example["prompt"], str):
+        return example["prompt"] + EMPTY_TRACE
+    options, has_switch = _template_options(example, tokenizer)
+    prompt = tokenizer.apply_chat_template(example["prompt"], tokenize=False, add_generation_prompt=True, **options)
+    return prompt if has_switch else _before_trace(prompt) + EMPTY_TRACE
+
+
+def _template_options(example: dict, tokenizer: Any) -> tuple[dict[str, Any], bool]:
+    """Arguments of the chat template with reasoning switched off, and whether the template knows that switch."""
     tools = example.get("tools")
     options = {"tools": json.loads(tools) if isinstance(tools, str) else tools}
     options.update(example.get("chat_template_kwargs") or {})
     has_switch = "enable_thinking" in tokenizer.get_chat_template(tools=options["tools"])
     if has_switch:
         options["enable_thinking"] = False
+    return options, has_switch
+
+
+def _before_trace(prompt: str) -> str:
+    """Templates of models that always reason open a trace in the generation prompt and leave it out of conversations."""
+    opened = _OPENED.search(prompt)
+    return prompt[: opened.start()] if opened else prompt
+
+
+def _render_messages(example: dict, tokenizer: Any) -> tuple[str, dict[str, str]]:
+    options, has_switch = _template_options(example, tokenizer)
 
     def render(messages: list[dict], **kwargs) -> str:
         return tokenizer.apply_chat_template(messages, tokenize=False, **options, **kwargs)
 
     prompt = render(example["prompt"], add_generation_prompt=True)
-    # Templates of models that always reason open a trace in the generation prompt and leave it out of a conversation
-    opened = _OPENED.search(prompt)
-    stem = prompt[: opened.start()] if opened else prompt
+    stem = _before_trace(prompt)
     completions = {}
     for side in ("chosen", "rejected"):
         messages = example[f"{side}_empty_trace"]

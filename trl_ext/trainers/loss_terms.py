@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-import trl
+from transformers import TrainingArguments
 
 from trl_ext.losses import TRL_LOSS_TYPES, get_loss, list_aliases, resolve_name
 
@@ -71,12 +71,13 @@ def build_losses(names: list[str], loss_kwargs: dict[str, Any] | None) -> dict[s
     return {name: get_loss(name, **keyed.get(name, {})) for name in ours}
 
 
-def check_combination(args: trl.DPOConfig, names: list[str], losses: dict[str, Any]) -> None:
+def check_combination(args: TrainingArguments, names: list[str], losses: dict[str, Any]) -> None:
     """Raise a `ValueError` for options that have no meaning together; `losses` are ours among `names`."""
-    beta = args.beta
-    if isinstance(beta, bool) or not isinstance(beta, (int, float)) or not math.isfinite(beta) or beta < 0:
-        raise ValueError(f"`beta={beta!r}` must be a finite number, at least 0.")
-    if beta == 0:
+    betas = args.beta if isinstance(args.beta, (list, tuple)) else [args.beta]  # online: one an epoch
+    for beta in betas or [None]:
+        if isinstance(beta, bool) or not isinstance(beta, (int, float)) or not math.isfinite(beta) or beta < 0:
+            raise ValueError(f"`beta={args.beta!r}` must be a finite number, at least 0.")
+    if 0 in betas:
         divided = [name for name in names if name in _TRL_DIVIDES_BY_BETA]
         divided += [name for name, loss in losses.items() if loss.divides_by_beta]
         if divided:
@@ -87,7 +88,7 @@ def check_combination(args: trl.DPOConfig, names: list[str], losses: dict[str, A
             raise ValueError(f"`loss_weights={weights}` has {len(weights)} weights for {len(names)} losses: {names}.")
         if not all(isinstance(weight, (int, float)) and math.isfinite(weight) for weight in weights):
             raise ValueError(f"`loss_weights={weights}` must be finite numbers, one for each of {names}.")
-    if not losses:
+    if not losses or not hasattr(args, "f_divergence_type"):
         return
     if args.f_divergence_type != "reverse_kl":
         raise ValueError(

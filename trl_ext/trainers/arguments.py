@@ -1,0 +1,86 @@
+"""Options that offline and online training share: losses and token log-probabilities."""
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from trl_ext.trainers.scoring import LOGPROB_BACKENDS
+
+
+@dataclass
+class LossArguments:
+    """
+    Fields of [`DPOConfig`] and [`OnlineDPOConfig`] alike.
+
+    Parameters:
+        loss_kwargs (`dict[str, Any]` or `str`, *optional*):
+            Hyper-parameters of the losses of this package: flat, `{"alpha": 0.5}`, where one of them is named, else by
+            loss name, `{"offset": {"alpha": 0.5}, "anchored": {"tau": 2.0}}`. A JSON object on the command line.
+        logprob_backend (`str`, *optional*, defaults to `"auto"`):
+            What computes token log-probabilities: `"liger"`, Liger's Triton cross-entropy; `"torch"`, for CPUs and
+            other devices; `"trl"`, TRL's fused head, with which a run on TRL's loss types is TRL's to the last bit; or
+            `"auto"`, the fastest for the device: Liger on a GPU, torch elsewhere.
+        logprob_memory_mb (`float`, *optional*):
+            MiB of memory for one tile of logits. Larger tiles are faster up to a point; 256 on a GPU and 32 on a CPU
+            by default.
+        share_prefix (`str` or `bool`, *optional*, defaults to `"auto"`):
+            Whether a prompt runs through the model once for all of its completions: `True`, `False`, or `"auto"`, where
+            that is exact for the model and costs less. Not used with `logprob_backend="trl"`.
+    """
+
+    loss_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Hyper-parameters of trl_ext's losses as a JSON object: flat, '{\"alpha\": 0.5}', where one of them "
+            'is named, else by loss name, \'{"offset": {"alpha": 0.5}}\'. `trl-ext losses NAME` explains them.'
+        },
+    )
+    logprob_backend: str = field(
+        default="auto",
+        metadata={
+            "help": "What computes token log-probabilities: 'liger' (Liger's Triton cross-entropy), 'torch' (for CPUs and "
+            "other devices), 'trl' (TRL's fused head) or 'auto' (the fastest for the device).",
+            "choices": list(LOGPROB_BACKENDS),
+        },
+    )
+    logprob_memory_mb: float | None = field(
+        default=None,
+        metadata={"help": "MiB of memory for one tile of logits; 256 on a GPU and 32 on a CPU by default."},
+    )
+    share_prefix: str = field(
+        default="auto",
+        metadata={
+            "help": "Whether a prompt runs through the model once for all of its completions: 'true', 'false', or "
+            "'auto' (where that is exact for the model and costs less)."
+        },
+    )
+
+    def check_shared_arguments(self) -> None:
+        """Bring the fields into their own types; a `ValueError` for one that cannot be used."""
+        if isinstance(self.loss_kwargs, str):
+            # Parsed here and not by transformers, which turns strings such as "0.5" into numbers
+            try:
+                self.loss_kwargs = json.loads(self.loss_kwargs)
+            except json.JSONDecodeError as error:
+                raise ValueError(
+                    f"`loss_kwargs={self.loss_kwargs!r}` is not JSON ({error}). Quote it for the shell: "
+                    "--loss_kwargs '{\"alpha\": 0.5}'."
+                ) from error
+        if self.logprob_backend not in LOGPROB_BACKENDS:
+            raise ValueError(
+                f"`logprob_backend={self.logprob_backend!r}` is unknown; choose one of {list(LOGPROB_BACKENDS)}."
+            )
+        memory = self.logprob_memory_mb
+        if memory is not None and not (isinstance(memory, (int, float)) and 0 < memory < float("inf")):
+            raise ValueError(f"`logprob_memory_mb={memory!r}` must be a positive number of MiB.")
+        self.share_prefix = _tristate(self.share_prefix)
+        if self.share_prefix is True and self.logprob_backend == "trl":
+            raise ValueError("`share_prefix=True` needs our log-probabilities; set `logprob_backend` to 'auto'.")
+
+
+def _tristate(value: str | bool) -> str | bool:
+    """`"auto"`, `True` or `False`, from themselves or from the words of a command line."""
+    words = {"auto": "auto", "true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+    if str(value).lower() not in words:
+        raise ValueError(f"`share_prefix={value!r}` is none of 'auto', True, False.")
+    return words[str(value).lower()]

@@ -1,0 +1,1 @@
+"""Online training: generation, rewards, the trainer and its configuration."""

@@ -1,0 +1,159 @@
+"""TRL's online configuration plus losses, groups, preference mixtures and moving references."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from trl.experimental.online_dpo import OnlineDPOConfig as TRLOnlineDPOConfig
+
+from trl_ext.data.pairing import PAIRINGS
+from trl_ext.losses.base import Loss, SigmoidLoss, hinge
+from trl_ext.losses.online_ipo import OnlineIPOLoss
+from trl_ext.trainers.arguments import LossArguments
+from trl_ext.trainers.loss_terms import build_losses, check_combination, resolve_loss_types
+
+
+@dataclass(frozen=True)
+class HingeLoss(Loss):
+    """TRL's `hinge` as a loss on a batch."""
+
+    def __call__(self, batch):
+        return hinge(batch)
+
+
+# TRL's loss types that have a meaning online, as TRL computes them there: on sums over tokens
+ONLINE_TRL_LOSSES = {"sigmoid": SigmoidLoss, "ipo": OnlineIPOLoss, "hinge": HingeLoss}
+
+
+def build_online_losses(args: Any) -> dict[str, Any]:
+    """All losses of an online run by name; a TRL loss type that is not defined online is a `ValueError`."""
+    names = resolve_loss_types(args.loss_type)
+    ours = build_losses(names, getattr(args, "loss_kwargs", None))
+    undefined = [name for name in names if name not in ours and name not in ONLINE_TRL_LOSSES]
+    if undefined:
+        raise ValueError(
+            f"`loss_type={args.loss_type!r}` names {undefined}, which are not defined online. Of TRL's loss types "
+            f"{sorted(ONLINE_TRL_LOSSES)} are, and all of trl_ext's (`trl-ext losses`)."
+        )
+    return {name: ours[name] if name in ours else ONLINE_TRL_LOSSES[name]() for name in names}
+
+
+@dataclass
+class OnlineDPOConfig(LossArguments, TRLOnlineDPOConfig):
+    r"""
+    Configuration of [`OnlineDPOTrainer`]: all of TRL's, with more losses and more than two completions.
+
+    Parameters:
+        loss_type (`str` or `list[str]`, *optional*, defaults to `"sigmoid"`):
+            `"sigmoid"`, `"ipo"` or `"hinge"` on summed log-probabilities, and every loss of `trl-ext losses`, by name or
+            alias; several are combined with `loss_weights`. Rewards reach the losses as `score_chosen` and
+            `score_rejected`, a preference oracle's answers as `preference_prob`.
+        loss_weights (`list[float]`, *optional*):
+            Weight of each loss.
+        num_generations (`int`, *optional*, defaults to `2`):
+            Completions sampled for each prompt, at least 2.
+        pairing (`str`, *optional*, defaults to `"best_worst"`):
+            `"best_worst"`: the best against the worst of them; `"all"`: each two of different rewards; `"group"`: all of
+            them at once, for losses that take groups (`anchored`). Prompts whose completions tie are dropped, and the
+            share of them is logged as `pairs/dropped_prompts`.
+        length_penalty (`float`, *optional*, defaults to `0.0`):
+            What each completion token takes off the reward, in the reward's unit.
+        mixture_coef (`float`, *optional*, defaults to `0.0`):
+            Completions are sampled from `policy^(1 - c) reference^c`, token by token (IPO-MD; its paper has 0.125). Not
+            with vLLM.
+        mixture_samples (`str`, *optional*, defaults to `"all"`):
+            Which completions come from the mixture: `"all"` (IPO-MD), or `"half"`, the second half of each prompt's,
+            against those of the policy itself (the sampling of Nash-MD).
+        sync_ref_model (`bool`, *optional*, defaults to `False`):
+            Whether the reference follows the policy: the moving anchor of `anchored`.
+        ref_model_sync_steps (`int`, *optional*, defaults to `512`):
+            Steps between two synchronisations.
+        ref_model_mixup_alpha (`float`, *optional*, defaults to `0.6`):
+            `reference = alpha policy + (1 - alpha) reference`; 1.0 copies.
+        loss_kwargs, logprob_backend, logprob_memory_mb, share_prefix:
+            See [`LossArguments`].
+
+    Raises:
+        `ValueError`: For an unknown loss, hyper-parameters that no loss reads or that are out of range, or options
+            that exclude each other.
+    """
+
+    _VALID_DICT_FIELDS = [*TRLOnlineDPOConfig._VALID_DICT_FIELDS, "loss_kwargs", "generation_kwargs"]
+
+    loss_type: list[str] = field(
+        default_factory=lambda: ["sigmoid"],
+        metadata={
+            "help": "Type of loss to use: 'sigmoid', 'ipo', 'hinge' on summed log-probabilities, those of trl_ext "
+            "('offset', 'anchored', 'margin_adaptive', 'bias_variance', 'length_regularized') and registered ones. "
+            "Several are combined with `loss_weights`."
+        },
+    )
+    loss_weights: list[float] | None = field(default=None, metadata={"help": "Weight of each loss."})
+    num_generations: int = field(default=2, metadata={"help": "Completions sampled for each prompt, at least 2."})
+    pairing: str = field(
+        default="best_worst",
+        metadata={
+            "help": "'best_worst': the best against the worst completion; 'all': each two of different rewards; "
+            "'group': all at once, for losses that take groups.",
+            "choices": list(PAIRINGS),
+        },
+    )
+    length_penalty: float = field(
+        default=0.0, metadata={"help": "What each completion token takes off the reward, in the reward's unit."}
+    )
+    mixture_coef: float = field(
+        default=0.0,
+        metadata={"help": "Sample from policy^(1 - c) reference^c, token by token; 0 samples from the policy."},
+    )
+    mixture_samples: str = field(
+        default="all",
+        metadata={"help": "Which completions come from the mixture: 'all' or 'half'.", "choices": ["all", "half"]},
+    )
+    sync_ref_model: bool = field(
+        default=False, metadata={"help": "Whether the reference follows the policy during training."}
+    )
+    ref_model_sync_steps: int = field(default=512, metadata={"help": "Steps between two synchronisations."})
+    ref_model_mixup_alpha: float = field(
+        default=0.6, metadata={"help": "reference = alpha policy + (1 - alpha) reference; 1.0 copies."}
+    )
+
+    def __post_init__(self):
+        self.loss_type = resolve_loss_types(self.loss_type)
+        self.check_shared_arguments()
+        losses = build_online_losses(self)
+        check_combination(self, self.loss_type, losses)
+        super().__post_init__()
+        self._check_groups(losses)
+        self._check_sampling()
+
+    def _check_groups(self, losses: dict[str, Any]) -> None:
+        if not isinstance(self.num_generations, int) or self.num_generations < 2:
+            raise ValueError(f"`num_generations={self.num_generations!r}` must be a whole number, at least 2.")
+        if self.pairing not in PAIRINGS:
+            raise ValueError(f"`pairing={self.pairing!r}` is unknown; choose one of {list(PAIRINGS)}.")
+        single = [name for name, loss in losses.items() if not loss.takes_groups]
+        if self.pairing == "group" and single:
+            raise ValueError(
+                f"`pairing='group'` needs losses that take groups; {single} take pairs. Use 'best_worst' or 'all'."
+            )
+        if "bias_variance" in losses and self.pairing != "best_worst":
+            raise ValueError(
+                "`bias_variance` joins one pair with a trace and one without: use `pairing='best_worst'`."
+            )
+
+    def _check_sampling(self) -> None:
+        if not (isinstance(self.mixture_coef, (int, float)) and 0 <= self.mixture_coef <= 1):
+            raise ValueError(f"`mixture_coef={self.mixture_coef!r}` must lie in [0, 1].")
+        if self.mixture_samples not in ("all", "half"):
+            raise ValueError(f"`mixture_samples={self.mixture_samples!r}` is unknown; choose 'all' or 'half'.")
+        if self.mixture_coef and self.use_vllm:
+            raise ValueError("`mixture_coef` needs the logits of both models at each token; set `use_vllm=False`.")
+        if self.missing_eos_penalty is not None and not self.missing_eos_penalty > 0:
+            raise ValueError(f"`missing_eos_penalty={self.missing_eos_penalty!r}` must be positive, or None.")
+        if not math.isfinite(self.length_penalty):
+            raise ValueError(f"`length_penalty={self.length_penalty!r}` must be finite.")
+        if self.sync_ref_model and not (0 < self.ref_model_mixup_alpha <= 1 and self.ref_model_sync_steps > 0):
+            raise ValueError(
+                f"`ref_model_mixup_alpha={self.ref_model_mixup_alpha!r}` must lie in (0, 1] and "
+                f"`ref_model_sync_steps={self.ref_model_sync_steps!r}` be positive."
+            )

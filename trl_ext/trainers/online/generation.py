@@ -1,0 +1,168 @@
+"""Sampling completions: a key-value cache, one prefill a prompt, and the geometric mixture of two models."""
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
+
+
+@dataclass
+class Completions:
+    """
+    `K` completions of each of `B` prompts, in blocks: completion `k` of prompt `b` is number `k B + b`.
+
+    Attributes:
+        prompts (`list`):
+            The `B` prompts as the dataset has them.
+        texts (`list`):
+            The completions as reward functions see them: strings, or lists of one message.
+        prompt_ids (`list[torch.Tensor]`):
+            Tokens of each prompt.
+        ids (`list[torch.Tensor]`):
+            Tokens of each completion, the end-of-sequence token included where there is one.
+        ended (`torch.Tensor` of shape `(K B,)`):
+            Whether the completion ended by itself.
+        vision (`dict`, *optional*):
+            Image tensors, repeated for each completion.
+    """
+
+    prompts: list
+    texts: list
+    prompt_ids: list[torch.Tensor]
+    ids: list[torch.Tensor]
+    ended: torch.Tensor
+    vision: dict[str, torch.Tensor] | None = None
+
+
+class GeometricMixture(LogitsProcessor):
+    """
+    Makes the model that is sampled from the mixture `pi^(1 - c) ref^c`, renormalised at each token.
+
+    The normaliser of whole completions is thereby approximated token by token, as IPO-MD and Nash-MD do in practice.
+
+    Args:
+        reference (`Callable`):
+            The reference model. Keeps a cache of its own, so each token runs through it once.
+        attention_mask (`torch.Tensor` of shape `(N, P)`):
+            Of the prompts, padded on the left.
+        coefficient (`torch.Tensor` of shape `(N, 1)`):
+            Weight `c` of the reference for each row.
+    """
+
+    def __init__(self, reference: Callable, attention_mask: torch.Tensor, coefficient: torch.Tensor):
+        self.reference, self.mask, self.coefficient = reference, attention_mask, coefficient
+        self.cache, self.seen = DynamicCache(config=reference.config.get_text_config()), 0
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        new = input_ids[:, self.seen :]
+        self.mask = nn.functional.pad(self.mask, (0, input_ids.size(1) - self.mask.size(1)), value=1)
+        self.seen = input_ids.size(1)
+        logits = self.reference(
+            input_ids=new,
+            attention_mask=self.mask,
+            position_ids=_positions(self.mask)[:, -new.size(1) :],
+            past_key_values=self.cache,
+            use_cache=True,
+        ).logits[:, -1]
+        policy, reference = scores.float().log_softmax(-1), logits.float().log_softmax(-1)
+        return (1 - self.coefficient) * policy + self.coefficient * reference
+
+
+def sample(
+    model: nn.Module,
+    prompt_ids: torch.Tensor,
+    prompt_mask: torch.Tensor,
+    config: GenerationConfig,
+    num_samples: int,
+    mixture: Callable[[torch.Tensor], LogitsProcessor] | None = None,
+) -> torch.Tensor:
+    """
+    `num_samples` completions of each prompt.
+
+    Each prompt runs through the model once: its cache is copied for the samples. Where the cache cannot be copied
+    (recurrent layers, a static cache, beams), the prompt runs once a sample.
+
+    Args:
+        model (`nn.Module`):
+            The model, unwrapped, in evaluation mode.
+        prompt_ids (`torch.Tensor` of shape `(B, P)`):
+            Prompts, padded on the left.
+        prompt_mask (`torch.Tensor` of shape `(B, P)`):
+            1 at tokens.
+        config ([`~transformers.GenerationConfig`]):
+            How to sample.
+        num_samples (`int`):
+            Completions a prompt, `K`.
+        mixture (`Callable`, *optional*):
+            Makes a logits processor from the attention mask of all rows.
+
+    Returns:
+        `torch.Tensor` of shape `(K B, T)`, in blocks of `B`.
+    """
+    rows, width = prompt_ids.shape
+    ids, mask = (tensor.repeat_interleave(num_samples, dim=0) for tensor in (prompt_ids, prompt_mask))
+    kwargs: dict[str, Any] = {}
+    if mixture is not None:
+        kwargs["logits_processor"] = LogitsProcessorList([mixture(mask)])
+    if num_samples > 1 and width > 1 and _can_copy_cache(model, config):
+        kwargs["past_key_values"] = _prefill(model, prompt_ids, prompt_mask, num_samples)
+    output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, **kwargs)
+    completions = output[:, width:]
+    return completions.view(rows, num_samples, -1).transpose(0, 1).flatten(0, 1)
+
+
+def _positions(mask: torch.Tensor) -> torch.Tensor:
+    return (mask.long().cumsum(dim=1) - 1).clamp(min=0)
+
+
+def _can_copy_cache(model: nn.Module, config: GenerationConfig) -> bool:
+    text = model.config.get_text_config()
+    layers = set(getattr(text, "layer_types", None) or ())
+    return (
+        config.use_cache is not False
+        and config.cache_implementation is None
+        and (config.num_beams or 1) == 1
+        and not getattr(model, "_is_stateful", False)
+        and not getattr(text, "is_encoder_decoder", False)
+        and layers <= {"full_attention", "sliding_attention"}
+        # Virtual tokens of prompt-learning adapters lie in front of the prompt
+        and not any(adapter.is_prompt_learning for adapter in getattr(model, "peft_config", {}).values())
+    )
+
+
+def _prefill(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor, copies: int) -> DynamicCache:
+    """The cache of all prompt tokens but the last, each prompt's copied."""
+    cache = DynamicCache(config=model.config.get_text_config())
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    keep = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(type(base).forward).parameters else {}
+    model(
+        input_ids=ids[:, :-1],
+        attention_mask=mask[:, :-1],
+        position_ids=_positions(mask)[:, :-1],
+        past_key_values=cache,
+        use_cache=True,
+        **keep,
+    )
+    cache.batch_repeat_interleave(copies)
+    return cache
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module, checkpointing_kwargs: dict | None) -> Iterator[None]:
+    """Evaluation mode, without gradients or gradient checkpointing; everything as before afterwards, errors included."""
+    training, checkpointing = model.training, getattr(model, "is_gradient_checkpointing", False)
+    model.eval()
+    if checkpointing:
+        model.gradient_checkpointing_disable()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
+        if checkpointing and not model.is_gradient_checkpointing:
+            model.gradient_checkpointing_enable(checkpointing_kwargs)

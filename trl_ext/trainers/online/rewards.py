@@ -1,0 +1,147 @@
+"""Scores of completions: reward functions, reward models and preference oracles, with every answer checked."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from trl.data_utils import apply_chat_template, is_conversational
+
+
+@dataclass
+class Scores:
+    """
+    What `K` completions of each of `B` prompts are worth.
+
+    Attributes:
+        values (`torch.Tensor` of shape `(B, K)`):
+            Reward, or with a preference oracle the mean probability of winning against the others.
+        mask (`torch.Tensor` of shape `(B, K)`):
+            `False` where no reward function had an opinion.
+        probabilities (`torch.Tensor` of shape `(B, K, K)`, *optional*):
+            Probability that the row's completion is preferred to the column's, from a preference oracle.
+        per_function (`dict[str, torch.Tensor]`):
+            Reward of each function, shape `(B, K)`, NaN where it had no opinion.
+    """
+
+    values: torch.Tensor
+    mask: torch.Tensor
+    probabilities: torch.Tensor | None
+    per_function: dict[str, torch.Tensor]
+
+
+def call_reward_function(
+    name: str,
+    function: Callable[..., Sequence[float | None]],
+    prompts: list,
+    completions: list,
+    completion_ids: list[list[int]],
+    **columns: Any,
+) -> torch.Tensor:
+    """
+    Rewards of a function, shape `(N,)`, NaN where it answered `None`.
+
+    Raises:
+        `ValueError`: If the answer has another length, or holds NaN, infinity or no number.
+        `RuntimeError`: If the function raises; its own error is the cause.
+    """
+    try:
+        answer = function(prompts=prompts, completions=completions, completion_ids=completion_ids, **columns)
+    except Exception as error:
+        raise RuntimeError(
+            f"The reward function {name!r} raised {type(error).__name__} on {len(prompts)} completions: {error}"
+        ) from error
+    if answer is None or not hasattr(answer, "__len__") or len(answer) != len(prompts):
+        given = f"{len(answer)} values" if hasattr(answer, "__len__") else repr(answer)
+        raise ValueError(
+            f"The reward function {name!r} returned {given} for {len(prompts)} completions; expected one number (or "
+            "None) for each."
+        )
+    rewards = []
+    for index, value in enumerate(answer.tolist() if isinstance(answer, torch.Tensor) else answer):
+        try:
+            number = math.nan if value is None else float(value)
+        except (TypeError, ValueError):
+            number = None
+        if number is None or (value is not None and not math.isfinite(number)):
+            raise ValueError(
+                f"The reward function {name!r} returned {value!r} for the completion {completions[index]!r}; expected a "
+                "finite number, or None for no opinion."
+            )
+        rewards.append(number)
+    return torch.tensor(rewards, dtype=torch.float32)
+
+
+def call_reward_model(model: nn.Module, tokenizer: Any, prompts: list, completions: list, device: Any) -> torch.Tensor:
+    """First logit of a sequence classifier on prompt and completion, shape `(N,)`."""
+    if is_conversational({"prompt": prompts[0]}):
+        pairs = [{"messages": prompt + completion} for prompt, completion in zip(prompts, completions, strict=True)]
+        texts = [apply_chat_template(pair, tokenizer)["text"] for pair in pairs]
+    else:
+        texts = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
+    inputs = tokenizer(text=texts, return_tensors="pt", padding=True, padding_side="right", add_special_tokens=False)
+    with torch.inference_mode():
+        rewards = model(**{name: value.to(device) for name, value in inputs.items()}).logits[:, 0].float()
+    if not rewards.isfinite().all():
+        row = int((~rewards.isfinite()).nonzero()[0])
+        raise ValueError(f"The reward model returned {rewards[row].item()} for {texts[row]!r}.")
+    return rewards.clone()  # an inference tensor takes no part in autograd
+
+
+def call_preference_fn(
+    function: Callable[[list, list, list], Sequence[float]], prompts: list, first: list, second: list
+) -> torch.Tensor:
+    """
+    Probability that each completion of `first` is preferred to that of `second`, shape `(N,)`.
+
+    Raises:
+        `ValueError`: If the answer has another length or is no probability.
+        `RuntimeError`: If the function raises; its own error is the cause.
+    """
+    try:
+        answer = function(prompts, first, second)
+    except Exception as error:
+        raise RuntimeError(
+            f"`preference_fn` raised {type(error).__name__} on {len(prompts)} comparisons: {error}"
+        ) from error
+    values = torch.as_tensor(answer, dtype=torch.float32).flatten() if answer is not None else torch.empty(0)
+    if len(values) != len(prompts):
+        raise ValueError(f"`preference_fn` returned {len(values)} values for {len(prompts)} comparisons.")
+    bad = ~((values >= 0) & (values <= 1))
+    if bad.any():
+        row = int(bad.nonzero()[0])
+        raise ValueError(
+            f"`preference_fn` returned {values[row].item()} for the completions {first[row]!r} and {second[row]!r}; "
+            "expected the probability, in [0, 1], that the first is preferred."
+        )
+    return values
+
+
+def preference_scores(function: Callable, prompts: list, completions: list) -> Scores:
+    """
+    Each two completions of a prompt compared once.
+
+    Args:
+        function (`Callable`):
+            The oracle.
+        prompts (`list`):
+            `B` prompts.
+        completions (`list`):
+            `K` blocks of `B` completions.
+    """
+    b = len(prompts)
+    k = len(completions) // b
+    pairs = [(i, j) for i in range(k) for j in range(i + 1, k)]
+    answer = call_preference_fn(
+        function,
+        prompts * len(pairs),
+        [completions[i * b + row] for i, _ in pairs for row in range(b)],
+        [completions[j * b + row] for _, j in pairs for row in range(b)],
+    ).view(len(pairs), b)
+    probabilities = torch.full((b, k, k), 0.5)
+    for (i, j), values in zip(pairs, answer, strict=True):
+        probabilities[:, i, j], probabilities[:, j, i] = values, 1 - values
+    wins = (probabilities.sum(dim=2) - 0.5) / (k - 1)
+    return Scores(wins, torch.ones(b, k, dtype=torch.bool), probabilities, {})
