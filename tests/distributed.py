@@ -27,10 +27,25 @@ def main(model_dir: str, output_dir: str, options: str) -> None:
 
     import trl_ext
     from tests.conftest import preference_rows
-    from tests.helpers import build, parameters
+    from tests.helpers import build
 
     options = json.loads(options)
     peft = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM") if options.pop("lora", False) else None
+    if options.pop("online", False):
+        from tests.online.runs import Scripted, online
+
+        trainer = online(
+            model_dir,
+            output_dir,
+            cls=Scripted,
+            per_device_train_batch_size=options.pop("batch_size"),
+            max_steps=2,
+            optim="sgd",
+            learning_rate=0.1,
+            max_grad_norm=0.0,
+            **options,
+        )
+        return train(trainer, output_dir)
     # A step takes all eight pairs, in whatever order they are dealt out
     trainer = build(
         trl_ext.DPOTrainer,
@@ -46,6 +61,12 @@ def main(model_dir: str, output_dir: str, options: str) -> None:
         trainer_kwargs={"peft_config": peft},
         **options,
     )
+    train(trainer, output_dir)
+
+
+def train(trainer, output_dir: str) -> None:
+    from tests.helpers import parameters
+
     assert trainer.args.world_size == int(os.environ["WORLD_SIZE"])
     trainer.train()
     if trainer.is_world_process_zero():

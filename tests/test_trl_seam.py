@@ -6,10 +6,12 @@ import torch
 import trl
 from datasets import Dataset
 from transformers import AutoModelForCausalLM
+from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
 from trl.trainer import utils
 
 from tests.conftest import preference_rows
 from tests.helpers import build, first_batch
+from tests.online.runs import online
 from trl_ext.logprobs import Head
 from trl_ext.trainers import trl_seam
 
@@ -23,6 +25,28 @@ def test_attributes_are_there(tiny_model_dir, tmp_path):
     trainer = build(trl.DPOTrainer, trl.DPOConfig, tiny_model_dir, tmp_path)
     for name in trl_seam.DPO_ATTRIBUTES:
         assert hasattr(trainer, name), name
+
+
+def test_online_names():
+    for name in trl_seam.ONLINE_METHODS:
+        assert callable(getattr(OnlineDPOTrainer, name)), name
+    names = list(inspect.signature(OnlineDPOTrainer._generate).parameters)
+    assert names == ["self", "model", "prompts", "images"]
+    assert list(inspect.signature(OnlineDPOTrainer._generate_vllm).parameters) == ["self", "prompts", "images"]
+
+
+def test_online_attributes(tiny_model_dir, tmp_path):
+    trainer = online(tiny_model_dir, tmp_path, cls=OnlineDPOTrainer, config=OnlineDPOConfig)
+    for name in trl_seam.ONLINE_ATTRIBUTES:
+        assert hasattr(trainer, name), name
+
+
+def test_online_arguments_are_trls():
+    import trl_ext
+
+    theirs, ours = (inspect.signature(cls.__init__).parameters for cls in (OnlineDPOTrainer, trl_ext.OnlineDPOTrainer))
+    assert list(ours) == [*theirs, "preference_fn"]
+    assert all(ours[name].default == theirs[name].default for name in theirs)
 
 
 def test_signatures():
@@ -109,6 +133,7 @@ def test_head_in_place_is_what_runs(tiny_model_dir, tmp_path, monkeypatch):
 
 def test_metrics_of_each_statistic(tiny_model_dir, tmp_path):
     trainer = build(trl.DPOTrainer, trl.DPOConfig, tiny_model_dir, tmp_path)
+    trainer.model.train()
     trainer.compute_loss(trainer.model, first_batch(trainer))
     for names in trl_seam.METRICS_OF.values():
         for name in names:

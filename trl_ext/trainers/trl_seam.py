@@ -44,6 +44,23 @@ DPO_ATTRIBUTES = (
     "precompute_ref_logps",
 )
 
+# What ours extends or reads of `trl.experimental.online_dpo.OnlineDPOTrainer`
+ONLINE_METHODS = ("_generate", "_generate_vllm", "_save_checkpoint", "_load_from_checkpoint", "evaluate")
+ONLINE_ATTRIBUTES = (
+    "_beta",
+    "_tokenizer",
+    "eos_token_ids",
+    "generation_config",
+    "generation_kwargs",
+    "max_length",
+    "ref_model",
+    "reward_func_names",
+    "reward_funcs",
+    "reward_processing_classes",
+    "reward_weights",
+    "use_vllm",
+)
+
 # Keys of a batch that are not arguments of the model (`_non_model_keys` in `DPOTrainer._compute_loss`)
 NON_MODEL_KEYS = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps")
 
