@@ -103,7 +103,9 @@ def test_survives_to_dict_and_json():
 def test_has_all_of_trls_fields():
     theirs, ours = trl.DPOConfig.__dataclass_fields__, DPOConfig.__dataclass_fields__
     assert theirs.keys() <= ours.keys()
-    assert ours.keys() - theirs.keys() == {"loss_kwargs", "logprob_backend", "logprob_memory_mb", "share_prefix"}
+    assert ours.keys() - theirs.keys() == {
+        "loss_kwargs", "logprob_backend", "logprob_memory_mb", "pairing", "share_prefix"
+    }  # fmt: skip
     for name in theirs.keys() - {"loss_type"}:
         assert ours[name].default == theirs[name].default
 

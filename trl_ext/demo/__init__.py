@@ -1,8 +1,8 @@
 """
 `trl-ext demo`: the main job with nothing to download.
 
-`world.py` is the world and its true reward, `lm.py` the small language model, `training.py` the runs, `report.py` the
-table and the plot.
+`world.py` is the world and its true reward, `lm.py` the small language model, `training.py` the runs, `online.py` those
+that sample while they train, `report.py` the table and the plot.
 """
 
 import argparse
@@ -29,7 +29,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="preference data of your own (file, folder or hub name; prompt, chosen, rejected and what the losses need) "
         "in place of the small world; the true reward is then unknown",
     )
-    parser.add_argument("--steps", type=int, default=None, help="training steps a loss (default: 120)")
+    parser.add_argument(
+        "--online",
+        action="store_true",
+        help="train online: the policy writes, a judge that likes long answers scores, OnlineDPOTrainer learns",
+    )
+    parser.add_argument(
+        "--steps", type=int, default=None, help="training steps a loss (default: 120, and 40 with --online)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -5,6 +5,7 @@ import contextlib
 import copy
 import logging
 import random
+import sys
 import time
 import warnings
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 
 from trl_ext import DPOConfig, DPOTrainer, list_losses
 from trl_ext.data import load_preferences
-from trl_ext.demo import BASELINE, lm, report, world
+from trl_ext.demo import BASELINE, lm, online, report, world
 from trl_ext.losses import TRL_LOSS_TYPES, resolve_name
 
 
@@ -62,7 +63,10 @@ def demonstrate(args: argparse.Namespace) -> int:
     console = Console()
     names = [BASELINE, *list_losses()] if args.loss is None else args.loss
     names = list(dict.fromkeys(resolve_name(name, also=TRL_LOSS_TYPES) for name in names))
-    steps = STEPS if args.steps is None else args.steps
+    if args.online and args.dataset:
+        raise ValueError("`--online` needs a judge, which only the small world has; leave out `--dataset`.")
+    default = online.STEPS if args.online else STEPS
+    steps = default if args.steps is None else args.steps
     if steps < 1:
         raise ValueError(f"`--steps {steps}`: at least 1 step is needed.")
     folder = Path(args.output_dir)
@@ -85,7 +89,8 @@ def demonstrate(args: argparse.Namespace) -> int:
             label = name if data == "plain" else f"{name} ({data})"
             bar = progress.add_task(f"training {label}", total=steps)
             try:
-                rows.append(train(name, tasks[data], model, tokenizer, folder, steps, args.seed, Steps(progress, bar)))
+                settings = (name, tasks[data], model, tokenizer, folder, steps, args.seed, Steps(progress, bar))
+                rows.append(train_online(*settings) if args.online else train(*settings))
             except ValueError as error:
                 if not args.dataset:
                     raise
@@ -93,12 +98,16 @@ def demonstrate(args: argparse.Namespace) -> int:
                 progress.remove_task(bar)
 
     title = f"Preferences from {args.dataset}" if args.dataset else "Preferences from a world whose reward is known"
+    if args.online:
+        title = "Online, under a judge that likes long answers (the reward shown does not)"
     console.print(report.table(rows, title))
     for name, reason in skipped.items():
         console.print(f"{name} was skipped: {reason}", style="yellow", markup=False)
     if len(skipped) == len(names):
         raise ValueError(f"None of {names} could be trained on {args.dataset!r}; the reasons stand above.")
-    settings = {"seed": args.seed, "steps": steps, "dataset": args.dataset, "loss_kwargs": LOSS_KWARGS, **SETTINGS}
+    source = online if args.online else sys.modules[__name__]
+    settings = {"seed": args.seed, "steps": steps, "dataset": args.dataset, "online": args.online}
+    settings |= {"loss_kwargs": source.LOSS_KWARGS, **source.SETTINGS}
     report.save(rows, settings, folder)
     try:
         report.plot(rows, folder / "reward_kl.png")
@@ -168,6 +177,15 @@ def train(
     trainer.create_model_card(model_name=output.name)
     measured = measure(policy, start, tokenizer, task)
     return {"loss": name, "data": task.name, **measured, "accuracy": accuracy, "seconds": seconds}
+
+
+def train_online(
+    name: str, task: Task, start: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *rest: Any
+) -> dict:
+    """Train one loss online from the start; returns its row of the table."""
+    policy, seconds = online.train(name, task, start, tokenizer, *rest)
+    measured = measure(policy, start, tokenizer, task)
+    return {"loss": name, "data": task.name, **measured, "accuracy": None, "seconds": seconds}
 
 
 def measure(

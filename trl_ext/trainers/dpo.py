@@ -17,6 +17,7 @@ from trl.trainer.utils import pad
 
 from trl_ext.data.collator import PreferenceCollator
 from trl_ext.data.columns import TEXT_COLUMNS, WEIGHT, checked, columns_of, used_columns
+from trl_ext.data.groups import OTHER_FIELDS, OTHERS, flatten_others, from_groups, gather_others, is_grouped
 from trl_ext.data.reasoning import (
     EMPTY_TRACE_FIELDS,
     EMPTY_TRACE_PREFIX,
@@ -25,7 +26,7 @@ from trl_ext.data.reasoning import (
     tokenize_empty_trace,
 )
 from trl_ext.logprobs import completion_lengths, sum_completions
-from trl_ext.losses import PreferenceBatch
+from trl_ext.losses import GroupBatch, PreferenceBatch
 from trl_ext.losses.base import SigmoidLoss
 from trl_ext.trainers.dpo_config import DPOConfig
 from trl_ext.trainers.loss_terms import build_losses, check_combination, resolve_loss_types
@@ -43,6 +44,9 @@ from trl_ext.trainers.trl_seam import (
 
 
 logger = get_logger(__name__)
+
+# Keys of a batch that holds whole groups
+GROUP_KEYS = ("others", "other_scores", "other_mask", "other_ref_logps")
 
 
 def _base(model: torch.nn.Module) -> torch.nn.Module:
@@ -110,11 +114,25 @@ class DPOTrainer(trl.DPOTrainer):
         # What the losses of ours read from the dataset; `_losses` are the terms that TRL does not compute
         self._losses: dict[str, Any] = losses
         self._columns: list[str] = []
+        self._pairing = self._groups = None
         if isinstance(train_dataset, (Dataset, IterableDataset)):
             available = columns_of(train_dataset, "train")
+            if is_grouped(available):
+                takes = any(loss.takes_groups for loss in losses.values())
+                self._pairing = getattr(args, "pairing", None) or ("group" if takes else "best_worst")
+                self._groups = self._pairing == "group"
+                train_dataset = from_groups(train_dataset, self._pairing, "train")
+                available = columns_of(train_dataset, "train")
             if WEIGHT in available:
                 self._losses = losses = self._weighted_losses(names, losses, args)
             self._columns = used_columns(available, losses, "train")
+            if self._groups:
+                self._columns = list(dict.fromkeys([*self._columns, "score_chosen", "score_rejected"]))
+                if self._empty_trace or getattr(args, "ld_alpha", None) is not None:
+                    raise ValueError(
+                        "Whole groups cannot be combined with `bias_variance` or `ld_alpha`, which are defined on pairs. "
+                        'Set `pairing="best_worst"`.'
+                    )
             self._refuse_vision(available, losses)
             train_dataset = checked(train_dataset, self._columns, losses, "train")
         if eval_dataset is not None:
@@ -148,7 +166,9 @@ class DPOTrainer(trl.DPOTrainer):
         theirs = [(name, weight) for name, weight in zip(names, self.loss_weights, strict=True) if name not in losses]
         self.loss_types = [name for name, _ in theirs]
         self.loss_weights = [weight for _, weight in theirs]
-        self.data_collator = PreferenceCollator(self.data_collator, self._numeric_columns, self._empty_trace)
+        self.data_collator = PreferenceCollator(
+            self.data_collator, self._numeric_columns, self._empty_trace, bool(self._groups)
+        )
 
         described = {name: loss for name, loss in self._losses.items() if loss.paper}
         if described:
@@ -203,9 +223,17 @@ class DPOTrainer(trl.DPOTrainer):
         return self._checked_split(dataset, "eval")
 
     def _checked_split(self, dataset: Any, split: str) -> Any:
-        if not self._losses or not isinstance(dataset, (Dataset, IterableDataset)):
+        if not isinstance(dataset, (Dataset, IterableDataset)):
+            return dataset
+        if self._pairing is not None and is_grouped(columns_of(dataset, split)):
+            dataset = from_groups(dataset, self._pairing, split)
+        if not self._losses:
             return dataset
         available = columns_of(dataset, split)
+        if self._groups and OTHERS not in available:
+            raise ValueError(
+                f"The {split} dataset holds no groups, the train dataset does. Its columns are {available}."
+            )
         missing = [column for column in self._columns if column not in available]
         used_columns(available, self._losses, split)
         if missing:
@@ -216,6 +244,8 @@ class DPOTrainer(trl.DPOTrainer):
         return checked(dataset, self._columns, self._losses, split)
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
+        if self._groups:
+            return self._prepare_groups(dataset, processing_class, args, dataset_name)
         if not self._empty_trace:
             return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
         rows = len(dataset) if isinstance(dataset, Dataset) else None
@@ -231,9 +261,20 @@ class DPOTrainer(trl.DPOTrainer):
             tokenize_empty_trace, fn_kwargs={"tokenizer": self._tokenizer}, remove_columns=[HAS_TRACES], **options
         )
 
+    def _prepare_groups(self, dataset, processing_class, args, dataset_name):
+        """Best and worst as TRL's pair, then the others, tokenized by TRL as pairs of their own."""
+        dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+        flat, starts = flatten_others(dataset)
+        if len(flat):
+            whole = dataclasses.replace(args)
+            whole.max_length = None  # rows were dropped above, where their prompts leave no room
+            flat = super()._prepare_dataset(flat, processing_class, whole, f"{dataset_name} (other completions)")
+        fields = {"other_prompt_ids": ("prompt_ids", "prompt_ids"), "other_ids": ("chosen_ids", "rejected_ids")}
+        return gather_others(dataset, flat, starts, fields).remove_columns([OTHERS])
+
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
-        extra = list(self._numeric_columns)
+        extra = list(self._numeric_columns) + (list(OTHER_FIELDS) if self._groups else [])
         if self._empty_trace:
             extra += [EMPTY_TRACE_PREFIX + name for name in EMPTY_TRACE_FIELDS]
         self._signature_columns += [name for name in extra if name not in self._signature_columns]
@@ -248,6 +289,13 @@ class DPOTrainer(trl.DPOTrainer):
             self.data_collator = collator.collator
         try:
             dataset = super()._precompute_ref_logps(with_cache_key(dataset, *key), name, batch_size)
+            if self._groups:
+                flat, starts = flatten_others(dataset)
+                if len(flat):
+                    flat = with_cache_key(flat, *key)
+                    flat = super()._precompute_ref_logps(flat, f"{name} (other completions)", batch_size)
+                fields = {"other_ref_logps": ("ref_chosen_logps", "ref_rejected_logps")}
+                dataset = gather_others(dataset, flat, starts, fields)
             if self._empty_trace:
                 ids = {EMPTY_TRACE_PREFIX + field: field for field in ("prompt_ids", "chosen_ids", "rejected_ids")}
                 empty = with_cache_key(dataset.select_columns(list(ids)).rename_columns(ids), *key)
@@ -311,9 +359,14 @@ class DPOTrainer(trl.DPOTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if not self._losses and self._scorer is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        group = {name: inputs[name] for name in GROUP_KEYS if name in inputs}
+        inputs = {name: value for name, value in inputs.items() if name not in GROUP_KEYS}
         inputs, columns, empty = self._split(inputs)
         joint = self._join(inputs, empty) if empty else inputs
-        groups = joint["input_ids"].size(0) // (4 if empty else 2)
+        prompts = inputs["input_ids"].size(0) // 2
+        groups = prompts
+        if group:
+            joint = self._join_others(inputs, group)
 
         # One forward for all sequences, through the wrapped model
         statistics = layout = None
@@ -330,6 +383,15 @@ class DPOTrainer(trl.DPOTrainer):
             ref_logps = torch.cat(self._ref_log_probs(self.ref_model or self.model, joint, layout))
         lengths = completion_lengths(joint["completion_mask"])
 
+        group_batch = None
+        if group:
+            group_batch = self._group_batch(
+                group, columns, *(t.view(-1, prompts).T for t in (logps, ref_logps, lengths))
+            )
+            rows = torch.arange(2 * prompts, device=logps.device)
+            logps, ref_logps, lengths = logps[rows], ref_logps[rows], lengths[rows]
+            width = inputs["input_ids"].size(1) - joint["input_ids"].size(1)
+            outputs = map_rows(outputs, lambda field: field[rows, : field.size(1) + width])
         # Rows are [chosen, rejected], with an empty-trace pair [chosen, its chosen, rejected, its rejected]
         parts = 2 if empty else 1
         pairs = [
@@ -358,7 +420,7 @@ class DPOTrainer(trl.DPOTrainer):
             forget_metrics(self, statistics)
         if not self._losses:
             return result
-        loss = (result[0] if return_outputs else result) + self._loss(batch, empty)
+        loss = (result[0] if return_outputs else result) + self._loss(batch, empty, group_batch)
         return (loss, result[1]) if return_outputs else loss
 
     def _join(self, inputs: dict[str, Any], empty: dict[str, Any]) -> dict[str, Any]:
@@ -377,7 +439,32 @@ class DPOTrainer(trl.DPOTrainer):
             joint[name] = pad(rows, padding_value=padding.get(name, 0), padding_side="right")
         return joint
 
-    def _loss(self, batch: PreferenceBatch, empty: dict[str, Any]) -> torch.Tensor:
+    def _join_others(self, inputs: dict[str, Any], group: dict[str, Any]) -> dict[str, Any]:
+        """Whole groups as one batch of `K B` rows: best, worst, and the others in turn."""
+        padding = {"input_ids": self._tokenizer.pad_token_id}
+        joint = {
+            name: pad(
+                [row for each in (inputs, *group["others"]) for row in each[name]],
+                padding_value=padding.get(name, 0),
+                padding_side="right",
+            )
+            for name in inputs
+            if not name.startswith("ref_")
+        }
+        if "other_ref_logps" in group:
+            others = group["other_ref_logps"].T.flatten()
+            joint["ref_chosen_logps"] = torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])
+            joint["ref_rejected_logps"] = others
+        return joint
+
+    def _group_batch(self, group: dict[str, Any], columns: dict[str, Any], logps, ref_logps, lengths) -> GroupBatch:
+        """What losses on groups are given; `(B, K)` tensors, best and worst first."""
+        ends = [columns["score_chosen"].unsqueeze(1), columns["score_rejected"].unsqueeze(1)]
+        mask = torch.cat([torch.ones_like(torch.cat(ends, dim=1), dtype=torch.bool), group["other_mask"]], dim=1)
+        scores = torch.cat([*ends, group["other_scores"]], dim=1)
+        return GroupBatch(logps, ref_logps, lengths, scores, mask, beta=self.beta, columns=columns)
+
+    def _loss(self, batch: PreferenceBatch, empty: dict[str, Any], group: GroupBatch | None = None) -> torch.Tensor:
         """Weighted sum of the mean losses of ours, whose metrics are logged on the way."""
         weight = batch.columns.get(WEIGHT)
         metrics = {
@@ -390,7 +477,8 @@ class DPOTrainer(trl.DPOTrainer):
             metrics["pair_weight/mean"] = weight.mean()
         total = torch.zeros((), dtype=batch.delta.dtype, device=batch.delta.device)
         for name, loss in self._losses.items():
-            per_pair = loss(batch)
+            given = group if group is not None and loss.takes_groups else batch
+            per_pair = loss(given)
             if per_pair.shape != batch.delta.shape:
                 raise ValueError(
                     f"The loss {name!r} returned shape {tuple(per_pair.shape)}; expected one value a pair, shape "
@@ -399,7 +487,7 @@ class DPOTrainer(trl.DPOTrainer):
             if weight is not None:
                 per_pair = per_pair * weight.to(per_pair.dtype)
             total = total + self._weights[name] * per_pair.mean()
-            for key, value in loss.metrics(batch).items():
+            for key, value in loss.metrics(given).items():
                 metrics[f"{name}/{key}" if key in metrics else key] = value
             if len(self._weights) + len(self.loss_types) > 1:
                 metrics[f"loss/{name}"] = per_pair.mean()

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 import trl
 
+from trl_ext.data.pairing import PAIRINGS
 from trl_ext.trainers.arguments import LossArguments
 from trl_ext.trainers.loss_terms import build_losses, check_combination, resolve_loss_types
 
@@ -17,6 +18,10 @@ class DPOConfig(LossArguments, trl.DPOConfig):
         loss_type (`str` or `list[str]`, *optional*, defaults to `"sigmoid"`):
             TRL's loss types, those of this package (`trl-ext losses` lists them) and registered ones, by name or
             alias; several are combined with `loss_weights`.
+        pairing (`str`, *optional*):
+            What is made of a dataset of groups (`prompt`, `completions`, `scores`): `"group"`, whole groups for the losses
+            that take them (`anchored`) and the best against the worst for the others; `"best_worst"`; or `"all"`, each two
+            completions of different scores. By default whole groups where a loss takes them, else best against worst.
         loss_kwargs, logprob_backend, logprob_memory_mb, share_prefix:
             See [`LossArguments`].
 
@@ -36,8 +41,22 @@ class DPOConfig(LossArguments, trl.DPOConfig):
         },
     )
 
+    pairing: str | None = field(
+        default=None,
+        metadata={
+            "help": "What is made of a dataset of groups (prompt, completions, scores): 'group', 'best_worst' or 'all'; "
+            "whole groups by default where a loss takes them, else best against worst.",
+            "choices": list(PAIRINGS),
+        },
+    )
+
     def __post_init__(self):
         self.loss_type = resolve_loss_types(self.loss_type)
         self.check_shared_arguments()
-        check_combination(self, self.loss_type, build_losses(self.loss_type, self.loss_kwargs))
+        losses = build_losses(self.loss_type, self.loss_kwargs)
+        check_combination(self, self.loss_type, losses)
+        if self.pairing is not None and self.pairing not in PAIRINGS:
+            raise ValueError(f"`pairing={self.pairing!r}` is unknown; choose one of {list(PAIRINGS)}.")
+        if self.pairing == "group" and not any(loss.takes_groups for loss in losses.values()):
+            raise ValueError(f"`pairing='group'` needs a loss that takes groups; {self.loss_type} take pairs only.")
         super().__post_init__()

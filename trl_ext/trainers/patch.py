@@ -1,11 +1,19 @@
 """Our classes in TRL's place, for scripts that nobody edits."""
 
+import importlib
 import sys
+import warnings
+
+
+# Our classes, and the TRL packages that offer them; those of an experimental package are patched where it is there
+STABLE = {"DPOConfig": "trl_ext.trainers.dpo_config", "DPOTrainer": "trl_ext.trainers.dpo"}
+ONLINE = {"OnlineDPOConfig": "trl_ext.trainers.online.config", "OnlineDPOTrainer": "trl_ext.trainers.online.trainer"}
 
 
 def patch_trl() -> None:
     """
-    Make `trl.DPOConfig` and `trl.DPOTrainer` this package's classes, wherever TRL offers them.
+    Make `DPOConfig`, `DPOTrainer`, `OnlineDPOConfig` and `OnlineDPOTrainer` this package's classes, wherever TRL offers
+    them.
 
     Call it before a script imports them; `trl-ext run` does. Calling it again changes nothing.
     """
@@ -14,13 +22,22 @@ def patch_trl() -> None:
     import trl.trainer.dpo_config
     import trl.trainer.dpo_trainer
 
-    from trl_ext.trainers.dpo import DPOTrainer
-    from trl_ext.trainers.dpo_config import DPOConfig
+    _replace(STABLE, (trl, trl.trainer))
+    try:
+        with warnings.catch_warnings():  # that it is experimental is for the script that asks for it to hear
+            warnings.simplefilter("ignore")
+            import trl.experimental.online_dpo as online
+    except ImportError:  # a TRL that has dropped it
+        return
+    _replace(ONLINE, (online,))
 
-    for ours in (DPOConfig, DPOTrainer):
-        for name, module in list(sys.modules.items()):
-            if (name == "trl" or name.startswith("trl.")) and ours.__name__ in vars(module):
-                setattr(module, ours.__name__, ours)
+
+def _replace(classes: dict[str, str], packages: tuple) -> None:
+    for name, origin in classes.items():
+        ours = getattr(importlib.import_module(origin), name)
+        for module_name, module in list(sys.modules.items()):
+            if (module_name == "trl" or module_name.startswith("trl.")) and name in vars(module):
+                setattr(module, name, ours)
         # TRL's packages are lazy: an attribute that nobody asked for yet is not in `vars`
-        for module in (trl, trl.trainer):
-            setattr(module, ours.__name__, ours)
+        for package in packages:
+            setattr(package, name, ours)

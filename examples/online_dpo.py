@@ -1,0 +1,51 @@
+"""
+Online DPO: the policy writes, rewards judge, any loss learns.
+
+With `--reward_model` a sequence classifier judges; without it a rule does, here: answers that end by themselves, and
+soon. Reads a dataset with a column `prompt`.
+
+    python examples/online_dpo.py --output_dir out
+    python examples/online_dpo.py --reward_model path/to/rm --loss_type offset --num_generations 4 --output_dir out
+    python examples/online_dpo.py --loss_type ipo --mixture_coef 0.125 --output_dir out         # IPO-MD's sampling
+
+Every field of `OnlineDPOConfig` is a flag.
+"""
+
+from dataclasses import dataclass, field
+
+from transformers import AutoTokenizer
+from trl import TrlParser
+
+from trl_ext import OnlineDPOConfig, OnlineDPOTrainer
+from trl_ext.data import load_preferences
+
+
+@dataclass
+class Script:
+    model: str = field(default="Qwen/Qwen3-0.6B", metadata={"help": "Hub name or folder of the model."})
+    dataset: str = field(
+        default="trl-lib/ultrafeedback-prompt",
+        metadata={"help": "Hub name, folder or file (JSON Lines, CSV, Parquet) of the prompts."},
+    )
+    reward_model: str | None = field(default=None, metadata={"help": "Hub name or folder of a sequence classifier."})
+
+
+def brevity(completions, completion_ids, **kwargs):
+    """Minus the number of tokens."""
+    return [-float(len(ids)) for ids in completion_ids]
+
+
+if __name__ == "__main__":
+    parser = TrlParser([Script, OnlineDPOConfig])
+    parser.set_defaults(loss_type=["anchored"], num_generations=4, pairing="group", missing_eos_penalty=1.0)
+    script, args = parser.parse_args_and_config()
+
+    trainer = OnlineDPOTrainer(
+        model=script.model,
+        reward_funcs=script.reward_model or brevity,
+        args=args,
+        train_dataset=load_preferences(script.dataset).select_columns(["prompt"]),
+        processing_class=AutoTokenizer.from_pretrained(script.model),
+    )
+    trainer.train()
+    trainer.save_model()

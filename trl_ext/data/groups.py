@@ -1,0 +1,152 @@
+"""
+Datasets of groups: `prompt`, `completions` (a list) and `scores` (a number for each).
+
+They become pairs by the rules of `pairing.py`, or rows of whole groups: the best completion as `chosen`, the worst as
+`rejected`, the rest beside them, so that everything that works on pairs works on groups too.
+"""
+
+import logging
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset
+
+from trl_ext.data.pairing import pair_up
+
+
+logger = logging.getLogger(__name__)
+
+OTHERS = "other_completions"
+OTHER_SCORES = "other_scores"
+OTHER_FIELDS = ("other_prompt_ids", "other_ids", OTHER_SCORES, "other_ref_logps")
+
+
+def is_grouped(columns: Iterable[str]) -> bool:
+    """Whether a dataset holds groups."""
+    return {"completions", "scores"} <= set(columns)
+
+
+def check_group(example: dict[str, Any], row: int, split: str) -> None:
+    """Raise a `ValueError` for a row that is no group of at least two completions with a finite score each."""
+    completions, scores = example["completions"], example["scores"]
+    where = f"Row {row} of the {split} dataset"
+    if "prompt" not in example:
+        raise ValueError(f"{where} has completions and scores but no 'prompt'; its columns are {sorted(example)}.")
+    if not isinstance(completions, (list, tuple)) or not isinstance(scores, (list, tuple)):
+        raise ValueError(f"{where}: `completions` and `scores` must be lists, one entry a completion.")
+    if len(completions) != len(scores):
+        raise ValueError(f"{where} has {len(completions)} completions and {len(scores)} scores; give one score each.")
+    if len(completions) < 2:
+        raise ValueError(f"{where} has {len(completions)} completions; a group needs at least 2. Remove the row.")
+    for score in scores:
+        if isinstance(score, bool) or not isinstance(score, (int, float)) or not math.isfinite(score):
+            raise ValueError(f"{where} has the score {score!r}; expected finite numbers, got {list(scores)!r}.")
+
+
+def from_groups(dataset: Dataset | IterableDataset, pairing: str, split: str) -> Dataset | IterableDataset:
+    """
+    Rows that a pair trainer takes.
+
+    Args:
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            Groups; other columns are kept, repeated for each pair.
+        pairing (`str`):
+            `"best_worst"` and `"all"`: pairs with `score_chosen` and `score_rejected`. `"group"`: one row a group, with
+            the columns `other_completions` and `other_scores`; map-style datasets only.
+        split (`str`):
+            What the dataset is called in errors.
+
+    Returns:
+        The dataset of pairs. Groups without two different scores are left out, with a warning that counts them.
+
+    Raises:
+        `ValueError`: For a row that is no group.
+    """
+    stream = isinstance(dataset, IterableDataset)
+    if stream and pairing == "group":
+        raise ValueError(
+            f"The {split} dataset is a stream of groups; whole groups need a map-style dataset. Load it without "
+            '`streaming=True`, or set `pairing="best_worst"` or "all".'
+        )
+    columns = list(next(iter(dataset))) if stream else dataset.column_names
+    kept = [name for name in columns if name not in ("completions", "scores")]
+
+    def convert(batch: dict[str, list], rows: list[int]) -> dict[str, list]:
+        names = [*kept, "chosen", "rejected", "score_chosen", "score_rejected"]
+        out: dict[str, list] = {name: [] for name in [*names, *([OTHERS, OTHER_SCORES] if pairing == "group" else [])]}
+        for i, row in enumerate(rows):
+            example = {name: values[i] for name, values in batch.items()}
+            check_group(example, row, split)
+            completions, scores = example["completions"], example["scores"]
+            tensor = torch.tensor([scores], dtype=torch.float64)
+            pairs = pair_up(
+                tensor, torch.ones_like(tensor, dtype=torch.bool), "all" if pairing == "all" else "best_worst"
+            )
+            for best, worst in zip(pairs.chosen.tolist(), pairs.rejected.tolist(), strict=True):
+                for name in kept:
+                    out[name].append(example[name])
+                out["chosen"].append(completions[best])
+                out["rejected"].append(completions[worst])
+                out["score_chosen"].append(float(scores[best]))
+                out["score_rejected"].append(float(scores[worst]))
+                if pairing == "group":
+                    rest = [k for k in range(len(scores)) if k not in (best, worst)]
+                    out[OTHERS].append([completions[k] for k in rest])
+                    out[OTHER_SCORES].append([float(scores[k]) for k in rest])
+        return out
+
+    options = {} if stream else {"desc": f"Pairing completions of the {split} dataset"}
+    if not stream:
+        dropped = sum(1 for scores in dataset["scores"] if isinstance(scores, list) and len(set(scores)) < 2)
+        if dropped == len(dataset):
+            check_group(dataset[0], 0, split)
+            raise ValueError(f"No group of the {split} dataset has two different scores: there is nothing to prefer.")
+        if dropped:
+            logger.warning(
+                f"{dropped} of {len(dataset)} groups of the {split} dataset have equal scores only; they are left out."
+            )
+    return dataset.map(convert, batched=True, with_indices=True, remove_columns=columns, **options)
+
+
+def flatten_others(dataset: Dataset) -> tuple[Dataset, list[int]]:
+    """
+    The other completions of all groups as pairs that TRL can tokenize or score, and where each group's begin.
+
+    With an odd number the last one stands twice.
+    """
+    rows, starts = [], [0]
+    for example in dataset:
+        rest = example[OTHERS] if OTHERS in example else example["other_ids"]
+        for k in range(0, len(rest), 2):
+            last = min(k + 1, len(rest) - 1)
+            if "other_ids" in example:
+                prompts = example["other_prompt_ids"]
+                rows.append({"prompt_ids": prompts[k], "chosen_ids": rest[k], "rejected_ids": rest[last]})
+            else:
+                keep = {name: example[name] for name in ("prompt", "tools", "chat_template_kwargs") if name in example}
+                rows.append({**keep, "chosen": rest[k], "rejected": rest[last]})
+        starts.append(len(rows))
+    return Dataset.from_list(rows), starts
+
+
+def gather_others(
+    dataset: Dataset, flat: Dataset | None, starts: list[int], fields: dict[str, tuple[str, str]]
+) -> Dataset:
+    """
+    Add to each group what was computed on its flattened completions.
+
+    Args:
+        fields (`dict[str, tuple[str, str]]`):
+            New column, and the columns of `flat` that hold its value for the first and second of a pair.
+    """
+
+    def add(example: dict, row: int) -> dict:
+        pairs = [flat[i] for i in range(starts[row], starts[row + 1])]
+        count = len(example[OTHER_SCORES])
+        return {
+            name: [pair[column] for pair in pairs for column in columns][:count] for name, columns in fields.items()
+        }
+
+    return dataset.map(add, with_indices=True, desc="Adding the other completions of each group")
