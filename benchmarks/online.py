@@ -1,13 +1,14 @@
 """
-A whole online step, generate, score and learn, through TRL's `OnlineDPOTrainer` and ours in one run.
+A whole online step, generate, score, learn and update, through TRL's `OnlineDPOTrainer` and ours in one run.
 
     python benchmarks/online.py                        # 12 M parameters, 4 prompts of 60-100 tokens, 96 new tokens
     python benchmarks/online.py --no-checkpointing     # TRL then generates with a cache too
     python benchmarks/online.py --lora --device cuda --size 0.6b --vocab 151936 --dtype bfloat16
 
-Both get the same prompts and write the same number of tokens. `learn` is what is left of a step: log-probabilities,
-reference, loss, backward. Agreement of loss and gradients, and peak memory, are those of learning from the same given
-completions; memory is measured in a process of its own.
+Both get the same prompts and write the same number of tokens. `update` is the optimizer's step, `learn` what is left:
+log-probabilities, reference, loss, backward. Agreement of loss and gradients, and peak memory, are those of learning from the same given
+completions. Memory is measured in a process of its own: its peak, libraries and models included, and what learning adds to
+them (gradients, activations, logits).
 """
 
 import argparse
@@ -49,7 +50,7 @@ from transformers.utils.logging import set_verbosity_error
 from trl.experimental import online_dpo
 
 from trl_ext import OnlineDPOConfig, OnlineDPOTrainer
-from trl_ext.trainers.online.generation import Completions
+from trl_ext.generation import Completions
 
 
 PATHS = ("trl", "ours")
@@ -60,9 +61,12 @@ COLUMNS = {
     "generate": "generate\ns",
     "score": "score\ns",
     "learn": "learn\ns",
+    "update": "update\ns",
     "learn_speed": "learn,\nTRL = 1",
-    "peak_mb": "learning,\npeak MiB",
-    "memory": "memory,\nTRL = 1",
+    "peak_mb": "process,\npeak MiB",
+    "memory": "process,\nTRL = 1",
+    "added_mb": "learning\nadds, MiB",
+    "added_memory": "learning,\nTRL = 1",
     "loss_difference": "loss\nvs TRL",
     "gradient_difference": "gradient\nvs TRL",
 }
@@ -150,11 +154,12 @@ class Path:
         self.trainer.current_gradient_accumulation_steps = 1
         self.batches = list(self.trainer.get_train_dataloader())
         self.turn, self.parts = 0, defaultdict(list)
-        self._time("generate", "generate" if self.ours else "_generate")
-        self._time("score", "score" if self.ours else "_calculate_rewards_from_functions")
+        self._time("generate", "generate" if self.ours else "_generate", self.trainer)
+        self._time("score", "score" if self.ours else "_calculate_rewards_from_functions", self.trainer)
+        self._time("update", "step", self.trainer.optimizer)
 
-    def _time(self, part: str, method: str) -> None:
-        call = getattr(self.trainer, method)
+    def _time(self, part: str, method: str, owner: object) -> None:
+        call = getattr(owner, method)
 
         def wrapped(*args, **kwargs):
             synchronize(self.args.device)
@@ -164,7 +169,7 @@ class Path:
             self.parts[part].append(time.perf_counter() - start)
             return result
 
-        setattr(self.trainer, method, wrapped)
+        setattr(owner, method, wrapped)
 
     def step(self) -> None:
         batch = self.batches[self.turn % len(self.batches)]
@@ -210,7 +215,8 @@ def measure(args: argparse.Namespace) -> list[dict]:
         for name in PATHS
     }
     fresh = {name: Path(name, args).learn_from_given() for name in PATHS}
-    memory = {name: in_own_process(__file__, [*sys.argv[1:], "--measure-memory", name])["peak_mb"] for name in PATHS}
+    memory = {name: in_own_process(__file__, [*sys.argv[1:], "--measure-memory", name]) for name in PATHS}
+    added = {name: values["peak_mb"] - values["before_mb"] for name, values in memory.items()}
     return [
         {
             "path": name,
@@ -226,8 +232,10 @@ def measure(args: argparse.Namespace) -> list[dict]:
             **{part: statistics.median(values) for part, values in parts[name].items()},
             "learn": statistics.median(learn[name]),
             "learn_speed": ratio(learn["trl"], learn[name]),
-            "peak_mb": memory[name],
-            "memory": memory[name] / memory["trl"],
+            "peak_mb": memory[name]["peak_mb"],
+            "memory": memory[name]["peak_mb"] / memory["trl"]["peak_mb"],
+            "added_mb": added[name],
+            "added_memory": added[name] / added["trl"],
             "loss_difference": abs(fresh[name][0] - fresh["trl"][0]) / abs(fresh["trl"][0]),
             "gradient_difference": distance(fresh[name][1], fresh["trl"][1]),
             **provenance(args.device),
@@ -245,9 +253,10 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     if args.measure_memory:
         path = Path(args.measure_memory, args)
+        before = peak_mb(args.device)
         for _ in range(2):
             path.learn_from_given()
-        print(json.dumps({"peak_mb": peak_mb(args.device)}))
+        print(json.dumps({"before_mb": before, "peak_mb": peak_mb(args.device)}))
         return
     rows = measure(args)
     what = f"{args.size}{' LoRA' if args.lora else ''}, {args.dtype}, {args.new_tokens} new tokens"

@@ -78,6 +78,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--profile", choices=PROFILES, help="lengths like those of a dataset, in place of the two above"
     )
     parser.add_argument("--pairs", type=int, default=4, help="pairs a step")
+    parser.add_argument(
+        "--k",
+        type=int,
+        default=2,
+        help="completions of each prompt, an even number: ours learns from the whole group (anchored), the others from K/2 "
+        "pairs with that prompt, so that all score the same completions; losses then differ",
+    )
     parser.add_argument("--lora", action="store_true", help="train a LoRA of rank 16 on all linear layers")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
@@ -87,14 +94,16 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--memory-mb", type=float, help="`logprob_memory_mb` of our paths")
     parser.add_argument("--exact", action="store_true", help="compare gradients with a float64 model too")
     parser.add_argument(
-        "--scale", nargs="+", metavar=("AXIS", "VALUE"), help="prompt, vocab or pairs, and the values to run it at"
+        "--scale", nargs="+", metavar=("AXIS", "VALUE"), help="prompt, vocab, pairs or k, and the values to run it at"
     )
     parser.add_argument("--csv", help="write the rows here")
     parser.add_argument("--plot", help="draw a plot here")
     parser.add_argument("--measure-memory", metavar="PATH", help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
-    if args.scale and (args.scale[0] not in ("prompt", "vocab", "pairs") or len(args.scale) < 2):
-        parser.error("--scale takes prompt, vocab or pairs, then values: --scale prompt 50 200 800")
+    if args.scale and (args.scale[0] not in ("prompt", "vocab", "pairs", "k") or len(args.scale) < 2):
+        parser.error("--scale takes prompt, vocab, pairs or k, then values: --scale prompt 50 200 800")
+    if args.k < 2 or args.k % 2 or (args.k > 2 and args.pairs % (args.k // 2)):
+        parser.error("--k takes an even number, and --pairs a multiple of half of it")
     if args.paths[0] != "trl":
         parser.error("--paths begins with trl: the others are compared with it")
     return args
@@ -155,9 +164,14 @@ class Path:
         dtype = dtype or getattr(torch, args.dtype)
         ours = name.startswith("ours")
         options = {"logprob_memory_mb": args.memory_mb, "share_prefix": name == "ours" and "auto"} if ours else {}
+        text = {"prompt": "a ", "chosen": "b", "rejected": "c"}
+        grouped = ours and args.k > 2
+        if grouped:
+            options["loss_type"] = "anchored"
+            text = {"prompt": "a ", "completions": ["b", "c", "b"], "scores": [2.0, 1.0, 0.0]}
         config = (trl_ext if ours else trl).DPOConfig(
             output_dir=tempfile.mkdtemp(),
-            per_device_train_batch_size=args.pairs,
+            per_device_train_batch_size=args.pairs // (args.k // 2 if grouped else 1),
             report_to="none",
             bf16=False,
             use_cpu=args.device == "cpu",
@@ -174,14 +188,16 @@ class Path:
             ref_model=None if args.lora else model(args.size, args.vocab, 1, dtype, args.device),
             args=config,
             processing_class=tokenizer(),
-            train_dataset=Dataset.from_list([{"prompt": "a ", "chosen": "b", "rejected": "c"}]),
+            train_dataset=Dataset.from_list([text]),
             peft_config=LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
             if args.lora
             else None,
         )
         if args.lora:
             self.trainer.model.to(dtype=dtype)
-        self.trainer.train_dataset = rows(args)  # token ids as they are, past the tokenizer
+        self.trainer.train_dataset = (
+            groups(args) if grouped else rows(args)
+        )  # token ids as they are, past the tokenizer
         self.trainer.create_optimizer()
         if config.gradient_checkpointing:  # which transformers turns on in `train()`
             self.trainer.model.gradient_checkpointing_enable(config.gradient_checkpointing_kwargs)
@@ -207,21 +223,43 @@ class Path:
         return loss.item(), gradients
 
 
-def rows(args: argparse.Namespace) -> Dataset:
-    """Token ids for four batches."""
+def sampled(args: argparse.Namespace) -> list[tuple[list[int], list[list[int]]]]:
+    """Token ids of prompts with K completions each, for four batches."""
     lengths = Lengths(args.prompt, tuple(args.completion), args.profile)
 
     def ids(count: int) -> list[int]:
         return [lengths.random.randrange(6, args.vocab) for _ in range(count)]
 
+    prompts = 4 * args.pairs // (args.k // 2)
+    return [(ids(lengths.prompt()), [ids(lengths.completion()) for _ in range(args.k)]) for _ in range(prompts)]
+
+
+def rows(args: argparse.Namespace) -> Dataset:
+    """As pairs."""
+    return Dataset.from_list(
+        [
+            {"prompt_ids": prompt, "chosen_ids": completions[k], "rejected_ids": completions[k + 1]}
+            for prompt, completions in sampled(args)
+            for k in range(0, args.k, 2)
+        ]
+    )
+
+
+def groups(args: argparse.Namespace) -> Dataset:
+    """As whole groups."""
     return Dataset.from_list(
         [
             {
-                "prompt_ids": ids(lengths.prompt()),
-                "chosen_ids": ids(lengths.completion()),
-                "rejected_ids": ids(lengths.completion()),
+                "prompt_ids": prompt,
+                "chosen_ids": completions[0],
+                "rejected_ids": completions[1],
+                "score_chosen": 1.0,
+                "score_rejected": 0.0,
+                "other_prompt_ids": [prompt] * (args.k - 2),
+                "other_ids": completions[2:],
+                "other_scores": [0.5] * (args.k - 2),
             }
-            for _ in range(4 * args.pairs)
+            for prompt, completions in sampled(args)
         ]
     )
 
@@ -243,7 +281,7 @@ def measure(args: argparse.Namespace, flags: list[str]) -> list[dict]:
             "path": name,
             **{
                 key: getattr(args, key)
-                for key in ("size", "vocab", "prompt", "completion", "profile", "pairs", "lora", "dtype")
+                for key in ("size", "vocab", "prompt", "completion", "profile", "pairs", "k", "lora", "dtype")
             },
             "checkpointing": not args.no_checkpointing,
             "seconds": statistics.median(seconds[name]),
@@ -253,8 +291,8 @@ def measure(args: argparse.Namespace, flags: list[str]) -> list[dict]:
             "speed": ratio(seconds["trl"], seconds[name]),
             "peak_mb": memory[name],
             "memory": memory[name] / memory["trl"],
-            "loss_difference": abs(agreement[name][0] - theirs[0]) / abs(theirs[0]),
-            "gradient_difference": distance(agreement[name][1], theirs[1]),
+            "loss_difference": abs(agreement[name][0] - theirs[0]) / abs(theirs[0]) if args.k == 2 else None,
+            "gradient_difference": distance(agreement[name][1], theirs[1]) if args.k == 2 else None,
             "gradient_error": distance(agreement[name][1], exact[1]) if exact else None,
             **provenance(args.device),
         }

@@ -165,7 +165,8 @@ def test_no_gradient_work_without_gradients(backend, monkeypatch):
     [
         ("torch", True, None, 2),
         ("torch", False, None, 3),
-        ("torch", False, 0.5 * 47 * 123 * 4 / 2**20, 2 * 4),
+        ("torch", False, 0.5 * 47 * 123 * 4 / 2**20, 3),  # two tiles, kept
+        ("torch", False, 0.26 * 47 * 123 * 4 / 2**20, 4 * 4),  # four tiles
         ("liger", True, None, 2),
         ("liger", False, None, 4),
     ],

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import trl_ext
 from tests.conftest import WORDS, preference_rows
 from tests.helpers import options
-from trl_ext.trainers.online.generation import Completions
+from trl_ext.generation import Completions
 
 
 def prompts(rows: int = 8) -> Dataset:

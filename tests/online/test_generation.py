@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from trl_ext.trainers.online.generation import GeometricMixture, evaluating, sample
+from trl_ext.generation import DrawToken, GeometricMixture, evaluating, sample
 
 
 GREEDY = GenerationConfig(max_new_tokens=12, do_sample=False, use_cache=True, pad_token_id=0)
@@ -94,3 +94,31 @@ def test_everything_is_as_before_even_after_an_error(model):
         assert not model.training and not model.is_gradient_checkpointing and not torch.is_grad_enabled()
         raise RuntimeError("stop")
     assert model.training and model.is_gradient_checkpointing and torch.is_grad_enabled()
+
+
+def test_draws_follow_the_distribution():
+    torch.manual_seed(0)
+    probabilities = torch.tensor([0.0, 0.5, 0.0, 0.2, 0.3, 0.0])
+    scores = probabilities.log().expand(20_000, 6)
+    drawn = DrawToken()(None, scores).argmax(dim=1)
+    shares = drawn.bincount(minlength=6) / len(drawn)
+    torch.testing.assert_close(shares, probabilities, atol=0.015, rtol=0)
+    assert not shares[probabilities == 0].any()
+
+
+def test_warpers_come_before_the_draw(model, batch):
+    config = GenerationConfig(max_new_tokens=12, do_sample=True, top_k=1, use_cache=True, pad_token_id=0)
+    with torch.no_grad():
+        output = sample(model, *batch, config, 2)
+    assert torch.equal(output[:3], plain(model, *batch))
+    assert config.do_sample  # the caller's own
+
+
+def test_samples_of_a_prompt_differ_and_seeds_repeat(model, batch):
+    config = GenerationConfig(max_new_tokens=12, do_sample=True, top_k=0, use_cache=True, pad_token_id=0)
+    runs = []
+    for _ in range(2):
+        torch.manual_seed(5)
+        with torch.no_grad():
+            runs.append(sample(model, *batch, config, 2))
+    assert torch.equal(*runs) and not torch.equal(*runs[0].chunk(2))

@@ -8,7 +8,7 @@ on what needs a gradient, so that as few matrix products run as the case allows:
 | --- | --- | --- | --- |
 | nothing (reference, evaluation) | logits | - | 1 |
 | hidden states (LoRA, a frozen head) | logits, one gradient row a token | rows times the upstream gradient | 2 |
-| head too, all logits fit the budget | logits, probabilities kept | two products | 3 |
+| head too, all logits fit three tiles | logits, probabilities kept | two products | 3 |
 | head too | logits | logits again, two products | 4 |
 
 The second line is exact for every loss: `d log p_t / d h_t` depends on token `t` alone, so its row can be formed before
@@ -31,6 +31,9 @@ BACKENDS = {"torch": torch_head, "liger": liger_head}
 # MiB for a tile of logits. On a CPU a tile that stays near the cache is the fastest; on a GPU this is what TRL's head
 # allots too (4096 x 32768 in bfloat16), and 880 rows of a vocabulary of 152k.
 DEFAULT_MEMORY_MB = {"cpu": 32, "default": 256}
+
+# A head that is trained runs three products instead of four if all probabilities are kept: worth this many tiles' memory
+KEEP_TILES = 3
 
 STATISTICS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 
@@ -82,7 +85,8 @@ class Head:
         backend (`str`, *optional*, defaults to `"torch"`):
             `"torch"`, or `"liger"` for Liger's Triton cross-entropy.
         memory_mb (`float`, *optional*):
-            MiB for one tile of logits. Defaults to 256 on accelerators and 32 on a CPU.
+            MiB for one tile of logits. Defaults to 256 on accelerators and 32 on a CPU. Where the head is trained and all
+            logits fit in three tiles, they are kept and not computed twice.
     """
 
     backend: str = "torch"
@@ -152,7 +156,9 @@ class _TokenLogProbs(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, targets, transform, statistics, module, rows, dtype, gather):
         ctx.set_materialize_grads(False)
         ctx.gradient_rows = not any(ctx.needs_input_grad[1:3])
-        keep = not ctx.gradient_rows and hidden.shape[0] <= rows and module.can_keep(transform)
+        keep = not ctx.gradient_rows and hidden.shape[0] <= KEEP_TILES * rows and module.can_keep(transform)
+        if keep:
+            rows = max(hidden.shape[0], 1)
         # In the forward and not in the backward: the rows need no upstream gradient
         gradient_rows = None
         if ctx.gradient_rows:

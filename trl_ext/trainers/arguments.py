@@ -22,7 +22,7 @@ class LossArguments:
             `"auto"`, the fastest for the device: Liger on a GPU, torch elsewhere.
         logprob_memory_mb (`float`, *optional*):
             MiB of memory for one tile of logits. Larger tiles are faster up to a point; 256 on a GPU and 32 on a CPU
-            by default.
+            by default. Where the head is trained and all logits fit in three tiles, they are kept and not computed twice.
         share_prefix (`str` or `bool`, *optional*, defaults to `"auto"`):
             Whether a prompt runs through the model once for all of its completions: `True`, `False`, or `"auto"`, where
             that is exact for the model and costs less. Not used with `logprob_backend="trl"`.

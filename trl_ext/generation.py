@@ -73,6 +73,34 @@ class GeometricMixture(LogitsProcessor):
         return (1 - self.coefficient) * policy + self.coefficient * reference
 
 
+class DrawToken(LogitsProcessor):
+    """
+    Draws each row's next token and leaves it as the only one.
+
+    By inversion of the distribution function, which on a CPU costs a fraction of `torch.multinomial`: that draws a random
+    number for each entry of the vocabulary.
+    """
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        cumulated = scores.softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
+        total = cumulated[:, -1:]
+        point = torch.rand_like(total) * total
+        point = torch.minimum(point, torch.nextafter(total, torch.zeros_like(total)))
+        # The first entry above the point: never one of probability 0
+        token = torch.searchsorted(cumulated, point, right=True)
+        return torch.full_like(scores, -torch.inf).scatter_(1, token, 0.0)
+
+
+def _decode_on_cpu(model, input_ids, logits_processor=None, generation_config=None, **kwargs):
+    """transformers' own loop with [`DrawToken`] in place of its draw."""
+    if generation_config.do_sample:
+        generation_config.do_sample = False  # a copy of the caller's
+        logits_processor.append(DrawToken())
+    return type(model)._sample(
+        model, input_ids, logits_processor=logits_processor, generation_config=generation_config, **kwargs
+    )
+
+
 def sample(
     model: nn.Module,
     prompt_ids: torch.Tensor,
@@ -111,6 +139,8 @@ def sample(
         kwargs["logits_processor"] = LogitsProcessorList([mixture(mask)])
     if num_samples > 1 and width > 1 and _can_copy_cache(model, config):
         kwargs["past_key_values"] = _prefill(model, prompt_ids, prompt_mask, num_samples)
+    if ids.device.type == "cpu" and config.do_sample and (config.num_beams or 1) == 1:
+        kwargs["custom_generate"] = _decode_on_cpu
     output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, **kwargs)
     completions = output[:, width:]
     return completions.view(rows, num_samples, -1).transpose(0, 1).flatten(0, 1)

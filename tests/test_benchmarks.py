@@ -1,0 +1,87 @@
+"""The benchmarks run, and their figures of agreement are what they should be. Nothing is timed here."""
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+
+
+def run(script, tmp_path, *flags):
+    command = [
+        sys.executable,
+        BENCHMARKS / f"{script}.py",
+        "--csv",
+        tmp_path / "rows.csv",
+        "--plot",
+        tmp_path / "plot.png",
+        *flags,
+    ]
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "plot.png").stat().st_size > 0
+    with open(tmp_path / "rows.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert all(row["device"] and row["torch"] and row["trl"] for row in rows)
+    return rows
+
+
+TINY = [
+    "--size",
+    "tiny",
+    "--vocab",
+    "500",
+    "--pairs",
+    "2",
+    "--prompt",
+    "20",
+    "--completion",
+    "4",
+    "12",
+    "--steps",
+    "2",
+]
+
+
+def test_throughput(tmp_path):
+    rows = run("throughput", tmp_path, *TINY, "--exact", "--lora")
+    assert [row["path"] for row in rows] == ["trl", "liger", "logits", "ours"]
+    assert float(rows[0]["speed"]) == 1.0
+    for row in rows:
+        assert float(row["gradient_difference"]) < 1e-4 and float(row["gradient_error"]) < 1e-4
+        assert float(row["seconds"]) > 0 and float(row["peak_mb"]) > 0
+
+
+@pytest.mark.parametrize("axis", [["pairs", "2", "4"], ["k", "2", "4"]])
+def test_throughput_scaled(axis, tmp_path):
+    rows = run("throughput", tmp_path, *TINY, "--paths", "trl", "ours", "--scale", *axis)
+    assert [row[axis[0]] for row in rows] == [axis[1], axis[1], axis[2], axis[2]]
+
+
+def test_logprobs(tmp_path):
+    rows = run("logprobs", tmp_path, "--tokens", "16", "--hidden", "8", "--vocab", "300", "--rounds", "2")
+    assert {(row["path"], row["mode"]) for row in rows} >= {("torch", "full"), ("torch", "frozen"), ("trl", "full")}
+    for row in rows:
+        if row["path"] != "products":
+            assert float(row["value_error"]) < 1e-5 and float(row["gradient_error"]) < 1e-5
+
+
+def test_online(tmp_path):
+    rows = run("online", tmp_path, "--size", "tiny", "--vocab", "500", "--prompts", "2", "--prompt", "5", "9",
+               "--new-tokens", "6", "--steps", "2")  # fmt: skip
+    assert [row["path"] for row in rows] == ["trl", "ours"]
+    assert float(rows[1]["gradient_difference"]) < 1e-4
+    assert all(float(row[part]) > 0 for row in rows for part in ("generate", "score", "learn"))
+
+
+def test_a_wrong_flag_says_what_is_right():
+    done = subprocess.run(
+        [sys.executable, BENCHMARKS / "throughput.py", "--paths", "ours"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2 and "--paths begins with trl" in done.stderr
