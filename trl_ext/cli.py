@@ -53,6 +53,31 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("script_args", nargs=argparse.REMAINDER, metavar="ARGS", help="its arguments")
     run.set_defaults(function=_run)
 
+    iterate = commands.add_parser(
+        "iterate",
+        help="rounds of sample, score, pair, train",
+        description="Run the rounds that a YAML file describes (see examples/rounds). A run that was killed goes on where it "
+        "was. Settings can be given here too: --rounds 2 --training.learning_rate 1e-6. On several devices: accelerate "
+        "launch -m trl_ext iterate CONFIG.yaml",
+    )
+    iterate.add_argument("config", metavar="CONFIG.yaml", help="settings of the rounds")
+    iterate.add_argument(
+        "overrides", nargs=argparse.REMAINDER, metavar="--NAME VALUE", help="settings that replace them"
+    )
+    iterate.set_defaults(function=_iterate)
+
+    inspect = commands.add_parser(
+        "inspect",
+        help="what a preference dataset holds, before one trains on it",
+        description="Columns, which losses can use them and why others cannot, lengths and their bias, ties, contradictions, "
+        "duplicates and truncation.",
+    )
+    inspect.add_argument("dataset", metavar="DATASET", help="hub name, folder or file (JSON Lines, CSV, Parquet)")
+    inspect.add_argument("--tokenizer", metavar="PATH", help="counts tokens with it, not words; hub name or folder")
+    inspect.add_argument("--max-length", type=int, default=1024, help="of training, in tokens (default: %(default)s)")
+    inspect.add_argument("--plot", metavar="FILE", help="draw lengths and margins here")
+    inspect.set_defaults(function=_inspect)
+
     from trl_ext import demo
 
     demo_parser = commands.add_parser("demo", help="train DPO and our losses in a small world, nothing to download")
@@ -143,6 +168,43 @@ def _default(field: dataclasses.Field) -> str:
 def _optional(cls: type) -> tuple[str, ...]:
     """Optional columns of a class; those that depend on hyper-parameters are left out."""
     return cls.optional_columns if isinstance(cls.optional_columns, tuple) else ()
+
+
+def _iterate(args: argparse.Namespace) -> int:
+    import yaml
+    from rich.console import Console
+
+    from trl_ext.rounds import IterativeDPO, RoundsConfig
+    from trl_ext.rounds.iterate import table
+
+    names, values = args.overrides[::2], args.overrides[1::2]
+    if len(names) != len(values) or not all(name.startswith("--") for name in names):
+        raise ValueError(f"Settings are given as --name value; got {args.overrides}.")
+    overrides = {name[2:]: yaml.safe_load(value) for name, value in zip(names, values, strict=True)}
+    if not Path(args.config).is_file():
+        raise ValueError(f"There is no file {args.config!r}. Recipes lie in examples/rounds.")
+    sys.path.insert(0, os.getcwd())  # judges of the user's own
+    config = RoundsConfig.from_yaml(args.config, overrides)
+    metrics = IterativeDPO(config).run()
+    Console().print(table(metrics))
+    return 0
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from rich.console import Console
+    from transformers import AutoTokenizer
+
+    from trl_ext.data.inspection import inspect_preferences
+    from trl_ext.data.load import load_preferences
+
+    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer) if args.tokenizer else None
+    report = inspect_preferences(load_preferences(args.dataset), tokenizer=tokenizer, max_length=args.max_length)
+    for table in report.tables():
+        Console().print(table)
+    if args.plot:
+        report.plot(args.plot)
+        print(f"Plot: {args.plot}")
+    return 0
 
 
 def _run(args: argparse.Namespace) -> int:

@@ -24,6 +24,8 @@ VARIANTS = [
     ("bias_variance", {}),
     ("bias_variance", {"base": "ipo"}),
     ("length_regularized", {}),
+    ("inpo", {}),
+    ("sppo_soft", {"target": "score"}),
 ]
 IDS = [f"{name}-{'-'.join(map(str, kwargs.values()))}" for name, kwargs in VARIANTS]
 
@@ -33,6 +35,7 @@ def full(deltas, *, dtype=torch.float64, margins=None, lengths=None, requires_gr
     margins = [1.5] * len(deltas) if margins is None else margins
     rejected = torch.full((len(deltas),), 0.25, dtype=torch.float32)
     columns = {"score_chosen": rejected + torch.tensor(margins, dtype=torch.float32), "score_rejected": rejected}
+    columns |= {"initial_chosen_logps": rejected - 12, "initial_rejected_logps": rejected - 11}
     kwargs = {"dtype": dtype, "lengths": lengths, "requires_grad": requires_grad, **columns}
     return dataclasses.replace(pairs(deltas, **kwargs), empty_trace=pairs([-delta for delta in deltas], **kwargs))
 

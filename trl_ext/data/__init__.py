@@ -1,8 +1,63 @@
-"""From a user's columns to a batch: which columns are read, whether they can be used, and the empty-trace pair."""
+"""
+From a user's data to a batch: columns, groups and pairs, scores and their calibration, sampling, reasoning traces, recipes.
+"""
 
-from .collator import PreferenceCollator
-from .load import load_preferences
-from .reasoning import EMPTY_TRACE, strip_reasoning_traces
+import importlib
+from typing import TYPE_CHECKING
 
 
-__all__ = ["EMPTY_TRACE", "PreferenceCollator", "load_preferences", "strip_reasoning_traces"]
+_ORIGIN = {
+    "EMPTY_TRACE": "reasoning",
+    "Ensemble": "scores",
+    "PairFunction": "scores",
+    "PreferenceCollator": "collator",
+    "RewardFunction": "scores",
+    "RewardModel": "scores",
+    "calibrate": "calibration",
+    "fit_temperature": "calibration",
+    "from_groups": "groups",
+    "inspect_preferences": "inspection",
+    "load_preferences": "load",
+    "pair_traces": "sampling",
+    "sample_completions": "sampling",
+    "score_preferences": "scores",
+    "strip_reasoning_traces": "reasoning",
+}
+
+__all__ = [
+    "EMPTY_TRACE",
+    "Ensemble",
+    "PairFunction",
+    "PreferenceCollator",
+    "RewardFunction",
+    "RewardModel",
+    "calibrate",
+    "fit_temperature",
+    "from_groups",
+    "inspect_preferences",
+    "load_preferences",
+    "pair_traces",
+    "sample_completions",
+    "score_preferences",
+    "strip_reasoning_traces",
+]
+
+if TYPE_CHECKING:
+    from .calibration import calibrate, fit_temperature
+    from .collator import PreferenceCollator
+    from .groups import from_groups
+    from .inspection import inspect_preferences
+    from .load import load_preferences
+    from .reasoning import EMPTY_TRACE, strip_reasoning_traces
+    from .sampling import pair_traces, sample_completions
+    from .scores import Ensemble, PairFunction, RewardFunction, RewardModel, score_preferences
+
+
+def __getattr__(name: str):
+    if name not in _ORIGIN:
+        raise AttributeError(f"module 'trl_ext.data' has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_ORIGIN[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

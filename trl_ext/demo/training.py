@@ -33,6 +33,8 @@ LOSS_KWARGS = {
     # Bradley-Terry labels contradict the scores now and then: "log" has no offset for a margin that is not positive
     "offset": {"scaling": "linear"},
 }
+# Losses of self-play: one round on given pairs says nothing about them
+IN_ROUNDS = ("inpo", "sppo_soft")
 FINE_TUNING_STEPS = 240
 PAIRS, HELD_OUT_PAIRS, SAMPLES = 1200, 256, 384
 
@@ -61,7 +63,7 @@ class Steps(TrainerCallback):
 def demonstrate(args: argparse.Namespace) -> int:
     """The whole demonstration, from an empty folder to a table, a plot and trained models."""
     console = Console()
-    names = [BASELINE, *list_losses()] if args.loss is None else args.loss
+    names = [BASELINE, *(name for name in list_losses() if name not in IN_ROUNDS)] if args.loss is None else args.loss
     names = list(dict.fromkeys(resolve_name(name, also=TRL_LOSS_TYPES) for name in names))
     if args.online and args.dataset:
         raise ValueError("`--online` needs a judge, which only the small world has; leave out `--dataset`.")

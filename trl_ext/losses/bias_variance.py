@@ -47,12 +47,17 @@ class BiasVarianceLoss(Loss):
 }"""
     columns: ClassVar[tuple[str, ...]] = ("chosen_empty_trace", "rejected_empty_trace")
 
-    alpha: float = 0.5
+    alpha: float | str = 0.5
     base: str = "sigmoid"
 
     def __post_init__(self):
         super().__post_init__()
-        if not 0 <= self.alpha <= 1:
+        if isinstance(self.alpha, str):
+            if self.alpha != "auto":
+                raise ValueError(
+                    f"bias_variance: `alpha={self.alpha!r}` is a str; expected float in [0, 1], or 'auto'."
+                )
+        elif not 0 <= self.alpha <= 1:
             raise ValueError(f"bias_variance: `alpha={self.alpha}` must lie in [0, 1].")
         _ = self.base_loss  # an unknown name is an error now, not at the first step
 
@@ -93,6 +98,11 @@ class BiasVarianceLoss(Loss):
             raise ValueError(
                 "bias_variance needs the empty-trace pair: set `PreferenceBatch.empty_trace`, or give the dataset the "
                 f"columns {list(self.columns)}."
+            )
+        if self.alpha == "auto":
+            raise ValueError(
+                "bias_variance: `alpha='auto'` is measured by the trainer before training (`trl_ext.trainers.mixing."
+                "estimate_alpha`); here it has no value yet."
             )
         traced = torch.where(present(batch), self.base_loss(batch), 0)
         return self.alpha * traced + (1 - self.alpha) * torch.where(present(empty), self.base_loss(empty), 0)

@@ -14,9 +14,11 @@ from typing import Any, TypeVar
 from .anchored import AnchoredLoss
 from .base import Loss, check_hyperparameters
 from .bias_variance import BiasVarianceLoss
+from .inpo import INPOLoss
 from .length_regularized import LengthRegularizedLoss
 from .margin_adaptive import MarginAdaptiveLoss
 from .offset import OffsetLoss
+from .sppo_soft import SoftSPPOLoss
 
 
 ENTRY_POINT_GROUP = "trl_ext.losses"
@@ -127,6 +129,8 @@ register_loss("anchored", aliases=["adpo"])(AnchoredLoss)
 register_loss("margin_adaptive", aliases=["madpo"])(MarginAdaptiveLoss)
 register_loss("bias_variance", aliases=["bvpo"])(BiasVarianceLoss)
 register_loss("length_regularized", aliases=["ilr_dpo", "r_dpo"])(LengthRegularizedLoss)
+register_loss("inpo")(INPOLoss)
+register_loss("sppo_soft", aliases=["gpo"])(SoftSPPOLoss)
 
 
 def _plugins() -> dict[str, EntryPoint]:

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset, concatenate_datasets
 from huggingface_hub import ModelCard
 from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
 from trl.trainer.utils import pad
 
 from trl_ext.data.collator import PreferenceCollator
@@ -25,11 +27,13 @@ from trl_ext.data.reasoning import (
     check_pairs,
     tokenize_empty_trace,
 )
+from trl_ext.data.scores import score_preferences
 from trl_ext.logprobs import completion_lengths, sum_completions
 from trl_ext.losses import GroupBatch, PreferenceBatch
 from trl_ext.losses.base import SigmoidLoss
 from trl_ext.trainers.dpo_config import DPOConfig
 from trl_ext.trainers.loss_terms import build_losses, check_combination, resolve_loss_types
+from trl_ext.trainers.mixing import MixingEstimate, estimate_alpha
 from trl_ext.trainers.scoring import ReferenceModel, Scorer, build_scorer
 from trl_ext.trainers.trl_seam import (
     Replay,
@@ -45,8 +49,27 @@ from trl_ext.trainers.trl_seam import (
 
 logger = get_logger(__name__)
 
+# In a checkpoint: the measured `alpha`
+MIXING_FILE = "bias_variance_mixing.json"
 # Keys of a batch that holds whole groups
 GROUP_KEYS = ("others", "other_scores", "other_mask", "other_ref_logps")
+
+
+def _scored(dataset: Any, reward: Any, losses: Mapping[str, Any]) -> Any:
+    """The dataset, or each of several, with scores where a loss reads them and there are none."""
+    if isinstance(dataset, Mapping):
+        return type(dataset)({name: _scored(split, reward, losses) for name, split in dataset.items()})
+    read = {name for loss in losses.values() for name in (*loss.required_columns, *loss.optional_columns)}
+    if not read & {"score_chosen", "score_rejected", "preference_prob"}:
+        raise ValueError(
+            f"`reward_model` would not be used: none of the losses {sorted(losses) or 'of TRL'} reads scores. Leave it out."
+        )
+    if dataset is None:
+        return None
+    if not isinstance(dataset, Dataset):
+        raise ValueError("`reward_model` scores map-style datasets; load the data without `streaming=True`.")
+    there = {"score_chosen", "preference_prob", "scores"} & set(dataset.column_names)
+    return dataset if there else score_preferences(dataset, reward)
 
 
 def _base(model: torch.nn.Module) -> torch.nn.Module:
@@ -83,6 +106,9 @@ class DPOTrainer(trl.DPOTrainer):
         train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
             Preference data in any form that TRL takes, with the columns that the losses require (`trl-ext losses NAME`
             says which). A numeric column `weight`, at least 0, scales the loss of each pair.
+        reward_model (*optional*):
+            What [`~trl_ext.data.score_preferences`] takes as `reward`. Scores the pairs (or groups) where a loss reads scores
+            and the dataset has none.
         kwargs:
             All other arguments of [`trl.DPOTrainer`], with their meaning there.
 
@@ -105,16 +131,22 @@ class DPOTrainer(trl.DPOTrainer):
         optimizers: tuple[Any, Any] = (None, None),
         quantization_config: Any | None = None,
         peft_config: Any | None = None,
+        reward_model: Any | None = None,
     ):
         names, losses = ["sigmoid"], {}
         if args is not None:
             names = resolve_loss_types(args.loss_type)
             losses = build_losses(names, args.loss_kwargs if isinstance(args, DPOConfig) else None)
             check_combination(args, names, losses)
+        if reward_model is not None:
+            train_dataset, eval_dataset = (
+                _scored(data, reward_model, losses) for data in (train_dataset, eval_dataset)
+            )
         # What the losses of ours read from the dataset; `_losses` are the terms that TRL does not compute
         self._losses: dict[str, Any] = losses
         self._columns: list[str] = []
         self._pairing = self._groups = None
+        self._mixing: MixingEstimate | None = None
         if isinstance(train_dataset, (Dataset, IterableDataset)):
             available = columns_of(train_dataset, "train")
             if is_grouped(available):
@@ -244,6 +276,8 @@ class DPOTrainer(trl.DPOTrainer):
         return checked(dataset, self._columns, self._losses, split)
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
+        if {"prompt_ids", "chosen_ids", "rejected_ids"} <= set(columns_of(dataset, dataset_name)):
+            return dataset  # tokenized by the user, such as steps that no end of sequence follows
         if self._groups:
             return self._prepare_groups(dataset, processing_class, args, dataset_name)
         if not self._empty_trace:
@@ -475,6 +509,9 @@ class DPOTrainer(trl.DPOTrainer):
         }
         if weight is not None:
             metrics["pair_weight/mean"] = weight.mean()
+        if self._mixing is not None:
+            ratio = {"mixing/alpha": self._mixing.alpha, "mixing/variance_ratio": self._mixing.variance_ratio}
+            metrics |= {name: torch.tensor(value, device=batch.delta.device) for name, value in ratio.items()}
         total = torch.zeros((), dtype=batch.delta.dtype, device=batch.delta.device)
         for name, loss in self._losses.items():
             given = group if group is not None and loss.takes_groups else batch
@@ -506,6 +543,30 @@ class DPOTrainer(trl.DPOTrainer):
         mode = "train" if self.model.training else "eval"
         for key, value in zip(metrics, means, strict=True):
             self._metrics[mode][key].append(value)
+
+    # The mixing weight of bias_variance
+
+    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        loss = self._losses.get("bias_variance")
+        if loss is not None and getattr(loss, "alpha", None) == "auto":
+            self._mixing = self._estimated_mixing(resume_from_checkpoint)
+            self._losses = {**self._losses, "bias_variance": dataclasses.replace(loss, alpha=self._mixing.alpha)}
+            logger.info(f"bias_variance: alpha={self._mixing.alpha:.3f}, measured on {self._mixing.rows} rows.")
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _estimated_mixing(self, resume_from_checkpoint) -> MixingEstimate:
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
+        path = Path(resume_from_checkpoint or "") / MIXING_FILE
+        if resume_from_checkpoint and path.exists():  # what the run began with
+            return MixingEstimate(**json.loads(path.read_text()))
+        return estimate_alpha(self)
+
+    def _save_checkpoint(self, model, trial):
+        super()._save_checkpoint(model, trial)
+        if self._mixing is not None and self.is_world_process_zero():
+            folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+            (folder / MIXING_FILE).write_text(self._mixing.to_json())
 
     # Evaluation and model card
 
