@@ -111,7 +111,9 @@ def test_no_gradient_reaches_columns_or_the_reference(name, kwargs):
     references = [batch.ref_chosen_logps.requires_grad_(), batch.ref_rejected_logps]
     loss = get_loss(name, **kwargs)(batch)
     gradients = torch.autograd.grad(loss.sum(), scores, allow_unused=True, retain_graph=True)
-    assert gradients == (None, None)
+    assert all(gradient is None for gradient in gradients)
+    if name == "inpo":  # whose other reference is a column
+        return
     (reference,) = torch.autograd.grad(loss.sum(), references[:1])
     (policy,) = torch.autograd.grad(get_loss(name, **kwargs)(batch).sum(), batch.chosen_logps)
     torch.testing.assert_close(reference, -policy)  # the reference enters through the log-ratio alone

@@ -20,7 +20,9 @@ def clean_registry(monkeypatch):
 
 
 def test_names_and_aliases():
-    assert list_losses() == ["anchored", "bias_variance", "length_regularized", "margin_adaptive", "offset"]
+    assert list_losses() == [
+        "anchored", "bias_variance", "inpo", "length_regularized", "margin_adaptive", "offset", "sppo_soft",
+    ]  # fmt: skip
     for alias, name in {
         "odpo": "offset",
         "adpo": "anchored",
@@ -28,6 +30,7 @@ def test_names_and_aliases():
         "bvpo": "bias_variance",
         "ilr_dpo": "length_regularized",
         "r_dpo": "length_regularized",
+        "gpo": "sppo_soft",
     }.items():
         assert type(get_loss(alias)) is loss_class(name)
         assert alias in list_aliases(name)
@@ -41,7 +44,7 @@ def test_trls_loss_types_are_those_of_trl():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("ofset", r"Unknown loss 'ofset'. Did you mean 'offset'\? Known: \['adpo', .*'r_dpo'\]"),
+        ("ofset", r"Unknown loss 'ofset'. Did you mean 'offset'\? Known: \['adpo', .*'sppo_soft'\]"),
         ("zzz", r"Unknown loss 'zzz'. Known"),
         ("sigmoid", "TRL's own loss type: pass it as `loss_type` to the trainer"),
         (None, "named by a string, got None"),

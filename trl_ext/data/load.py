@@ -20,7 +20,7 @@ def load_preferences(name_or_path: str, split: str = "train") -> Dataset:
             Split to load. A single file is one split, whatever it is called.
 
     Raises:
-        `ValueError`: For a file of another kind, or a split that is not there.
+        `ValueError`: For a file of another kind, and where there is no such dataset or split.
     """
     path = Path(name_or_path)
     if path.is_file():
@@ -30,7 +30,12 @@ def load_preferences(name_or_path: str, split: str = "train") -> Dataset:
     if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
         dataset = load_from_disk(str(path))
     else:
-        dataset = load_dataset(name_or_path)
+        try:
+            dataset = load_dataset(name_or_path)
+        except FileNotFoundError as error:
+            raise ValueError(
+                f"There is no dataset {name_or_path!r}: no file or folder of that name here, and none on the hub ({error})."
+            ) from error
     if isinstance(dataset, DatasetDict):
         if split not in dataset:
             raise ValueError(f"{name_or_path!r} has no split {split!r}; it has {sorted(dataset)}.")

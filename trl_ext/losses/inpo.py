@@ -59,7 +59,7 @@ class INPOLoss(Loss):
         """h, shape `(B,)`, nats."""
         initial = batch.column("initial_chosen_logps") - batch.column("initial_rejected_logps")
         # (pi - pi_t) plus the share tau / eta of (pi_t - pi_0): no difference of large sums
-        moved = batch.ref_chosen_logps - batch.ref_rejected_logps - initial.to(batch.delta.dtype)
+        moved = batch.ref_chosen_logps - batch.ref_rejected_logps - initial.detach().to(batch.delta.dtype)
         return batch.delta + self.tau / self.eta * moved
 
     def __call__(self, batch: PreferenceBatch) -> torch.Tensor:

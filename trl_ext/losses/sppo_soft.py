@@ -68,7 +68,9 @@ class SoftSPPOLoss(Loss):
     def targets(self, batch: PreferenceBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """What the two log-ratios are drawn to, shape `(B,)`, nats."""
         shift = 0.5 if self.target == "win_rate" else 0.0
-        chosen, rejected = ((batch.column(f"score_{side}") - shift) / batch.beta for side in ("chosen", "rejected"))
+        chosen, rejected = (
+            (batch.column(f"score_{side}").detach() - shift) / batch.beta for side in ("chosen", "rejected")
+        )
         return chosen.to(batch.delta.dtype), rejected.to(batch.delta.dtype)
 
     def __call__(self, batch: PreferenceBatch) -> torch.Tensor:

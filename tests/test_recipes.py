@@ -1,0 +1,138 @@
+"""Recipes made of data."""
+
+import pytest
+from datasets import Dataset
+
+import trl_ext
+from tests.conftest import preference_rows
+from tests.helpers import build, first_batch
+from trl_ext.data.recipes import (
+    DualVariable,
+    curriculum,
+    few_shot_prompts,
+    relabel_by_cost,
+    step_controlled_pairs,
+    step_pairs,
+    weighted_prompts,
+    weighted_reward,
+    without_eos,
+)
+
+
+def test_curriculum_goes_from_large_gaps_to_small():
+    rows = [
+        {"prompt": f"p{i}", "completions": ["a", "b", "c", "d"], "scores": [1.0, 4.0, 3.0 + i / 9, 2.0]}
+        for i in range(4)
+    ]
+    stages = curriculum(Dataset.from_list(rows))
+    assert [len(stage) for stage in stages] == [4, 4, 4]
+    assert [set(stage["rejected"]) for stage in stages] == [{"a"}, {"d"}, {"c"}]
+    gaps = [max(a - b for a, b in zip(s["score_chosen"], s["score_rejected"], strict=True)) for s in stages]
+    assert gaps == sorted(gaps, reverse=True) and all(set(stage["chosen"]) == {"b"} for stage in stages)
+
+
+def test_a_tie_with_the_best_is_no_pair():
+    (stage,) = curriculum(
+        Dataset.from_list([{"prompt": "p", "completions": ["a", "b", "c"], "scores": [2.0, 2.0, 1.0]}])
+    )
+    assert stage["rejected"] == ["c"]
+    with pytest.raises(ValueError, match="nothing to prefer"):
+        curriculum(Dataset.from_list([{"prompt": "p", "completions": ["a", "b"], "scores": [1.0, 1.0]}]))
+
+
+STEPS = Dataset.from_list(
+    [{"prompt": "what", "initial_reason_steps": " a film", "chosen": " was good", "rejected": " was bad"}] * 4
+)
+
+
+def test_steps_move_to_the_prompt_and_do_not_end(tiny_model_dir, tmp_path):
+    from transformers import AutoTokenizer
+
+    rows = step_pairs(STEPS)
+    assert rows[0]["prompt"] == "what a film" and "initial_reason_steps" not in rows.column_names
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    trainer = build(
+        trl_ext.DPOTrainer, trl_ext.DPOConfig, tiny_model_dir, tmp_path, dataset=without_eos(rows, tokenizer)
+    )
+    batch = first_batch(trainer)
+    assert tokenizer.eos_token_id not in batch["input_ids"][batch["completion_mask"].bool()]
+    assert tokenizer.decode(batch["input_ids"][0][batch["attention_mask"][0].bool()]) == "what a film was good"
+    trainer.train()
+
+
+def test_step_controlled():
+    rows = [{"prompt": "q", "prefix": prefix, "chosen": "a", "rejected": "b"} for prefix in (None, " so", "")]
+    assert sorted(step_controlled_pairs(Dataset.from_list(rows))["prompt"]) == ["q", "q", "q so"]
+
+
+def test_few_shot_prompts_leak_nothing():
+    rows = [
+        {**{k: row[k] for k in ("prompt", "chosen", "rejected")}, "user_id": i % 2}
+        for i, row in enumerate(preference_rows(10))
+    ]
+    data = few_shot_prompts(Dataset.from_list(rows), shots=2)
+    assert len(data) == 10
+    for shown, row in zip(data, rows, strict=True):
+        assert shown["prompt"].endswith(row["prompt"]) and shown["prompt"].count("Preferred answer:") == 2
+        assert f"Question: {row['prompt']}\n" not in shown["prompt"]
+        mine = {other["prompt"] for other in rows if other["user_id"] == row["user_id"]}
+        assert sum(f"Question: {prompt}\n" in shown["prompt"] for prompt in mine) == 2
+    with pytest.raises(ValueError, match="lower `shots`"):
+        few_shot_prompts(Dataset.from_list(rows), shots=9)
+
+
+def test_weights_in_the_prompt_are_those_of_the_reward():
+    data = weighted_prompts(Dataset.from_dict({"prompt": ["a", "b"]}), ["short", "kind"])
+    for row in data:
+        shown = [float(part.split()[-1]) for part in row["prompt"].split("]")[0].removeprefix("[weights: ").split(",")]
+        assert shown == row["objective_weights"] and sum(shown) == pytest.approx(1.0, abs=0.011)
+    seen = []
+
+    def first(prompts, completions, **kwargs):
+        seen.extend(prompts)
+        return [1.0] * len(prompts)
+
+    reward = weighted_reward([first, lambda prompts, completions, **kwargs: [10.0] * len(prompts)])
+    values = reward(prompts=data["prompt"], completions=["x", "y"], objective_weights=data["objective_weights"])
+    assert seen == ["a", "b"]
+    assert values == pytest.approx([w[0] + 10 * w[1] for w in data["objective_weights"]])
+
+
+def test_one_objective_is_online_dpo():
+    data = weighted_prompts(Dataset.from_dict({"prompt": ["a"]}), ["only"])
+    assert data["objective_weights"] == [[1.0]]
+
+
+def test_costs_turn_pairs():
+    rows = [
+        {
+            "chosen": "a",
+            "rejected": "b",
+            "reward_chosen": 2.0,
+            "reward_rejected": 1.0,
+            "cost_chosen": 3.0,
+            "cost_rejected": 0.0,
+        },
+        {
+            "chosen": "c",
+            "rejected": "d",
+            "reward_chosen": 2.0,
+            "reward_rejected": 1.0,
+            "cost_chosen": 1.0,
+            "cost_rejected": 0.0,
+        },
+    ]
+    data = Dataset.from_list(rows)
+    assert relabel_by_cost(data, 0.0)["chosen"] == ["a", "c"]
+    turned = relabel_by_cost(data, 0.5)
+    assert turned["chosen"] == ["b", "c"] and turned[0]["cost_chosen"] == 0.0
+    assert turned["score_chosen"] == [1.0, 1.5] and turned["score_rejected"] == [0.5, 1.0]
+    assert relabel_by_cost(data, 1.0)["chosen"] == ["b"]  # the second pair ties
+    with pytest.raises(ValueError, match="at least 0"):
+        relabel_by_cost(data, -1.0)
+
+
+def test_dual_variable():
+    dual = DualVariable(budget=1.0, lr=0.5)
+    assert dual.update([3.0, 1.0]) == 0.5
+    assert dual.update([0.0]) == 0.0  # never negative
