@@ -170,3 +170,42 @@ def test_importing_patches_nothing_and_patch_trl_does():
     )
     done = run(launcher=("-c", code))
     assert done.returncode == 0, done.stderr
+
+
+ONLINE = """
+import sys
+from dataclasses import dataclass
+
+from datasets import load_dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import TrlParser
+from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
+
+
+def reward(prompts, completions, **kwargs):
+    return [float(len(completion)) for completion in completions]
+
+
+if __name__ == "__main__":
+    (args, rest) = TrlParser(OnlineDPOConfig).parse_args_and_config(return_remaining_strings=True)
+    model, data = rest[-2:]
+    trainer = OnlineDPOTrainer(
+        model=AutoModelForCausalLM.from_pretrained(model),
+        reward_funcs=reward,
+        args=args,
+        train_dataset=load_dataset("json", data_files=data, split="train").select_columns(["prompt"]),
+        processing_class=AutoTokenizer.from_pretrained(model),
+    )
+    print("CLASS", type(trainer).__module__)
+    trainer.train()
+"""
+
+
+def test_run_an_unmodified_online_script(data, tiny_model_dir, tmp_path):
+    path = tmp_path / "online.py"
+    path.write_text(ONLINE)
+    done = run("run", path, "--loss_type", "anchored", "--num_generations", "3", "--pairing", "group", "--max_new_tokens",
+               "6", "--output_dir", "out", *CPU, tiny_model_dir, data, cwd=tmp_path)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "CLASS trl_ext.trainers.online.trainer" in done.stdout
+    assert "'pairs/dropped_prompts'" in done.stdout

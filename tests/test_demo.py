@@ -136,3 +136,19 @@ def test_the_demonstration(tmp_path, capsys):
     assert (tmp_path / "reward_kl.png").stat().st_size > 10_000
     assert (tmp_path / "results.csv").read_text().startswith("loss,data,reward,kl")
     assert "offset" in capsys.readouterr().out
+
+
+def test_online(tmp_path, monkeypatch):
+    monkeypatch.setattr("trl_ext.demo.training.FINE_TUNING_STEPS", 20)
+    assert run("--online", "--loss", "sigmoid", "bias_variance", "--steps", 2, "--output-dir", tmp_path) == 0
+    rows = results(tmp_path)
+    assert [(row["loss"], row["data"]) for row in rows[2:]] == [
+        ("sigmoid", "plain"), ("sigmoid", "traced"), ("bias_variance", "traced")
+    ]  # fmt: skip
+    assert all(math.isfinite(row["reward"]) for row in rows)
+    assert json.loads((tmp_path / "results.json").read_text())["settings"]["online"] is True
+
+
+def test_online_needs_the_world(tmp_path, capsys):
+    assert main(["demo", "--online", "--dataset", "pairs.jsonl", "--output-dir", str(tmp_path)]) == 2
+    assert "only the small world has" in capsys.readouterr().err

@@ -607,3 +607,23 @@ def test_a_deep_copied_model_has_its_own_reference(tiny_model_dir, tmp_path, cap
         )
     second.train()
     assert abs(history(second)[2]["objective/kl"]) > 1e-3
+
+
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_vllm_gives_blocks_of_k(count, tiny_model_dir, tmp_path):
+    """TRL's method, here a stand-in, gives two completions of each prompt that it is handed."""
+    trainer = online(tiny_model_dir, tmp_path, num_generations=count)
+    calls = []
+
+    def generate(prompts, images=None):
+        calls.append(len(prompts))
+        ids = torch.arange(2 * len(prompts)).unsqueeze(1) + 10
+        mask = torch.ones_like(ids)
+        return ids, mask, ids, mask
+
+    trainer._generate_vllm = generate
+    trainer.use_vllm = True
+    completions = trainer.generate(trainer.model, {"prompt": ["a", "b", "c"]})
+    assert calls == [3 * (1 if count == 2 else 2)]
+    assert [row.item() for row in completions.ids] == [10 + i for i in range(3 * count)]
+    assert [row.item() for row in completions.prompt_ids] == [10, 11, 12]

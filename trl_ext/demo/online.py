@@ -15,7 +15,7 @@ SETTINGS = {"learning_rate": 3e-4, "beta": 0.1, "per_device_train_batch_size": 2
 STEPS = 40
 # In logits a word: judges are known to like long answers
 LENGTH_BIAS = 0.05
-LOSS_KWARGS = {"length_regularized": {"alpha": 0.1}}
+LOSS_KWARGS = {"length_regularized": {"alpha": 0.06}}
 
 
 def judge(completions: list[str], **kwargs: Any) -> list[float]:
