@@ -10,6 +10,7 @@ import pytest
 from trl_ext import demo, list_losses
 from trl_ext.cli import main
 from trl_ext.demo import world
+from trl_ext.demo.training import IN_ROUNDS
 
 
 def run(*arguments):
@@ -122,7 +123,7 @@ def test_the_demonstration(tmp_path, capsys):
     rows = results(tmp_path)
     start = {row["data"]: row for row in rows if row["loss"] == "start"}
     trained = [row for row in rows if row["loss"] != "start"]
-    assert {row["loss"] for row in trained} == {"sigmoid", *list_losses()}
+    assert {row["loss"] for row in trained} == {"sigmoid", *list_losses()} - set(IN_ROUNDS)
     for row in trained:
         assert row["reward"] > start[row["data"]]["reward"] + 0.3, row
         assert row["accuracy"] > 0.55, row
