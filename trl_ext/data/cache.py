@@ -7,6 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+from accelerate import PartialState
+
 
 def default_folder() -> Path:
     """`$TRL_EXT_CACHE`, else `~/.cache/trl_ext`."""
@@ -67,3 +70,9 @@ class Ledger:
             file.write(("\n" if torn else "") + lines)
             file.flush()
             os.fsync(file.fileno())
+
+
+def processes() -> PartialState:
+    """This process among those of the run: `accelerate`'s state, on CPUs too, where it has to be told."""
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return PartialState(cpu=True) if several and not torch.cuda.is_available() else PartialState()

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from datasets import Dataset
 from torch import nn
 from tqdm import tqdm
@@ -19,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from trl.data_utils import maybe_apply_chat_template
 from trl.trainer.utils import hash_module
 
-from trl_ext.data.cache import content_key, default_folder, write_atomically
+from trl_ext.data.cache import content_key, default_folder, processes, write_atomically
 from trl_ext.data.pairing import pair_up
 from trl_ext.data.reasoning import empty_trace_prompt
 from trl_ext.generation import evaluating, sample
@@ -80,7 +79,7 @@ def sample_completions(
         `ValueError`: For prompts or options that cannot be used, before the work starts.
     """
     _check(prompts, n, backend, temperature, max_new_tokens, batch_size)
-    state = PartialState()
+    state = processes()
     name = model if isinstance(model, str) else model.config._name_or_path
     if tokenizer is None:
         tokenizer = AutoTokenizer.from_pretrained(name)

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset, concatenate_datasets
 from datasets.fingerprint import Hasher
@@ -22,7 +21,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 from trl.data_utils import apply_chat_template
 from trl.trainer.utils import hash_module
 
-from trl_ext.data.cache import Ledger, content_key, default_folder
+from trl_ext.data.cache import Ledger, content_key, default_folder, processes
 from trl_ext.data.calibration import fit_temperature
 
 
@@ -254,7 +253,7 @@ def _scores(pairs: list[tuple[Text, Text]], reward: Any, batch_size: int, folder
         members = [_scores(pairs, as_reward(each), batch_size, folder) for each in reward.rewards]
         combine = min if reward.combine == "min" else lambda values: sum(values) / len(values)
         return [combine(values) for values in zip(*members, strict=True)]
-    state = PartialState()
+    state = processes()
     name = reward.key()
     if isinstance(reward, RewardModel):
         reward.model.to(state.device)
@@ -274,7 +273,7 @@ def _computed(
     name: str, work: dict[str, Any], function: Callable, size: Callable, batch_size: int, folder: Path
 ) -> dict[str, float]:
     """`function` of each item that is not on disk yet, shared among processes, longest first."""
-    state = PartialState()
+    state = processes()
     ledger = Ledger(folder, name, str(state.process_index))
     known = ledger.read()
     todo = sorted((key for key in work if key not in known), key=lambda key: -size(work[key]))

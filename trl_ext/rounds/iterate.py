@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from accelerate.logging import get_logger
 from datasets import Dataset, load_from_disk
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from trl_ext.data.cache import content_key, write_atomically
+from trl_ext.data.cache import content_key, processes, write_atomically
 from trl_ext.data.groups import from_groups
 from trl_ext.data.load import load_preferences
 from trl_ext.data.sampling import sample_completions
@@ -61,7 +60,7 @@ class IterativeDPO:
 
     def __init__(self, config: RoundsConfig):
         self.config = config
-        self.state = PartialState()
+        self.state = processes()
         self.folder = Path(config.output_dir)
         self.names = resolve_loss_types(config.training.get("loss_type", "sigmoid"))
         self.losses = build_losses(self.names, config.training.get("loss_kwargs"))

@@ -146,6 +146,9 @@ class OnlineDPOTrainer(TRLOnlineDPOTrainer):
             if split is not None:
                 self._check_dataset(split, name, losses, preference_fn is not None)
 
+        if isinstance(train_dataset, Dataset) and "image" in train_dataset.column_names:
+            self._check_images(args, losses)
+
         model_init_kwargs = args.model_init_kwargs
         if isinstance(model, str):
             model = create_model_from_path(
@@ -229,6 +232,16 @@ class OnlineDPOTrainer(TRLOnlineDPOTrainer):
                 "`model` and `ref_model` are the same object. Leave `ref_model` out to start from a copy of the model."
             )
 
+    @staticmethod
+    def _check_images(args: OnlineDPOConfig, losses: Mapping[str, Any]) -> None:
+        if args.num_generations % 2 or "bias_variance" in losses:
+            raise ValueError("Prompts with images need an even `num_generations` and a loss other than bias_variance.")
+        if args.use_vllm:
+            raise ValueError(
+                "Prompts with images cannot be sampled with vLLM: TRL's method gives back no image tensors, so log-probabilities "
+                "would be those of the text alone. Set `use_vllm=False`."
+            )
+
     def _check_dataset(self, dataset, split: str, losses: Mapping[str, Any], oracle: bool) -> list[str]:
         """The columns beside scores that the losses read from the prompts' dataset."""
         if dataset is None:
@@ -299,11 +312,11 @@ class OnlineDPOTrainer(TRLOnlineDPOTrainer):
         """
         count = 1 if reference else self.num_generations
         prompts, images = inputs["prompt"], inputs.get("image")
-        if images is not None and (count % 2 or not thinking):
-            raise ValueError("Prompts with images need an even `num_generations` and a loss other than bias_variance.")
         vision = None
         if (self.use_vllm and not reference) or images is not None:
             texts = prompts if thinking else [self._render(inputs, row, thinking) for row in range(len(prompts))]
+            if images is not None:
+                texts = [_with_image(prompt) for prompt in texts]
             times = -(-count // 2)  # TRL's methods give two completions a prompt, in blocks
             generate = self._generate_vllm if self.use_vllm else lambda *args: self._generate(model, *args)
             prompt_ids, prompt_mask, ids, mask, *vision = generate(texts * times, images and images * times)
@@ -743,6 +756,16 @@ class OnlineDPOTrainer(TRLOnlineDPOTrainer):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self.args.sync_ref_model and self.ref_model is not None:
             load_reference(self.accelerator.unwrap_model(self.ref_model), resume_from_checkpoint)
+
+
+def _with_image(prompt: Any) -> Any:
+    """Messages whose texts are content parts, the image's placeholder before the first of the user's."""
+    if isinstance(prompt, str) or any(isinstance(message.get("content"), list) for message in prompt):
+        return prompt
+    parts = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in prompt]
+    first = next((message for message in parts if message["role"] == "user"), parts[0])
+    first["content"].insert(0, {"type": "image"})
+    return parts
 
 
 def _base(model: torch.nn.Module) -> torch.nn.Module:

@@ -1,0 +1,46 @@
+"""Scoring, sampling and rounds in two processes give what they give in one."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.conftest import preference_rows
+from tests.test_rounds import TRAINING
+
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.mark.slow
+def test_rounds_in_two_processes(tiny_model_dir, tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("\n".join(json.dumps({"prompt": row["prompt"]}) for row in preference_rows(6)))
+    results = []
+    for count in (1, 2):
+        config = {
+            "model": str(tiny_model_dir), "prompts": str(prompts), "judge": "tests.test_rounds:length", "rounds": 1,
+            "output_dir": str(tmp_path / f"run-{count}"), "sampling": {"max_new_tokens": 5, "batch_size": 2}, "n": 2,
+            "training": {**TRAINING, "per_device_train_batch_size": 4 // count, "max_steps": 1, "optim": "sgd"},
+        }  # fmt: skip
+        path = tmp_path / f"{count}.yaml"
+        path.write_text(json.dumps(config))  # which YAML reads
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
+        done = subprocess.run(
+            [*command, "-m", "trl_ext", "iterate", str(path)], capture_output=True, text=True, cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+        folder = tmp_path / f"run-{count}"
+        results.append(json.loads((folder / "metrics.json").read_text()))
+        ledgers = sorted(path.name.split("-")[-1] for path in (folder / "round-1" / "scores").glob("*.jsonl"))
+        assert ledgers == [f"{rank}.jsonl" for rank in range(count)]
+    assert results[0][0] == results[1][0]
+    one, two = (load_file(tmp_path / f"run-{n}" / "round-1" / "model" / "model.safetensors") for n in (1, 2))
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-5)
