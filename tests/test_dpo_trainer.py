@@ -398,3 +398,18 @@ def test_a_registered_loss(tiny_model_dir, tmp_path, monkeypatch):
     trainer = build(DPOTrainer, DPOConfig, tiny_model_dir, tmp_path, loss_type="reduced")
     with pytest.raises(ValueError, match=r"'reduced' returned shape \(\); expected one value a pair, shape \(4,\)"):
         trainer.train()
+
+
+def test_a_reference_that_moved_is_resumed(tiny_model_dir, tmp_path):
+    options = {"sync_ref_model": True, "ref_model_sync_steps": 1, "max_steps": 4, "save_strategy": "steps", "save_steps": 2,
+               "learning_rate": 1e-2}  # fmt: skip
+
+    def make(folder):
+        return build(trl_ext.DPOTrainer, trl_ext.DPOConfig, tiny_model_dir, tmp_path / folder, **options)
+
+    whole, resumed = make("whole"), make("resumed")
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    assert_same_parameters(parameters(resumed), parameters(whole))
+    for name, value in whole.ref_model.state_dict().items():
+        assert torch.equal(value, resumed.ref_model.state_dict()[name]), name

@@ -10,6 +10,7 @@ from trl_ext.data.recipes import (
     DualVariable,
     curriculum,
     few_shot_prompts,
+    refinement_rows,
     relabel_by_cost,
     step_controlled_pairs,
     step_pairs,
@@ -136,3 +137,11 @@ def test_dual_variable():
     dual = DualVariable(budget=1.0, lr=0.5)
     assert dual.update([3.0, 1.0]) == 0.5
     assert dual.update([0.0]) == 0.0  # never negative
+
+
+def test_refinements_show_the_worse_answer():
+    plain, refined = refinement_rows(Dataset.from_list([{"prompt": "q", "chosen": "good", "rejected": "bad"}]))
+    assert plain["prompt"] == "q" and (refined["chosen"], refined["rejected"]) == ("good", "bad")
+    assert "bad" in refined["prompt"] and "good" not in refined["prompt"]
+    with pytest.raises(ValueError, match="needs the places"):
+        refinement_rows(Dataset.from_list([plain]), "better, please")

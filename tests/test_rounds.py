@@ -293,6 +293,9 @@ def test_extrapolation_by_hand(tiny_model_dir, tmp_path):
         ({"replay_share": 1.0}, r"must lie in \[0, 1\)"),
         ({"training": {"output_dir": "x"}}, "may not set"),
         ({"training": {"loss_type": "ofset"}}, "Did you mean 'offset'"),
+        ({"training": {"loss_type": "bias_variance"}}, "which rounds do not make"),
+        ({"sampling": {"max_tokens": 3}}, r"unknown settings \['max_tokens'\]"),
+        ({"judge": "implicit", "implicit_reference": "x", "scoring": {"temperature": 2.0}}, "unknown settings"),
     ],
 )
 def test_refused(change, message, tiny_model_dir, prompts, tmp_path):

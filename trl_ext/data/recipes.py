@@ -159,6 +159,34 @@ def few_shot_prompts(dataset: Dataset, shots: int = 4, user: str = "user_id", se
     return Dataset.from_list(out)
 
 
+REFINE = "{prompt}\n\nAn answer was:\n{answer}\n\nWrite a better answer."
+
+
+def refinement_rows(dataset: Dataset, template: str = REFINE) -> Dataset:
+    """
+    EVOLVE's idea as data: the model learns to refine (https://huggingface.co/papers/2502.05605; the abstract. Its objective, how
+    direct answers, refinements and a likelihood term are mixed, is not known to us).
+
+    To each pair a second one is added, whose prompt holds the worse answer and asks for a better one.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            `prompt`, `chosen`, `rejected` as text.
+        template (`str`, *optional*):
+            With the places `{prompt}` and `{answer}`.
+
+    Returns:
+        Twice the rows: each pair, then its refinement.
+    """
+    _require(dataset, ["prompt", "chosen", "rejected"])
+    if "{prompt}" not in template or "{answer}" not in template:
+        raise ValueError("The template needs the places {prompt} and {answer}.")
+    rows = []
+    for row in dataset:
+        rows += [row, {**row, "prompt": template.format(prompt=row["prompt"], answer=row["rejected"])}]
+    return Dataset.from_list(rows)
+
+
 WEIGHTS = "[weights: {weights}] "
 _SHOWN = re.compile(r"^\[weights: ([^\]]*)\] ")
 

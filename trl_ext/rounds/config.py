@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import inspect
 import math
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,9 @@ from typing import Any
 import yaml
 
 from trl_ext.data.pairing import PAIRINGS
-from trl_ext.data.scores import Ensemble, PairFunction, RewardFunction, RewardModel
+from trl_ext.data.sampling import sample_completions
+from trl_ext.data.scores import Ensemble, PairFunction, RewardFunction, RewardModel, score_preferences
+from trl_ext.rounds.log_probs import completion_log_probs
 
 
 REFERENCES = ("reset", "keep")
@@ -114,6 +117,14 @@ class RoundsConfig:
                 '`judge="implicit"` scores by the log-ratio of the policy to the model it was trained from: give that one as '
                 "`implicit_reference`."
             )
+        scoring = completion_log_probs if self.judge == "implicit" else score_preferences
+        for name, function in (("sampling", sample_completions), ("scoring", scoring)):
+            allowed = [
+                key for key, each in inspect.signature(function).parameters.items() if each.kind is each.KEYWORD_ONLY
+            ]
+            unknown = sorted(set(getattr(self, name)) - set(allowed))
+            if unknown:
+                raise ValueError(f"`{name}` has unknown settings {unknown}; it takes {allowed}.")
         taken = [name for name in RESERVED if name in self.training]
         if taken:
             raise ValueError(f"`training` may not set {taken}: the rounds do.")

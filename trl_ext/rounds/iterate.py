@@ -29,6 +29,9 @@ from trl_ext.trainers.loss_terms import build_losses, resolve_loss_types
 
 logger = get_logger(__name__)
 
+# What a round's pairs have beside the texts
+COLUMNS = ("score_chosen", "score_rejected", "initial_chosen_logps", "initial_rejected_logps")
+
 
 class IterativeDPO:
     """
@@ -67,7 +70,15 @@ class IterativeDPO:
         self.prompts = load_preferences(config.prompts)
         if "prompt" not in self.prompts.column_names:
             raise ValueError(f"{config.prompts} has no column 'prompt'; its columns are {self.prompts.column_names}.")
+        # What the chat template reads beside the prompt
+        self._kept = [
+            name for name in ("prompt", "tools", "chat_template_kwargs") if name in self.prompts.column_names
+        ]
         self._training_arguments(self.folder)  # refused now, not after the first sampling
+        for name, loss in self.losses.items():
+            missing = [column for column in loss.required_columns if column not in COLUMNS]
+            if missing:
+                raise ValueError(f"The loss {name!r} needs {missing}, which rounds do not make; they make {COLUMNS}.")
 
     def run(self) -> list[dict[str, Any]]:
         """All rounds; returns the metrics of each."""
@@ -104,13 +115,10 @@ class IterativeDPO:
 
     def _claim(self) -> None:
         """Refuse a folder that another configuration has filled."""
-        settings = {
-            field.name: str(getattr(self.config, field.name))
-            if field.name == "judge"
-            else getattr(self.config, field.name)
-            for field in dataclasses.fields(self.config)
-            if field.name not in ("output_dir", "rounds")
-        }
+        names = [field.name for field in dataclasses.fields(self.config) if field.name not in ("output_dir", "rounds")]
+        settings = {name: getattr(self.config, name) for name in names}
+        if not isinstance(settings["judge"], (str, dict)):
+            settings["judge"] = type(settings["judge"]).__name__  # an object has no lasting name
         path = self.folder / "settings.json"
         text = json.dumps(settings, indent=2, sort_keys=True, default=str) + "\n"
         if path.exists() and path.read_text() != text:
@@ -163,7 +171,7 @@ class IterativeDPO:
         return str(extrapolated if extrapolated.exists() else folder / "model")
 
     def _sample(self, number: int, policy: str, folder: Path, prompts_of: int | None = None) -> Dataset:
-        prompts, size = self.prompts.select_columns(["prompt"]), self.config.prompts_per_round
+        prompts, size = self.prompts.select_columns(self._kept), self.config.prompts_per_round
         if size is not None:
             start = ((prompts_of or number) - 1) * size
             prompts = prompts.select([index % len(prompts) for index in range(start, start + size)])
@@ -195,7 +203,7 @@ class IterativeDPO:
             groups, shaped["length_penalty"] = balance_lengths(groups)
         if self.state.is_main_process:
             write_atomically(self.folder / f"round-{number}" / "shaping.json", json.dumps(shaped))
-        groups = groups.select_columns(["prompt", "completions", "scores"])
+        groups = groups.select_columns([*self._kept, "completions", "scores"])
         if config.pairing == "group":
             return groups
         pairs = from_groups(groups, config.pairing, f"round {number}")

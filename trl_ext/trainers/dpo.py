@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import trl
 from accelerate.logging import get_logger
-from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset, concatenate_datasets
 from huggingface_hub import ModelCard
 from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
@@ -34,9 +33,11 @@ from trl_ext.losses.base import SigmoidLoss
 from trl_ext.trainers.dpo_config import DPOConfig
 from trl_ext.trainers.loss_terms import build_losses, check_combination, resolve_loss_types
 from trl_ext.trainers.mixing import MixingEstimate, estimate_alpha
+from trl_ext.trainers.reference import load_reference, save_reference
 from trl_ext.trainers.scoring import ReferenceModel, Scorer, build_scorer
 from trl_ext.trainers.trl_seam import (
     Replay,
+    base_model,
     bind_forward,
     forget_metrics,
     fused_forward,
@@ -70,11 +71,6 @@ def _scored(dataset: Any, reward: Any, losses: Mapping[str, Any]) -> Any:
         raise ValueError("`reward_model` scores map-style datasets; load the data without `streaming=True`.")
     there = {"score_chosen", "preference_prob", "scores"} & set(dataset.column_names)
     return dataset if there else score_preferences(dataset, reward)
-
-
-def _base(model: torch.nn.Module) -> torch.nn.Module:
-    """The model inside an adapter's wrapper."""
-    return model.get_base_model() if is_peft_model(model) else model
 
 
 class DPOTrainer(trl.DPOTrainer):
@@ -171,7 +167,7 @@ class DPOTrainer(trl.DPOTrainer):
             eval_dataset = self._checked_eval(eval_dataset)
         for given in (model, ref_model):
             if isinstance(given, torch.nn.Module):
-                unbind_forward(_base(given))  # of an earlier trainer, or of the model this one is a copy of
+                unbind_forward(base_model(given))  # of an earlier trainer, or of the model this one is a copy of
 
         super().__init__(
             model=model,
@@ -187,7 +183,7 @@ class DPOTrainer(trl.DPOTrainer):
             quantization_config=quantization_config,
             peft_config=peft_config,
         )
-        bind_forward(_base(self.model))
+        bind_forward(base_model(self.model))
         _ = self._scorer  # an impossible backend is refused now
         if not self._losses:
             return
@@ -544,7 +540,7 @@ class DPOTrainer(trl.DPOTrainer):
         for key, value in zip(metrics, means, strict=True):
             self._metrics[mode][key].append(value)
 
-    # The mixing weight of bias_variance
+    # What a run has measured or moved, and a checkpoint keeps
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         loss = self._losses.get("bias_variance")
@@ -567,6 +563,14 @@ class DPOTrainer(trl.DPOTrainer):
         if self._mixing is not None and self.is_world_process_zero():
             folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
             (folder / MIXING_FILE).write_text(self._mixing.to_json())
+        if self.args.sync_ref_model and self.is_world_process_zero():
+            folder = f"{self._get_output_dir(trial=trial)}/checkpoint-{self.state.global_step}"
+            save_reference(self.accelerator.unwrap_model(self.ref_model), folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.args.sync_ref_model:  # TRL starts over from the first reference
+            load_reference(self.accelerator.unwrap_model(self.ref_model), resume_from_checkpoint)
 
     # Evaluation and model card
 

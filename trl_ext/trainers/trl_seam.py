@@ -11,6 +11,7 @@ import types
 from collections.abc import Callable, Iterator
 
 import torch
+from accelerate.utils import is_peft_model
 from datasets import Dataset
 from datasets.fingerprint import Hasher
 from torch import nn
@@ -25,7 +26,9 @@ from trl_ext.logprobs import Head, Transform
 DPO_METHODS = (
     "_prepare_dataset",
     "_set_signature_columns_if_needed",
+    "_load_from_checkpoint",
     "_precompute_ref_logps",
+    "_save_checkpoint",
     "compute_ref_log_probs",
     "compute_loss",
     "create_model_card",
@@ -120,6 +123,11 @@ def head_in_place(head: Head, statistics: tuple[str, ...] | None) -> Iterator[No
         yield
     finally:
         utils._ChunkedLogProbFunction, utils._use_triton = replaced
+
+
+def base_model(model: nn.Module) -> nn.Module:
+    """The model inside an adapter's wrapper: where TRL puts its fused forward."""
+    return model.get_base_model() if is_peft_model(model) else model
 
 
 _OWN_FORWARD = "_trl_ext_forward"  # marks our function; on a model, the forward that was there before

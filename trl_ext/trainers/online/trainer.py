@@ -31,13 +31,6 @@ from trl_ext.generation import Completions, GeometricMixture, evaluating, sample
 from trl_ext.logprobs import completion_lengths, sum_completions
 from trl_ext.losses import GroupBatch, PreferenceBatch
 from trl_ext.trainers.online.config import OnlineDPOConfig, build_online_losses
-from trl_ext.trainers.online.reference import (
-    ADAPTER,
-    SyncReferenceAdapter,
-    add_reference_adapter,
-    load_reference,
-    save_reference,
-)
 from trl_ext.trainers.online.rewards import (
     Scores,
     call_preference_fn,
@@ -45,8 +38,15 @@ from trl_ext.trainers.online.rewards import (
     call_reward_model,
     preference_scores,
 )
+from trl_ext.trainers.reference import (
+    ADAPTER,
+    SyncReferenceAdapter,
+    add_reference_adapter,
+    load_reference,
+    save_reference,
+)
 from trl_ext.trainers.scoring import build_scorer
-from trl_ext.trainers.trl_seam import bind_forward, fused_forward, unbind_forward
+from trl_ext.trainers.trl_seam import base_model, bind_forward, fused_forward, unbind_forward
 
 
 logger = get_logger(__name__)
@@ -157,13 +157,13 @@ class OnlineDPOTrainer(TRLOnlineDPOTrainer):
             args.model_init_kwargs = None  # used up; TRL refuses them beside a model
         for given in (model, ref_model):
             if given is not None:
-                unbind_forward(_base(given))
+                unbind_forward(base_model(given))
         if ref_model is None and peft_config is None and not (args.sync_ref_model and is_peft_model(model)):
             ref_model = create_reference_model(model)
         for given in (model, ref_model):
             if given is not None:
-                add_fused_lm_head(_base(given))
-                bind_forward(_base(given))
+                add_fused_lm_head(base_model(given))
+                bind_forward(base_model(given))
         try:
             super().__init__(
                 model=model,
@@ -766,8 +766,3 @@ def _with_image(prompt: Any) -> Any:
     first = next((message for message in parts if message["role"] == "user"), parts[0])
     first["content"].insert(0, {"type": "image"})
     return parts
-
-
-def _base(model: torch.nn.Module) -> torch.nn.Module:
-    """The model inside an adapter's wrapper."""
-    return model.get_base_model() if is_peft_model(model) else model
