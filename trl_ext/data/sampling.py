@@ -103,8 +103,12 @@ def sample_completions(
     folder = Path(cache_dir) if cache_dir is not None else default_folder() / "samples"
     folder = folder / content_key(settings, texts)
     chunks = range(0, len(texts), batch_size)
-    todo = [start for start in chunks if not (folder / f"{start}.json").exists()]
-    mine = todo[state.process_index :: state.num_processes]
+    # Shared out before looking what is done: another process may be ahead and have written some
+    mine = [
+        start
+        for start in chunks[state.process_index :: state.num_processes]
+        if not (folder / f"{start}.json").exists()
+    ]
     for start in tqdm(mine, desc="sampling", unit="batch", disable=not state.is_main_process or not mine):
         answers = generate(texts[start : start + batch_size], int(content_key(seed, start), 16) % 2**31)
         write_atomically(folder / f"{start}.json", json.dumps(answers))
