@@ -7,7 +7,8 @@ from datasets import Dataset, IterableDataset
 
 from tests.conftest import preference_rows
 from tests.helpers import build, options
-from trl_ext import DPOConfig, DPOTrainer
+from trl_ext import DPOConfig, DPOTrainer, get_loss
+from trl_ext.data.columns import used_columns
 
 
 def construct(tmp_path, rows, *, loss_type="offset", stream=False, eval_rows=None, **overrides):
@@ -182,3 +183,10 @@ def test_columns_reach_the_loss_in_their_order(tiny_model_dir, tmp_path):
     tokens = len(trainer.processing_class(" good")["input_ids"])
     assert sorted((lengths // tokens).tolist()) == [1, 2, 3, 5, 6, 7, 8]
     assert (lengths / tokens).tolist() == batch["score_chosen"].tolist()
+
+
+def test_a_text_is_not_taken_for_a_score():
+    with pytest.raises(ValueError, match="needs the column 'score_chosen'") as error:
+        used_columns(["prompt", "chosen", "rejected"], {"offset": get_loss("offset")}, "train")
+    assert "rename_column" not in str(error.value)
+    assert "`trl_ext.data.score_preferences` adds scores." in str(error.value)

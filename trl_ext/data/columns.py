@@ -45,12 +45,13 @@ def used_columns(available: Sequence[str], losses: Mapping[str, Any], split: str
     for name, loss in losses.items():
         for column in loss.required_columns:
             if column not in available:
-                others = [
-                    other for other in available if other not in (*loss.required_columns, *loss.optional_columns)
-                ]
+                known = (*loss.required_columns, *loss.optional_columns, "prompt", "chosen", "rejected")
+                others = [other for other in available if other not in known]
                 near = difflib.get_close_matches(column, others, n=1)
                 near += [other for other in others if sorted(other.split("_")) == sorted(column.split("_"))]
                 hint = f" If {near[-1]!r} is it: dataset.rename_column({near[-1]!r}, {column!r})." if near else ""
+                if not near and column in PAIRS[0]:
+                    hint = " `trl_ext.data.score_preferences` adds scores."
                 raise ValueError(
                     f"The loss {name!r} needs the column {column!r}, which the {split} dataset does not have. Its "
                     f"columns are {sorted(available)}.{hint}"
