@@ -165,18 +165,22 @@ def _can_copy_cache(model: nn.Module, config: GenerationConfig) -> bool:
     )
 
 
+def last_logits(model: nn.Module) -> dict[str, int]:
+    """The argument that makes a model compute the logits of the last position alone, if it has one."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(type(base).forward).parameters else {}
+
+
 def _prefill(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor, copies: int) -> DynamicCache:
     """The cache of all prompt tokens but the last, each prompt's copied."""
     cache = DynamicCache(config=model.config.get_text_config())
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    keep = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(type(base).forward).parameters else {}
     model(
         input_ids=ids[:, :-1],
         attention_mask=mask[:, :-1],
         position_ids=_positions(mask)[:, :-1],
         past_key_values=cache,
         use_cache=True,
-        **keep,
+        **last_logits(model),
     )
     cache.batch_repeat_interleave(copies)
     return cache

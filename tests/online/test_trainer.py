@@ -627,3 +627,16 @@ def test_vllm_gives_blocks_of_k(count, tiny_model_dir, tmp_path):
     assert calls == [3 * (1 if count == 2 else 2)]
     assert [row.item() for row in completions.ids] == [10 + i for i in range(3 * count)]
     assert [row.item() for row in completions.prompt_ids] == [10, 11, 12]
+
+
+@pytest.mark.parametrize("peft", [False, True], ids=["full", "lora"])
+def test_the_mixture_projects_no_prompt(peft, tiny_model_dir, tmp_path):
+    kwargs = {"peft_config": lora() if peft else None}
+    trainer = online(tiny_model_dir, tmp_path, mixture_coef=0.5, trainer_kwargs=kwargs)
+    widths = []
+    heads = {trainer.model.get_output_embeddings(), (trainer.ref_model or trainer.model).get_output_embeddings()}
+    hooks = [head.register_forward_hook(lambda module, args, output: widths.append(output.size(1))) for head in heads]
+    trainer.generate(trainer.model, batch(trainer))
+    for hook in hooks:
+        hook.remove()
+    assert set(widths) == {1}

@@ -27,7 +27,7 @@ from trl.trainer.utils import add_fused_lm_head, create_model_from_path, pad, us
 from trl_ext.data.columns import TEXT_COLUMNS, columns_of
 from trl_ext.data.pairing import Pairs, pair_up
 from trl_ext.data.reasoning import answer_text, empty_trace_prompt
-from trl_ext.generation import Completions, GeometricMixture, evaluating, sample
+from trl_ext.generation import Completions, GeometricMixture, evaluating, last_logits, sample
 from trl_ext.logprobs import completion_lengths, sum_completions
 from trl_ext.losses import GroupBatch, PreferenceBatch
 from trl_ext.trainers.online.config import OnlineDPOConfig, build_online_losses
@@ -495,7 +495,8 @@ class OnlineDPOTrainer(TRLOnlineDPOTrainer):
 
         def reference(**kwargs):
             with self._reference() as network:
-                return network(**kwargs)
+                # Of a prompt too: its other logits would be the largest tensor of the run
+                return network(**kwargs, **last_logits(self.accelerator.unwrap_model(network)))
 
         reference.config = self.model.config
 
