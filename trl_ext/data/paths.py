@@ -1,0 +1,37 @@
+"""Names of models and data: a hub name, or a path on this machine."""
+
+from pathlib import Path
+from typing import Any
+
+
+DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".arrow", ".txt", ".yaml", ".yml")
+
+
+def refuse_missing_path(name: Any, what: str) -> None:
+    """
+    Raise for a name that can only be a local path when nothing is there, before the hub is asked for it.
+
+    Args:
+        name (`Any`):
+            What the user gave. Only a string is looked at: objects and `None` pass.
+        what (`str`):
+            What it names, for the error: `"model"`, `"dataset"`, `"tokenizer"`.
+
+    Raises:
+        `ValueError`: If the name has the form of a path, or begins with a folder that is here, and does not exist.
+    """
+    if not isinstance(name, str) or Path(name).expanduser().exists():
+        return
+    # A hub name is `name` or `owner/name`, and no folder of the working directory
+    local = (
+        name.startswith((".", "/", "~"))
+        or name.count("/") > 1
+        or "\\" in name
+        or Path(name).suffix.lower() in DATA_SUFFIXES
+        or ("/" in name and Path(name.split("/", maxsplit=1)[0]).is_dir())
+    )
+    if local:
+        raise ValueError(
+            f"There is no {what} {name!r}: it looks like a path on this machine, and nothing is there. The working folder "
+            f"is {str(Path.cwd())!r}; a hub name has the form 'owner/name'."
+        )
