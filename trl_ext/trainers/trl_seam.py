@@ -9,6 +9,7 @@ import functools
 import inspect
 import types
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 
 import torch
 from accelerate.utils import is_peft_model
@@ -20,6 +21,7 @@ from trl.trainer import utils
 from trl.trainer.utils import FusedCausalLMOutput
 
 from trl_ext.logprobs import Head, Transform
+from trl_ext.logprobs.substitute import Substitute
 
 
 # Methods of `trl.DPOTrainer` that ours extends, and attributes that it reads
@@ -116,13 +118,29 @@ def head_in_place(head: Head, statistics: tuple[str, ...] | None) -> Iterator[No
             zeros["is_top1"] = zeros["is_top1"].bool()
         return result._replace(**zeros)
 
-    replaced = utils._ChunkedLogProbFunction, utils._use_triton
-    utils._ChunkedLogProbFunction = types.SimpleNamespace(apply=apply)
-    utils._use_triton = lambda device: True  # only the scored positions, on every device
-    try:
+    with _HEAD.acting(apply):
         yield
-    finally:
-        utils._ChunkedLogProbFunction, utils._use_triton = replaced
+
+
+def _install_head(current: ContextVar) -> Callable[[], None]:
+    """Have TRL's fused forward ask the thread that runs it for its head."""
+    function, use_triton = utils._ChunkedLogProbFunction, utils._use_triton
+
+    def apply(*arguments):
+        own = current.get()
+        return function.apply(*arguments) if own is None else own(*arguments)
+
+    utils._ChunkedLogProbFunction = types.SimpleNamespace(apply=apply, forward=function.forward)
+    # Only the scored positions, on every device
+    utils._use_triton = lambda device: current.get() is not None or use_triton(device)
+
+    def remove() -> None:
+        utils._ChunkedLogProbFunction, utils._use_triton = function, use_triton
+
+    return remove
+
+
+_HEAD = Substitute(_install_head)
 
 
 def base_model(model: nn.Module) -> nn.Module:
