@@ -30,18 +30,23 @@ from trl_ext.data.scores import score_preferences
 from trl_ext.logprobs import completion_lengths, sum_completions
 from trl_ext.losses import GroupBatch, PreferenceBatch
 from trl_ext.losses.base import SigmoidLoss
+from trl_ext.losses.bias_variance import present
 from trl_ext.trainers.dpo_config import DPOConfig
 from trl_ext.trainers.loss_terms import build_losses, check_combination, resolve_loss_types
+from trl_ext.trainers.metrics import means_over_processes
 from trl_ext.trainers.mixing import MixingEstimate, estimate_alpha
 from trl_ext.trainers.reference import load_reference, save_reference
 from trl_ext.trainers.scoring import ReferenceModel, Scorer, build_scorer
 from trl_ext.trainers.trl_seam import (
+    PAIR_METRICS,
     Replay,
     base_model,
     bind_forward,
     forget_metrics,
+    forget_statistics,
     fused_forward,
     map_rows,
+    only_term,
     reference_in_inputs,
     unbind_forward,
     with_cache_key,
@@ -140,6 +145,7 @@ class DPOTrainer(trl.DPOTrainer):
             )
         # What the losses of ours read from the dataset; `_losses` are the terms that TRL does not compute
         self._losses: dict[str, Any] = losses
+        self._needs_reference = True
         self._columns: list[str] = []
         self._pairing = self._groups = None
         self._mixing: MixingEstimate | None = None
@@ -394,7 +400,6 @@ class DPOTrainer(trl.DPOTrainer):
         inputs, columns, empty = self._split(inputs)
         joint = self._join(inputs, empty) if empty else inputs
         prompts = inputs["input_ids"].size(0) // 2
-        groups = prompts
         if group:
             joint = self._join_others(inputs, group)
 
@@ -404,54 +409,100 @@ class DPOTrainer(trl.DPOTrainer):
             outputs = fused_forward(model, joint, router_logits=self.aux_loss_enabled)
         else:
             statistics = self._statistics()
-            layout = self._scorer.layout(joint, groups)
+            layout = self._scorer.layout(joint, prompts)
             outputs = self._scorer(model, joint, layout, statistics, router_logits=self.aux_loss_enabled)
         logps = sum_completions(outputs.log_probs, joint["completion_mask"], self.ld_alpha)
-        if "ref_chosen_logps" in joint:
-            ref_logps = torch.cat([joint["ref_chosen_logps"], joint["ref_rejected_logps"]])
-        else:
-            ref_logps = torch.cat(self._ref_log_probs(self.ref_model or self.model, joint, layout))
+        ref_logps = self._joint_ref_logps(joint, layout) if self._needs_reference else None
         lengths = completion_lengths(joint["completion_mask"])
 
-        group_batch = None
-        if group:
-            group_batch = self._group_batch(
-                group, columns, *(t.view(-1, prompts).T for t in (logps, ref_logps, lengths))
-            )
-            rows = torch.arange(2 * prompts, device=logps.device)
-            logps, ref_logps, lengths = logps[rows], ref_logps[rows], lengths[rows]
-            width = inputs["input_ids"].size(1) - joint["input_ids"].size(1)
-            outputs = map_rows(outputs, lambda field: field[rows, : field.size(1) + width])
-        # Rows are [chosen, rejected], with an empty-trace pair [chosen, its chosen, rejected, its rejected]
-        parts = 2 if empty else 1
-        pairs = [
-            PreferenceBatch(
-                *logps.chunk(2 * parts)[part::parts],
-                *ref_logps.chunk(2 * parts)[part::parts],
-                *lengths.chunk(2 * parts)[part::parts],
+        # The rows of the pair that TRL's method is given: [chosen, rejected]. In groups they come first; with an empty-trace
+        # pair, rows are [chosen, its chosen, rejected, its rejected].
+        rows = torch.arange(logps.numel(), device=logps.device)
+        halves = rows.chunk(4) if empty else rows[: 2 * prompts].chunk(2)
+        pair_rows = torch.cat([halves[0], halves[2]]) if empty else torch.cat(halves)
+
+        def batch_of(rows: torch.Tensor, **fields) -> PreferenceBatch:
+            references = (None, None) if ref_logps is None else ref_logps[rows].chunk(2)
+            return PreferenceBatch(
+                *logps[rows].chunk(2),
+                *references,
+                *lengths[rows].chunk(2),
                 beta=self.beta,
                 columns=columns,
+                **fields,
             )
-            for part in range(parts)
-        ]
-        batch = pairs[0]
-        if empty:
-            batch = dataclasses.replace(batch, empty_trace=pairs[1])
-            rows = torch.arange(logps.numel(), device=logps.device).chunk(4)
-            traced = torch.cat([rows[0], rows[2]])
-            padding = joint["input_ids"].size(1) - inputs["input_ids"].size(1)
-            outputs = map_rows(outputs, lambda field: field[traced, : field.size(1) - padding])
+
+        empty_trace = batch_of(torch.cat([halves[1], halves[3]])) if empty else None
+        batch = batch_of(pair_rows, empty_trace=empty_trace)
+        group_batch = None
+        if group:
+            by_group = (None if t is None else t.view(-1, prompts).T for t in (logps, ref_logps, lengths))
+            group_batch = self._group_batch(group, columns, *by_group)
+        if len(pair_rows) < len(rows):
+            narrower = joint["input_ids"].size(1) - inputs["input_ids"].size(1)
+            outputs = map_rows(outputs, lambda field: field[pair_rows, : field.size(1) - narrower])
 
         # TRL adds its own loss types, the auxiliary loss and all of its metrics, on the outputs that are there
-        inputs = {**inputs, "ref_chosen_logps": batch.ref_chosen_logps, "ref_rejected_logps": batch.ref_rejected_logps}
-        with reference_in_inputs(self):
-            result = super().compute_loss(Replay(model, outputs), inputs, return_outputs, num_items_in_batch)
+        for name in ("ref_chosen_logps", "ref_rejected_logps"):
+            reference = getattr(batch, name)
+            inputs[name] = torch.zeros_like(batch.chosen_logps).detach() if reference is None else reference
+        result = self._trls_loss(model, outputs, inputs, return_outputs, num_items_in_batch)
         if statistics is not None:
-            forget_metrics(self, statistics)
+            forget_statistics(self, statistics)
         if not self._losses:
             return result
-        loss = (result[0] if return_outputs else result) + self._loss(batch, empty, group_batch)
+        if len(pair_rows) < len(rows) and self.model.training:
+            self._count_tokens(joint["attention_mask"].sum(dim=1) * (lengths > 0), pair_rows)
+        if empty:
+            self._replace_pair_metrics(batch)
+        loss = (result[0] if return_outputs else result) + self._loss(batch, group_batch)
         return (loss, result[1]) if return_outputs else loss
+
+    def _joint_ref_logps(self, joint: dict[str, Any], layout: Any) -> torch.Tensor:
+        """Reference log-probabilities of all rows of a batch, shape `(N,)`, nats."""
+        if "ref_chosen_logps" in joint:
+            return torch.cat([joint["ref_chosen_logps"], joint["ref_rejected_logps"]])
+        model = self.model if self.ref_model is None else self.ref_model
+        return torch.cat(self._ref_log_probs(model, joint, layout))
+
+    def _trls_loss(self, model, outputs, inputs, return_outputs, num_items_in_batch):
+        """TRL's method on outputs that are there; beside losses of ours, each of its loss types is logged by its name."""
+        model = Replay(model, outputs)
+        with reference_in_inputs(self):
+            if not self._losses or not self.loss_types:
+                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            total = terms = None
+            for name, weight in zip(self.loss_types, self.loss_weights, strict=True):
+                # TRL's metrics and the auxiliary loss are added once, with the first
+                with only_term(self, name, record=total is None):
+                    result = super().compute_loss(model, inputs, return_outputs and total is None, num_items_in_batch)
+                loss, rest = result if isinstance(result, tuple) else (result, None)
+                if total is None:
+                    total = self.router_aux_loss_coef * outputs.aux_loss if self.aux_loss_enabled else 0.0
+                    loss, terms = loss - total, rest
+                total = total + weight * loss
+                self._log_metrics({f"loss/{name}": loss})
+        return (total, terms) if return_outputs else total
+
+    def _count_tokens(self, tokens: torch.Tensor, counted: torch.Tensor) -> None:
+        """Add the tokens of the rows that TRL's method, which sees the rows `counted`, did not count."""
+        others = tokens.sum() - tokens[counted].sum()
+        self._total_train_tokens += self.accelerator.gather_for_metrics(others).sum().item() // self._tp_size
+        self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
+
+    def _replace_pair_metrics(self, batch: PreferenceBatch) -> None:
+        """Log what TRL's method says of rewards and log-probs over the rows that have a traced pair; the others hold none."""
+        forget_metrics(self, PAIR_METRICS)
+        logps = batch.chosen_logps.detach(), batch.rejected_logps.detach()
+        rewards = logps
+        if batch.ref_chosen_logps is not None:
+            rewards = logps[0] - batch.ref_chosen_logps, logps[1] - batch.ref_rejected_logps
+        chosen, rejected = (batch.beta * each for each in rewards)
+        values = (chosen, rejected, (chosen > rejected).float(), chosen - rejected, *logps)
+        there = present(batch)
+        self._log_metrics(
+            {name: value.masked_fill(~there, torch.nan) for name, value in zip(PAIR_METRICS, values, strict=True)}
+        )
 
     def _join(self, inputs: dict[str, Any], empty: dict[str, Any]) -> dict[str, Any]:
         """Both pairs as one batch of `4 B` rows: chosen, its empty-trace one, rejected, its empty-trace one."""
@@ -494,28 +545,27 @@ class DPOTrainer(trl.DPOTrainer):
         scores = torch.cat([*ends, group["other_scores"]], dim=1)
         return GroupBatch(logps, ref_logps, lengths, scores, mask, beta=self.beta, columns=columns)
 
-    def _loss(self, batch: PreferenceBatch, empty: dict[str, Any], group: GroupBatch | None = None) -> torch.Tensor:
+    def _loss(self, batch: PreferenceBatch, group: GroupBatch | None = None) -> torch.Tensor:
         """Weighted sum of the mean losses of ours, whose metrics are logged on the way."""
         weight = batch.columns.get(WEIGHT)
-        metrics = {
-            "lengths/chosen": batch.chosen_lengths.float().mean(),
-            "lengths/rejected": batch.rejected_lengths.float().mean(),
-            "logratios/chosen": batch.chosen_logratios.mean(),
-            "logratios/rejected": batch.rejected_logratios.mean(),
-        }
+        there = present(batch) if batch.empty_trace is not None else None
+        metrics: dict[str, Any] = {"lengths/chosen": batch.chosen_lengths, "lengths/rejected": batch.rejected_lengths}
+        if batch.ref_chosen_logps is not None:
+            metrics |= {"logratios/chosen": batch.chosen_logratios, "logratios/rejected": batch.rejected_logratios}
+        if there is not None:
+            metrics = {name: value.float().masked_fill(~there, torch.nan) for name, value in metrics.items()}
         if weight is not None:
-            metrics["pair_weight/mean"] = weight.mean()
+            metrics["pair_weight/mean"] = weight
         if self._mixing is not None:
-            ratio = {"mixing/alpha": self._mixing.alpha, "mixing/variance_ratio": self._mixing.variance_ratio}
-            metrics |= {name: torch.tensor(value, device=batch.delta.device) for name, value in ratio.items()}
-        total = torch.zeros((), dtype=batch.delta.dtype, device=batch.delta.device)
+            metrics |= {"mixing/alpha": self._mixing.alpha, "mixing/variance_ratio": self._mixing.variance_ratio}
+        total = torch.zeros((), dtype=batch.chosen_logps.dtype, device=batch.chosen_logps.device)
         for name, loss in self._losses.items():
             given = group if group is not None and loss.takes_groups else batch
             per_pair = loss(given)
-            if per_pair.shape != batch.delta.shape:
+            if per_pair.shape != batch.chosen_logps.shape:
                 raise ValueError(
-                    f"The loss {name!r} returned shape {tuple(per_pair.shape)}; expected one value a pair, shape "
-                    f"{tuple(batch.delta.shape)}. Reduce over tokens or completions, not over pairs."
+                    f"The loss {name!r} returned shape {tuple(per_pair.shape)}; expected one value per pair, shape "
+                    f"{tuple(batch.chosen_logps.shape)}. Reduce over tokens or completions, not over pairs."
                 )
             if weight is not None:
                 per_pair = per_pair * weight.to(per_pair.dtype)
@@ -523,21 +573,14 @@ class DPOTrainer(trl.DPOTrainer):
             for key, value in loss.metrics(given).items():
                 metrics[f"{name}/{key}" if key in metrics else key] = value
             if len(self._weights) + len(self.loss_types) > 1:
-                metrics[f"loss/{name}"] = per_pair.mean()
+                metrics[f"loss/{name}"] = per_pair
         self._log_metrics(metrics)
-        if empty and self.model.training:
-            # TRL counts the tokens of the traced pair
-            tokens = self.accelerator.gather_for_metrics(empty["attention_mask"].sum()).sum().item()
-            self._total_train_tokens += tokens // self._tp_size
-            self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
         return total
 
-    def _log_metrics(self, metrics: dict[str, torch.Tensor]) -> None:
-        """Mean of each metric over processes, with one gather and one transfer for all of them."""
-        values = torch.stack([value.detach().float() for value in metrics.values()]).unsqueeze(0)
-        means = self.accelerator.gather(values).mean(dim=0).tolist()
+    def _log_metrics(self, metrics: dict[str, Any]) -> None:
+        """Log the mean of each metric over the rows of all processes."""
         mode = "train" if self.model.training else "eval"
-        for key, value in zip(metrics, means, strict=True):
+        for key, value in means_over_processes(self.accelerator, metrics).items():
             self._metrics[mode][key].append(value)
 
     # What a run has measured or moved, and a checkpoint keeps

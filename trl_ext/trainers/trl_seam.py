@@ -8,7 +8,8 @@ import contextlib
 import functools
 import inspect
 import types
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
 
 import torch
@@ -47,6 +48,7 @@ DPO_ATTRIBUTES = (
     "loss_types",
     "loss_weights",
     "precompute_ref_logps",
+    "router_aux_loss_coef",
 )
 
 # What ours extends or reads of `trl.experimental.online_dpo.OnlineDPOTrainer`
@@ -210,14 +212,53 @@ METRICS_OF = {
 }
 
 
-def forget_metrics(trainer: DPOTrainer, measured: tuple[str, ...]) -> None:
-    """Take back what TRL's loss has just logged from statistics that were not measured in this batch."""
+# What TRL's loss logs of pairs, each the mean over the rows of the batch, in the order of its own code
+PAIR_METRICS = (
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/accuracies",
+    "rewards/margins",
+    "logps/chosen",
+    "logps/rejected",
+)
+
+
+def forget_metrics(trainer: DPOTrainer, names: Iterable[str]) -> None:
+    """Take back the last value that TRL's loss has logged under each of the names."""
     metrics = trainer._metrics["train" if trainer.model.training else "eval"]
+    for name in names:
+        metrics[name].pop()
+        if not metrics[name]:
+            del metrics[name]  # TRL divides by the number of values
+
+
+def forget_statistics(trainer: DPOTrainer, measured: tuple[str, ...]) -> None:
+    """Take back what TRL's loss has just logged from statistics that were not measured in this batch."""
     for statistic, names in METRICS_OF.items():
-        for name in names if statistic not in measured else ():
-            metrics[name].pop()
-            if not metrics[name]:
-                del metrics[name]  # TRL divides by the number of values
+        if statistic not in measured:
+            forget_metrics(trainer, names)
+
+
+@contextlib.contextmanager
+def only_term(trainer: DPOTrainer, name: str, record: bool) -> Iterator[None]:
+    """
+    While open, TRL's loss has one loss type, with weight 1.
+
+    Unless `record` is set, it has no auxiliary loss either, and what it logs and counts is forgotten.
+    """
+    names = ("loss_types", "loss_weights")
+    if not record:
+        names += ("aux_loss_enabled", "_metrics", "_total_train_tokens")
+    before = {attribute: getattr(trainer, attribute) for attribute in names}
+    trainer.loss_types, trainer.loss_weights = [name], [1.0]
+    if not record:
+        trainer.aux_loss_enabled = False
+        trainer._metrics = {mode: defaultdict(list) for mode in before["_metrics"]}
+    try:
+        yield
+    finally:
+        for attribute, value in before.items():
+            setattr(trainer, attribute, value)
 
 
 @contextlib.contextmanager
