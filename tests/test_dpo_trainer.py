@@ -306,7 +306,11 @@ def test_model_card(tiny_model_dir, tmp_path):
     plain.create_model_card(model_name="mine")
     theirs = build(trl.DPOTrainer, trl.DPOConfig, tiny_model_dir, tmp_path / "trl")
     theirs.create_model_card(model_name="mine")
-    assert _body(tmp_path / "plain" / "README.md") == _body(tmp_path / "trl" / "README.md")
+    # TRL calls a model from a folder "None", and links to it
+    name = f"the local model `{tiny_model_dir.name}`"
+    assert f"fine-tuned version of {name}." in _body(tmp_path / "plain" / "README.md")
+    unnamed = _body(tmp_path / "trl" / "README.md").replace("[None](https://huggingface.co/None)", name)
+    assert _body(tmp_path / "plain" / "README.md") == unnamed
 
 
 def _body(path):

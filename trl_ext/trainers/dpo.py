@@ -1,5 +1,7 @@
 """`trl.DPOTrainer` with the losses of this package."""
 
+import contextlib
+import copy
 import dataclasses
 import functools
 import json
@@ -11,14 +13,22 @@ import torch
 import trl
 from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset, concatenate_datasets
-from huggingface_hub import ModelCard
 from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import get_last_checkpoint
 from trl.trainer.utils import pad
 
+from trl_ext.data.checks import (
+    TOKENIZED,
+    check_template,
+    check_tokenized,
+    say_what_was_dropped,
+    warn_of_empty_completions,
+)
 from trl_ext.data.collator import PreferenceCollator
 from trl_ext.data.columns import TEXT_COLUMNS, WEIGHT, checked, columns_of, used_columns
 from trl_ext.data.groups import OTHER_FIELDS, OTHERS, flatten_others, from_groups, gather_others, is_grouped
+from trl_ext.data.paths import refuse_missing_path
 from trl_ext.data.reasoning import (
     EMPTY_TRACE_FIELDS,
     EMPTY_TRACE_PREFIX,
@@ -31,10 +41,13 @@ from trl_ext.logprobs import completion_lengths, sum_completions
 from trl_ext.losses import GroupBatch, PreferenceBatch
 from trl_ext.losses.base import SigmoidLoss
 from trl_ext.losses.bias_variance import present
+from trl_ext.trainers.checkpoint import check_losses, save_losses
 from trl_ext.trainers.dpo_config import DPOConfig
 from trl_ext.trainers.loss_terms import build_losses, check_combination, resolve_loss_types
 from trl_ext.trainers.metrics import means_over_processes
 from trl_ext.trainers.mixing import MixingEstimate, estimate_alpha
+from trl_ext.trainers.model_card import complete_model_card, describe_losses
+from trl_ext.trainers.policy_copy import frozen_copy
 from trl_ext.trainers.reference import load_reference, save_reference
 from trl_ext.trainers.scoring import ReferenceModel, Scorer, build_scorer
 from trl_ext.trainers.trl_seam import (
@@ -46,6 +59,7 @@ from trl_ext.trainers.trl_seam import (
     forget_statistics,
     fused_forward,
     map_rows,
+    no_reference,
     only_term,
     reference_in_inputs,
     unbind_forward,
@@ -102,6 +116,12 @@ class DPOTrainer(trl.DPOTrainer):
     ```
 
     Args:
+        ref_model ([`~transformers.PreTrainedModel`], *optional*):
+            Reference. Where none is given, and `model` is a model and not a name, it is a frozen copy of that model with the
+            weights it has when the trainer is built: the reference of a second stage is what the first has trained, as in
+            [`OnlineDPOTrainer`]. (TRL loads it anew from the folder or hub name that the model came from; a warning says
+            where that would differ. Under ZeRO-3, where a model cannot be copied, it is loaded here too.) Losses that state
+            `needs_reference = False` have none, unless they are mixed with one that needs it.
         args ([`DPOConfig`] or [`trl.DPOConfig`], *optional*):
             Configuration. With TRL's class, losses of ours have their default hyper-parameters.
         train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
@@ -145,7 +165,7 @@ class DPOTrainer(trl.DPOTrainer):
             )
         # What the losses of ours read from the dataset; `_losses` are the terms that TRL does not compute
         self._losses: dict[str, Any] = losses
-        self._needs_reference = True
+        self._weights: dict[str, float] = {}
         self._columns: list[str] = []
         self._pairing = self._groups = None
         self._mixing: MixingEstimate | None = None
@@ -169,26 +189,40 @@ class DPOTrainer(trl.DPOTrainer):
                     )
             self._refuse_vision(available, losses)
             train_dataset = checked(train_dataset, self._columns, losses, "train")
+            for remark in filter(None, (loss.remark(self._columns) for loss in losses.values())):
+                logger.warning(remark)
         if eval_dataset is not None:
             eval_dataset = self._checked_eval(eval_dataset)
         for given in (model, ref_model):
+            refuse_missing_path(given, "model")
             if isinstance(given, torch.nn.Module):
                 unbind_forward(base_model(given))  # of an earlier trainer, or of the model this one is a copy of
+        self._needs_reference = not losses or any(name not in losses or losses[name].needs_reference for name in names)
+        if not self._needs_reference:
+            self._refuse_reference(names, ref_model, args)
+        copied = ref_model is None and self._needs_reference and self._copies_policy(model, peft_config, args)
+        if copied:
+            ref_model = frozen_copy(model)
 
-        super().__init__(
-            model=model,
-            ref_model=ref_model,
-            args=args,
-            data_collator=data_collator,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            compute_metrics=compute_metrics,
-            callbacks=callbacks,
-            optimizers=optimizers,
-            quantization_config=quantization_config,
-            peft_config=peft_config,
-        )
+        with no_reference(args) if not self._needs_reference else contextlib.nullcontext():
+            super().__init__(
+                model=model,
+                ref_model=ref_model,
+                args=args,
+                data_collator=data_collator,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                compute_metrics=compute_metrics,
+                callbacks=callbacks,
+                optimizers=optimizers,
+                quantization_config=quantization_config,
+                peft_config=peft_config,
+            )
+        if not self._needs_reference:
+            self.precompute_ref_logps = False
+        if copied and self.precompute_ref_logps:
+            self.ref_model = None  # it has served
         bind_forward(base_model(self.model))
         _ = self._scorer  # an impossible backend is refused now
         if not self._losses:
@@ -210,6 +244,32 @@ class DPOTrainer(trl.DPOTrainer):
             self._name = " + ".join(names)
             self._paper = {"title": first.title, "id": first.paper.split(",")[0], "citation": first.citation}
             self._tag_names = [*self._tag_names, "trl-ext", *described]
+
+    # Reference
+
+    @staticmethod
+    def _refuse_reference(names: list[str], ref_model: Any, args: trl.DPOConfig) -> None:
+        """Refuse what would make or move a reference that no loss reads."""
+        given = [name for name in ("sync_ref_model", "precompute_ref_log_probs") if getattr(args, name)]
+        given += ["ref_model"] if ref_model is not None else []
+        if given:
+            raise ValueError(
+                f"None of the losses {names} reads a reference model, so {given} would have no effect. Leave {given} out."
+            )
+
+    @staticmethod
+    def _copies_policy(model: Any, peft_config: Any, args: trl.DPOConfig | None) -> bool:
+        """
+        Whether the reference is a copy of the policy as it was given. TRL would load it anew from where the policy came from.
+
+        Adapters need no copy. What is precomputed needs none either, but under FSDP, where the policy is not sharded yet. Under
+        ZeRO-3 a model cannot be copied, so it is loaded.
+        """
+        if not isinstance(model, PreTrainedModel) or peft_config is not None or is_deepspeed_zero3_enabled():
+            return False
+        if args is None or not args.precompute_ref_log_probs:
+            return True
+        return args.distributed_state.distributed_type == "FSDP"
 
     # Dataset
 
@@ -259,17 +319,22 @@ class DPOTrainer(trl.DPOTrainer):
     def _checked_split(self, dataset: Any, split: str) -> Any:
         if not isinstance(dataset, (Dataset, IterableDataset)):
             return dataset
-        if self._pairing is not None and is_grouped(columns_of(dataset, split)):
-            dataset = from_groups(dataset, self._pairing, split)
+        available = columns_of(dataset, split)
+        if is_grouped(available):
+            # Where training is on pairs, whole groups cannot be collated: the best against the worst
+            dataset = from_groups(dataset, self._pairing or "best_worst", split)
+            available = columns_of(dataset, split)
         if not self._losses:
             return dataset
-        available = columns_of(dataset, split)
-        if self._groups and OTHERS not in available:
+        if self._groups and OTHERS not in available and "other_ids" not in available:
             raise ValueError(
                 f"The {split} dataset holds no groups, the train dataset does. Its columns are {available}."
             )
         missing = [column for column in self._columns if column not in available]
-        used_columns(available, self._losses, split)
+        if self._empty_trace and EMPTY_TRACE_PREFIX + TOKENIZED[0] in available:
+            missing = [column for column in missing if column not in TEXT_COLUMNS]
+        else:
+            used_columns(available, self._losses, split)
         if missing:
             raise ValueError(
                 f"The {split} dataset lacks the columns {missing}, which the losses read from the train dataset. Its "
@@ -278,20 +343,25 @@ class DPOTrainer(trl.DPOTrainer):
         return checked(dataset, self._columns, self._losses, split)
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
-        if {"prompt_ids", "chosen_ids", "rejected_ids"} <= set(columns_of(dataset, dataset_name)):
-            return dataset  # tokenized by the user, such as steps that no end of sequence follows
+        available = columns_of(dataset, dataset_name)
+        if set(TOKENIZED) <= set(available):
+            if set(available) & {EMPTY_TRACE_PREFIX + TOKENIZED[0], "other_ids", "ref_chosen_logps"}:
+                return dataset  # prepared here before, such as `trainer.eval_dataset` handed to `evaluate`
+            # Tokenized by the user, such as steps that no end of sequence follows
+            return check_tokenized(dataset, dataset_name, args.max_length, args.truncation_mode == "keep_start")
+        check_template(dataset, processing_class, dataset_name)
         if self._groups:
             return self._prepare_groups(dataset, processing_class, args, dataset_name)
-        if not self._empty_trace:
-            return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+        if self._empty_trace:
+            dataset = dataset.map(check_pairs, with_indices=True, fn_kwargs={"split": dataset_name})
+        else:
+            warn_of_empty_completions(dataset, dataset_name)
         rows = len(dataset) if isinstance(dataset, Dataset) else None
-        dataset = dataset.map(check_pairs, with_indices=True, fn_kwargs={"split": dataset_name})
         dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
-        if rows is not None and len(dataset) == 0:
-            raise ValueError(
-                f"All {rows} prompts of the {dataset_name} dataset have `max_length={args.max_length}` tokens or more, so "
-                "nothing of a completion is left. Raise `max_length`."
-            )
+        if rows is not None:
+            say_what_was_dropped(rows, len(dataset), dataset_name, args.max_length)
+        if not self._empty_trace:
+            return dataset
         options = {"num_proc": args.dataset_num_proc} if isinstance(dataset, Dataset) else {}
         return dataset.map(
             tokenize_empty_trace, fn_kwargs={"tokenizer": self._tokenizer}, remove_columns=[HAS_TRACES], **options
@@ -299,10 +369,13 @@ class DPOTrainer(trl.DPOTrainer):
 
     def _prepare_groups(self, dataset, processing_class, args, dataset_name):
         """Best and worst as TRL's pair, then the others, tokenized by TRL as pairs of their own."""
+        rows = len(dataset)
         dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+        say_what_was_dropped(rows, len(dataset), dataset_name, args.max_length)
         flat, starts = flatten_others(dataset)
         if len(flat):
-            whole = dataclasses.replace(args)
+            # A plain copy: `dataclasses.replace` would run `__post_init__` and reset the state of accelerate
+            whole = copy.copy(args)
             whole.max_length = None  # rows were dropped above, where their prompts leave no room
             flat = super()._prepare_dataset(flat, processing_class, whole, f"{dataset_name} (other completions)")
         fields = {"other_prompt_ids": ("prompt_ids", "prompt_ids"), "other_ids": ("chosen_ids", "rejected_ids")}
@@ -316,10 +389,15 @@ class DPOTrainer(trl.DPOTrainer):
         self._signature_columns += [name for name in extra if name not in self._signature_columns]
 
     def _precompute_ref_logps(self, dataset, name, batch_size):
+        if not self._needs_reference or "ref_chosen_logps" in (dataset.column_names or ()):
+            return dataset  # nobody reads them, or they are there already
         if not isinstance(dataset, Dataset):
             return super()._precompute_ref_logps(dataset, name, batch_size)  # says that a stream cannot be precomputed
         args = self.args
         key = (args.max_length, args.truncation_mode, args.ld_alpha, args.bf16, args.fp16, str(self._scorer))
+        # Settings of the model that are no weights: positions, soft caps, windows
+        scored = self.model if self.ref_model is None else self.ref_model
+        key += (base_model(self.accelerator.unwrap_model(scored)).config.to_json_string(),)
         collator = self.data_collator
         if isinstance(collator, PreferenceCollator):  # `evaluate` of a new dataset: the reference reads no columns
             self.data_collator = collator.collator
@@ -363,7 +441,7 @@ class DPOTrainer(trl.DPOTrainer):
     @functools.cached_property
     def _scorer(self) -> Scorer | None:
         """Our token log-probabilities; `None` for TRL's own. Built when first needed: TRL may precompute with it."""
-        return build_scorer(self.model, self.args, self.aux_loss_enabled)
+        return build_scorer(self.model, self.args, self.aux_loss_enabled, self.ref_model)
 
     def compute_ref_log_probs(self, model, inputs):
         if self._scorer is None:
@@ -603,14 +681,17 @@ class DPOTrainer(trl.DPOTrainer):
 
     def _save_checkpoint(self, model, trial):
         super()._save_checkpoint(model, trial)
+        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+        if self.is_world_process_zero():
+            save_losses(folder, self._all_weights, self._losses)
         if self._mixing is not None and self.is_world_process_zero():
-            folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
             (folder / MIXING_FILE).write_text(self._mixing.to_json())
         if self.args.sync_ref_model and self.is_world_process_zero():
             folder = f"{self._get_output_dir(trial=trial)}/checkpoint-{self.state.global_step}"
             save_reference(self.accelerator.unwrap_model(self.ref_model), folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        check_losses(resume_from_checkpoint, self._all_weights, self._losses)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self.args.sync_ref_model:  # TRL starts over from the first reference
             load_reference(self.accelerator.unwrap_model(self.ref_model), resume_from_checkpoint)
@@ -624,23 +705,12 @@ class DPOTrainer(trl.DPOTrainer):
 
     def create_model_card(self, *args, **kwargs):
         super().create_model_card(*args, **kwargs)
-        if not any(loss.paper for loss in self._losses.values()) or not self.is_world_process_zero():
-            return
-        path = f"{self.args.output_dir}/README.md"
-        card = ModelCard.load(path)
-        card.text = card.text.replace(
-            "### Framework versions", f"{self._describe_losses()}\n\n### Framework versions", 1
-        )
-        card.save(path)
+        if self.is_world_process_zero():
+            described = any(loss.paper for loss in self._losses.values())
+            table = describe_losses(self._all_weights, self._losses, self.beta) if described else ""
+            complete_model_card(self.args.output_dir, self.model, table)
 
-    def _describe_losses(self) -> str:
-        lines = ["### Loss", "", "| loss | weight | hyper-parameters | paper |", "| --- | --- | --- | --- |"]
-        rows = dict(zip(self.loss_types, self.loss_weights, strict=True)) | self._weights
-        for name, weight in rows.items():
-            loss = self._losses.get(name)
-            values = json.dumps(dataclasses.asdict(loss), default=str) if loss else ""
-            papers = [paper.strip() for paper in loss.paper.split(",") if paper] if loss else []
-            links = ", ".join(f"[{paper}](https://huggingface.co/papers/{paper})" for paper in papers)
-            lines.append(f"| `{name}` | {weight} | {f'`{values}`' if values else ''} | {links} |")
-        lines += ["", f"With [trl_ext](https://pypi.org/project/trl-ext/), `beta={self.beta}`."]
-        return "\n".join(lines)
+    @property
+    def _all_weights(self) -> dict[str, float]:
+        """Weight of each loss of the run, TRL's own first."""
+        return dict(zip(self.loss_types, self.loss_weights, strict=True)) | self._weights

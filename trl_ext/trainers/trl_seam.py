@@ -17,7 +17,7 @@ from accelerate.utils import is_peft_model
 from datasets import Dataset
 from datasets.fingerprint import Hasher
 from torch import nn
-from trl import DPOTrainer
+from trl import DPOConfig, DPOTrainer
 from trl.trainer import utils
 from trl.trainer.utils import FusedCausalLMOutput
 
@@ -270,6 +270,20 @@ def reference_in_inputs(trainer: DPOTrainer) -> Iterator[None]:
         yield
     finally:
         trainer.precompute_ref_logps = precomputed
+
+
+@contextlib.contextmanager
+def no_reference(args: DPOConfig) -> Iterator[None]:
+    """
+    While open, `trl.DPOTrainer.__init__` loads no reference model, as where reference log-probs are precomputed.
+
+    What it would compute is for the trainer's own `_precompute_ref_logps` to leave out.
+    """
+    args.precompute_ref_log_probs = True
+    try:
+        yield
+    finally:
+        args.precompute_ref_log_probs = False
 
 
 def with_cache_key(dataset: Dataset, *parts: object) -> Dataset:
