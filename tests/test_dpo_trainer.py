@@ -50,9 +50,7 @@ def plain_batch(trainer, policy, reference, batch, prefix=""):
         ref_logps = completion_logps(reference, *sides)
     lengths = sides[2].sum(1)
     columns = {name: batch[name] for name in trainer._numeric_columns}
-    return PreferenceBatch(
-        *logps.chunk(2), *ref_logps.chunk(2), *lengths.chunk(2), beta=trainer.beta, columns=columns
-    )
+    return PreferenceBatch(*logps.chunk(2), *ref_logps.chunk(2), *lengths.chunk(2), beta=trainer.beta, columns=columns)
 
 
 @pytest.mark.parametrize("loss_type", OUR_LOSSES)
