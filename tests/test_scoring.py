@@ -269,3 +269,27 @@ def test_auto_on_a_gpu_is_liger(tiny_model_dir, tmp_path):
     theirs = build(trl.DPOTrainer, trl.DPOConfig, tiny_model_dir, tmp_path, use_cpu=False)
     theirs.train()
     assert history(trainer)[0]["loss"] == pytest.approx(history(theirs)[0]["loss"], rel=1e-3)
+
+
+# A reference model of another kind
+
+
+def test_a_reference_that_cannot_share_prompts(tiny_model_dir, tmp_path, caplog):
+    """The reference reads the same batches, so a recurrent one keeps both models on plain rows."""
+    from tests.logprobs.families import INEXACT, tiny
+
+    def reference():
+        return tiny("mamba", {**INEXACT["mamba"][0], "vocab_size": 400})
+
+    with caplog.at_level(logging.WARNING):
+        trainer = ours(tiny_model_dir, tmp_path, loss_type="offset", trainer_kwargs={"ref_model": reference()})
+    assert not trainer._scorer.share_prefix
+    assert "of the reference model, it has layers of type" in caplog.text
+    batch = first_batch(trainer)
+    loss, _ = loss_and_gradients(trainer, batch)
+    theirs = ours(
+        tiny_model_dir, tmp_path, loss_type="offset", logprob_backend="trl", trainer_kwargs={"ref_model": reference()}
+    )
+    torch.testing.assert_close(loss, loss_and_gradients(theirs, batch)[0], rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match=r"share_prefix=True.* of the reference model"):
+        ours(tiny_model_dir, tmp_path, share_prefix=True, trainer_kwargs={"ref_model": reference()})
