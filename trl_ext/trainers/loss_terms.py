@@ -37,7 +37,7 @@ def build_losses(names: list[str], loss_kwargs: dict[str, Any] | None) -> dict[s
         names (`list[str]`):
             Canonical loss types, TRL's among them.
         loss_kwargs (`dict[str, Any]` or `None`):
-            Hyper-parameters: flat where one loss of ours is named, else a dict a loss name (or alias).
+            Hyper-parameters: flat where one loss of ours is named, else a dict per loss, by its name or an alias.
 
     Raises:
         `ValueError`: For hyper-parameters that no loss would read, or that their loss refuses.
@@ -71,7 +71,7 @@ def build_losses(names: list[str], loss_kwargs: dict[str, Any] | None) -> dict[s
     else:
         raise ValueError(
             f"`loss_kwargs={loss_kwargs}` is flat, but `loss_type={names}` names {len(ours)} losses that could take "
-            f"it: {ours}. Give one dict a loss: {{{ours[0]!r}: {{...}}, {ours[1]!r}: {{...}}}}."
+            f"it: {ours}. Give one dict per loss: {{{ours[0]!r}: {{...}}, {ours[1]!r}: {{...}}}}."
         )
     return {name: get_loss(name, **keyed.get(name, {})) for name in ours}
 

@@ -121,7 +121,7 @@ PRIVATE_NAMES = frozenset(
 # Keys of a batch that are not arguments of the model (`_non_model_keys` in `DPOTrainer._compute_loss`)
 NON_MODEL_KEYS = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps")
 
-# Fields of the fused head's output that have one row a sequence
+# Fields of the fused head's output that have one row per sequence
 ROW_FIELDS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1", "label_mask")
 
 
