@@ -138,14 +138,38 @@ def test_moe_with_its_auxiliary_loss(tmp_path):
         torch.testing.assert_close(our_grads[name], grads[name], rtol=1e-3, atol=1e-5)
 
 
-def moe_trainer(model, tmp_path, backend, coefficient):
+def test_the_auxiliary_loss_is_added_once_in_a_mix(tmp_path):
+    """Whatever the number of TRL's losses beside ours, and whatever their weights."""
+    from tests.logprobs.families import EXACT, tiny
+
+    losses = {}
+    names = ("sigmoid", "sft", "length_regularized")
+    for loss_type in (*names, list(names)):
+        for coefficient in (0.0, 0.5):
+            model = tiny("qwen3_moe", {**EXACT["qwen3_moe"], "vocab_size": 600})
+            weights = {"loss_weights": [0.5, 2.0, 3.0]} if isinstance(loss_type, list) else {}
+            trainer = moe_trainer(model, tmp_path, "auto", coefficient, loss_type=loss_type, **weights)
+            loss, _ = loss_and_gradients(trainer, first_batch(trainer))
+            losses[str(loss_type), coefficient] = loss.item()
+    auxiliary = losses["sigmoid", 0.5] - losses["sigmoid", 0.0]
+    assert auxiliary > 0.1
+    expected = sum(w * losses[name, 0.0] for w, name in zip((0.5, 2.0, 3.0), names, strict=True))
+    assert losses[str(list(names)), 0.0] == pytest.approx(expected, rel=1e-5)
+    assert losses[str(list(names)), 0.5] == pytest.approx(expected + auxiliary, rel=1e-5)
+    assert trainer._metrics["train"]["loss/sigmoid"] == [pytest.approx(losses["sigmoid", 0.0], rel=1e-5)]
+    assert len(trainer._metrics["train"]["aux_loss"]) == 1
+
+
+def moe_trainer(model, tmp_path, backend, coefficient, **overrides):
     from tests.conftest import build_tokenizer
     from tests.helpers import options
 
     return trl_ext.DPOTrainer(
         model=model,
         ref_model=copy.deepcopy(model),
-        args=trl_ext.DPOConfig(**options(tmp_path, logprob_backend=backend, router_aux_loss_coef=coefficient)),
+        args=trl_ext.DPOConfig(
+            **options(tmp_path, logprob_backend=backend, router_aux_loss_coef=coefficient, **overrides)
+        ),
         processing_class=build_tokenizer(),
         train_dataset=Dataset.from_list(preference_rows(4)),
     )

@@ -37,7 +37,9 @@ def check_group(example: dict[str, Any], row: int, split: str) -> None:
     if not isinstance(completions, (list, tuple)) or not isinstance(scores, (list, tuple)):
         raise ValueError(f"{where}: `completions` and `scores` must be lists, one entry per completion.")
     if len(completions) != len(scores):
-        raise ValueError(f"{where} has {len(completions)} completions and {len(scores)} scores; give one score for each.")
+        raise ValueError(
+            f"{where} has {len(completions)} completions and {len(scores)} scores; give one score for each."
+        )
     if len(completions) < 2:
         raise ValueError(f"{where} has {len(completions)} completions; a group needs at least 2. Remove the row.")
     for score in scores:
