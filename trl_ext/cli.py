@@ -129,7 +129,9 @@ def _all_losses():
         except ValueError:
             continue
         aliases = "".join(f"\n[dim]{alias}[/dim]" for alias in list_aliases(name))
-        hyperparameters = [escape(f"{field.name}={_default(field)}") for field in dataclasses.fields(cls) if field.init]
+        hyperparameters = [
+            escape(f"{field.name}={_default(field)}") for field in dataclasses.fields(cls) if field.init
+        ]
         columns = [*cls.columns, *(f"({column})" for column in _optional(cls))]
         table.add_row(
             f"[bold]{name}[/bold]{aliases}",

@@ -199,7 +199,11 @@ def test_values_that_are_no_numbers_or_probabilities_are_refused():
     nan = float("nan")
     scored = {"score_chosen": [1.0, nan], "score_rejected": [0.0, 0.0]}
     for name, columns, message in [
-        ("anchored", {"preference_prob": [0.5, nan]}, r"^1 of 2 rows: anchored: `preference_prob` must lie in \[0, 1\]"),
+        (
+            "anchored",
+            {"preference_prob": [0.5, nan]},
+            r"^1 of 2 rows: anchored: `preference_prob` must lie in \[0, 1\]",
+        ),
         ("anchored", {"preference_prob": [-0.1, 1.1]}, "^2 of 2 rows: anchored: `preference_prob`"),
         ("anchored", scored, r"^1 of 2 rows: anchored: \['score_chosen', 'score_rejected'\] must be finite"),
         ("anchored", {"score_chosen": [0.0] * 2, "score_rejected": [1.0, float("inf")]}, "must be finite"),
