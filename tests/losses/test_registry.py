@@ -1,3 +1,4 @@
+import dataclasses
 import inspect
 import re
 import sys
@@ -69,24 +70,73 @@ def test_unknown_name(name, message):
         ("offset", {"margin_floor": 0.0}, "`margin_floor=0.0` must be positive"),
         ("offset", {"margin_floor": "0.1"}, "expected float or None"),
         ("anchored", {"tau": 0.0}, "`tau=0.0` must be positive"),
+        ("offset", {"margin_floor": -1.0}, "`margin_floor=-1.0` must be positive, or None for no floor"),
+        ("anchored", {"tau": -1.0}, "`tau=-1.0` must be positive, or None for 1 / beta"),
+        ("anchored", {"beta_r": 0.0}, "`beta_r=0.0` must be positive"),
         ("anchored", {"beta_r": -1.0}, "`beta_r=-1.0` must be positive"),
+        ("anchored", {"label_smoothing": -0.1}, r"`label_smoothing=-0.1` must lie in \[0, 1\]"),
         ("anchored", {"label_smoothing": 1.5}, r"`label_smoothing=1.5` must lie in \[0, 1\]"),
         ("anchored", {"standardize": 1}, "`standardize=1` is a int; expected bool"),
         ("margin_adaptive", {"c_min": 1.0}, r"`c_min=1.0` must lie in \(0, 1\)"),
         ("margin_adaptive", {"c_min": 0.0}, r"`c_min=0.0` must lie in \(0, 1\)"),
         ("margin_adaptive", {"c_max": 1.0}, "`c_max=1.0` must be above 1"),
         ("margin_adaptive", {"lmbda": 0.0}, "`lmbda=0.0` must be positive"),
+        ("margin_adaptive", {"c_max": 0.5}, "`c_max=0.5` must be above 1"),
+        ("margin_adaptive", {"lmbda": -1.0}, "`lmbda=-1.0` must be positive"),
+        ("margin_adaptive", {"tau": 0.0}, "`tau=0.0` must be positive"),
         ("margin_adaptive", {"tau": -1.0}, "`tau=-1.0` must be positive"),
         ("bias_variance", {"alpha": 1.01}, r"`alpha=1.01` must lie in \[0, 1\]"),
+        ("bias_variance", {"alpha": -0.01}, r"`alpha=-0.01` must lie in \[0, 1\]"),
+        ("bias_variance", {"base": "bias_variance"}, "cannot be 'bias_variance' itself"),
         ("bias_variance", {"base": "sigmod"}, "Unknown loss 'sigmod'. Did you mean 'sigmoid'"),
         ("bias_variance", {"base": "bvpo"}, "cannot be 'bias_variance' itself"),
         ("length_regularized", {"alpha": -0.1}, "`alpha=-0.1` must be at least 0"),
+        ("inpo", {"eta": 0.0}, "`eta=0.0` must be positive"),
+        ("inpo", {"eta": -1.0}, "`eta=-1.0` must be positive"),
+        ("inpo", {"tau": 0.0076}, r"`tau=0.0076` must lie in \[0, eta=0.0075\]"),
+        ("inpo", {"tau": -0.1}, r"`tau=-0.1` must lie in \[0, eta=0.0075\]"),
+        ("sppo_soft", {"target": "wins"}, r"`target='wins'` is unknown; choose one of \['win_rate', 'score'\]"),
     ],
     ids=lambda value: str(value)[:40],
 )
 def test_refused_hyperparameters(name, hyperparameters, message):
     with pytest.raises(ValueError, match=message):
         get_loss(name, **hyperparameters)
+
+
+@pytest.mark.parametrize(
+    ("name", "hyperparameters"),
+    [
+        ("offset", {"alpha": 0}),
+        ("offset", {"margin_floor": 1e-9}),
+        ("anchored", {"tau": 1e-9, "beta_r": 1e-9}),
+        ("anchored", {"label_smoothing": 1}),
+        ("margin_adaptive", {"c_min": 1e-9, "c_max": 1 + 1e-9, "lmbda": 1e-9, "tau": 1e-9}),
+        ("margin_adaptive", {"c_min": 1 - 1e-9}),
+        ("bias_variance", {"alpha": 0}),
+        ("bias_variance", {"alpha": 1}),
+        ("bias_variance", {"alpha": "auto"}),
+        ("length_regularized", {"alpha": 0}),
+        ("inpo", {"eta": 1e-9, "tau": 0}),
+        ("inpo", {"eta": 0.1, "tau": 0.1}),
+        ("sppo_soft", {"target": "score"}),
+    ],
+    ids=str,
+)
+def test_bounds_that_are_allowed(name, hyperparameters):
+    assert dataclasses.asdict(get_loss(name, **hyperparameters)).items() >= hyperparameters.items()
+
+
+def test_defaults():
+    assert {name: dataclasses.asdict(get_loss(name)) for name in OURS} == {
+        "offset": {"alpha": 1.0, "scaling": "log", "margin_floor": None},
+        "anchored": {"tau": None, "beta_r": 1.0, "label_smoothing": 0.0, "standardize": False},
+        "margin_adaptive": {"c_min": 0.5, "c_max": 2.0, "lmbda": 1.0, "tau": 2.0},
+        "bias_variance": {"alpha": 0.5, "base": "sigmoid"},
+        "length_regularized": {"alpha": 0.02},
+        "inpo": {"eta": 0.0075, "tau": 0.0025},
+        "sppo_soft": {"target": "win_rate"},
+    }
 
 
 def test_integers_will_do():
