@@ -104,7 +104,7 @@ def test_hyperparameters_of_every_kind_are_shown(capsys):
             "bvpo",
             [
                 "Columns: chosen_empty_trace, rejected_empty_trace",
-                "Optional columns: none",
+                "Optional columns: depend on the hyper-parameters",
                 "Reads the reference: yes",
             ],
         ),

@@ -10,9 +10,10 @@ from typing import Any, Literal, Optional
 import pytest
 
 from tests.losses.batches import pairs
-from trl_ext import get_loss, register_loss
+from trl_ext import DPOConfig, get_loss, register_loss
 from trl_ext.losses import Loss
 from trl_ext.losses.hyperparameters import check_hyperparameters, checked_hyperparameters
+from trl_ext.trainers.loss_terms import build_losses
 
 
 NAN, INFINITE = float("nan"), float("inf")
@@ -152,6 +153,18 @@ def test_by_name_from_json():
     assert loss.numbers is not kwargs["numbers"]  # what the config holds may change afterwards
     with pytest.raises(ValueError, match=r"^Many: `numbers\[1\]=nan` is not finite"):
         get_loss("many", numbers=[1.0, NAN])
+
+
+def test_as_loss_kwargs_of_a_config():
+    register_loss("many")(Many)
+    for kwargs in ({"by_name": {"a": 0.5}}, {"fixed": [3.0], "nested": {"b": [[1.0, 2.0]]}}):
+        for given in (kwargs, json.dumps(kwargs), {"many": kwargs}):
+            args = DPOConfig(output_dir="unused", loss_type="many", loss_kwargs=given, bf16=False)
+            loss = build_losses(args.loss_type, args.loss_kwargs)["many"]
+            assert dataclasses.asdict(loss) == dataclasses.asdict(get_loss("many", **kwargs))
+            assert json.loads(json.dumps(args.to_dict()))["loss_kwargs"] == args.loss_kwargs
+    with pytest.raises(ValueError, match=r"`by_name\['a'\]='x'` is a str; expected float"):
+        DPOConfig(output_dir="unused", loss_type="many", loss_kwargs={"by_name": {"a": "x"}}, bf16=False)
 
 
 def test_a_class_that_compares_before_it_checks():
