@@ -209,6 +209,11 @@ def test_values_that_are_no_numbers_or_probabilities_are_refused():
         ("anchored", {"score_chosen": [0.0] * 2, "score_rejected": [1.0, float("inf")]}, "must be finite"),
         ("margin_adaptive", scored, "^1 of 2 rows: margin_adaptive: .*must be numbers"),
         ("offset", scored, "^1 of 2 pairs"),
+        (
+            "inpo",
+            {"initial_chosen_logps": [0.0, nan], "initial_rejected_logps": [0.0, 0.0]},
+            "^1 of 2 rows: inpo: .*finite",
+        ),
         ("sppo_soft", scored, r"^1 of 2 rows: sppo_soft reads scores as win rates, in \[0, 1\]"),
     ]:
         with pytest.raises(ValueError, match=message):
