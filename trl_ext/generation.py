@@ -1,14 +1,19 @@
-"""Sampling completions: a key-value cache, one prefill a prompt, and the geometric mixture of two models."""
+"""Sampling completions: a key-value cache, one prefill per prompt, and the geometric mixture of two models."""
 
 import contextlib
+import copy
+import functools
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.utils import is_peft_model
 from torch import nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 
 @dataclass
@@ -92,7 +97,11 @@ class DrawToken(LogitsProcessor):
 
 
 def _decode_on_cpu(model, input_ids, logits_processor=None, generation_config=None, **kwargs):
-    """transformers' own loop with [`DrawToken`] in place of its draw."""
+    """
+    transformers' own loop with [`DrawToken`] in place of its draw.
+
+    `generate` hands a loop that is not its own no `synced_gpus`, so [`sample`] does.
+    """
     if generation_config.do_sample:
         generation_config.do_sample = False  # a copy of the caller's
         logits_processor.append(DrawToken())
@@ -113,7 +122,14 @@ def sample(
     `num_samples` completions of each prompt.
 
     Each prompt runs through the model once: its cache is copied for the samples. Where the cache cannot be copied
-    (recurrent layers, a static cache, beams), the prompt runs once a sample.
+    (recurrent layers, a static cache, beams), the prompt runs once per sample.
+
+    The samples follow the model's distribution as `config` alone changes it: nothing is taken from the model's own
+    `generation_config`, and what `config` leaves open changes nothing.
+
+    A model that is sharded over processes runs in all of them until the last has its samples. With a mixture, each process
+    then samples up to `max_new_tokens`, past its end-of-sequence tokens: one that stopped would no longer run the reference.
+    What follows an end-of-sequence token is the caller's to cut off.
 
     Args:
         model (`nn.Module`):
@@ -125,7 +141,7 @@ def sample(
         config ([`~transformers.GenerationConfig`]):
             How to sample.
         num_samples (`int`):
-            Completions a prompt, `K`.
+            Completions per prompt, `K`.
         mixture (`Callable`, *optional*):
             Makes a logits processor from the attention mask of all rows.
 
@@ -133,6 +149,12 @@ def sample(
         `torch.Tensor` of shape `(K B, T)`, in blocks of `B`.
     """
     rows, width = prompt_ids.shape
+    synced = _is_sharded(model)
+    config = copy.deepcopy(config)
+    if config.top_k is None:
+        config.top_k = 0  # `generate` would take 50
+    if synced and mixture is not None:
+        config.eos_token_id = None
     ids, mask = (tensor.repeat_interleave(num_samples, dim=0) for tensor in (prompt_ids, prompt_mask))
     kwargs: dict[str, Any] = {}
     if mixture is not None:
@@ -140,10 +162,44 @@ def sample(
     if num_samples > 1 and width > 1 and _can_copy_cache(model, config):
         kwargs["past_key_values"] = _prefill(model, prompt_ids, prompt_mask, num_samples)
     if ids.device.type == "cpu" and config.do_sample and (config.num_beams or 1) == 1:
-        kwargs["custom_generate"] = _decode_on_cpu
-    output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, **kwargs)
+        kwargs["custom_generate"] = functools.partial(_decode_on_cpu, synced_gpus=synced)
+    with own_distribution(model):
+        output = model.generate(
+            input_ids=ids, attention_mask=mask, generation_config=config, synced_gpus=synced, **kwargs
+        )
     completions = output[:, width:]
     return completions.view(rows, num_samples, -1).transpose(0, 1).flatten(0, 1)
+
+
+def _is_sharded(model: nn.Module) -> bool:
+    """Whether all processes must run the model together, each for as long as any does."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return False
+    sharded = any(isinstance(module, (FSDPModule, FullyShardedDataParallel)) for module in model.modules())
+    return torch.distributed.get_world_size() > 1 and (sharded or is_deepspeed_zero3_enabled())
+
+
+@contextlib.contextmanager
+def own_distribution(model: nn.Module) -> Iterator[None]:
+    """
+    While open, `generate` takes nothing from the model's own `generation_config`.
+
+    It would fill in what the call leaves open, such as a repetition penalty or suppressed tokens, and the samples would not be
+    the policy's.
+    """
+    # An adapter's wrapper hands its own on to the model inside
+    holders = [model, model.get_base_model()] if is_peft_model(model) else [model]
+    before = [vars(holder).get("generation_config") for holder in holders]
+    for holder in holders:
+        holder.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        for holder, config in zip(holders, before, strict=True):
+            if config is None:
+                del holder.generation_config
+            else:
+                holder.generation_config = config
 
 
 def _positions(mask: torch.Tensor) -> torch.Tensor:

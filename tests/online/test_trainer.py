@@ -15,6 +15,7 @@ import trl_ext
 from tests.conftest import preference_rows
 from tests.helpers import assert_same_parameters, history, parameters
 from tests.online.runs import Scripted, length_reward, online, prompts, scripted
+from trl_ext.losses.base import Loss
 
 
 OURS = ("offset", "anchored", "margin_adaptive", "bias_variance", "length_regularized")
@@ -119,10 +120,8 @@ def test_all_pairs_by_hand(tiny_model_dir, tmp_path):
 def test_rewards_are_scores_and_groups_are_groups(tiny_model_dir, tmp_path):
     seen = []
 
-    class Spy:
-        takes_groups, paper, required_columns, optional_columns = True, "", (), ()
-        divides_by_beta = False
-        metrics = staticmethod(lambda batch: {})
+    class Spy(Loss):
+        takes_groups = True
 
         def __call__(self, batch):
             seen.append(batch)
@@ -634,7 +633,7 @@ def test_the_mixture_projects_no_prompt(peft, tiny_model_dir, tmp_path):
     kwargs = {"peft_config": lora() if peft else None}
     trainer = online(tiny_model_dir, tmp_path, mixture_coef=0.5, trainer_kwargs=kwargs)
     widths = []
-    heads = {trainer.model.get_output_embeddings(), (trainer.ref_model or trainer.model).get_output_embeddings()}
+    heads = {trainer.model.get_output_embeddings(), (trainer.model if peft else trainer.ref_model).get_output_embeddings()}
     hooks = [head.register_forward_hook(lambda module, args, output: widths.append(output.size(1))) for head in heads]
     trainer.generate(trainer.model, batch(trainer))
     for hook in hooks:
