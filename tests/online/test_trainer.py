@@ -633,7 +633,10 @@ def test_the_mixture_projects_no_prompt(peft, tiny_model_dir, tmp_path):
     kwargs = {"peft_config": lora() if peft else None}
     trainer = online(tiny_model_dir, tmp_path, mixture_coef=0.5, trainer_kwargs=kwargs)
     widths = []
-    heads = {trainer.model.get_output_embeddings(), (trainer.model if peft else trainer.ref_model).get_output_embeddings()}
+    heads = {
+        trainer.model.get_output_embeddings(),
+        (trainer.model if peft else trainer.ref_model).get_output_embeddings(),
+    }
     hooks = [head.register_forward_hook(lambda module, args, output: widths.append(output.size(1))) for head in heads]
     trainer.generate(trainer.model, batch(trainer))
     for hook in hooks:

@@ -178,17 +178,26 @@ def build_batch(
 
 def join_traces(selections: list[Selection], batches: list[PreferenceBatch]) -> tuple[PreferenceBatch, torch.Tensor]:
     """
-    Each prompt's pair with a trace beside its pair without; either may be missing, and then counts no tokens.
+    Each prompt's pair with a trace beside its pair without; either may be missing.
+
+    A missing pair has no tokens, and the columns of the other: losses may refuse other values, and nothing comes of them.
 
     Returns:
         The batch, one row per prompt that has a pair at all, and which prompts these are.
     """
     prompts = torch.cat([selection.rows for selection in selections]).unique()
-    halves = []
-    for selection, batch in zip(selections, batches, strict=True):
-        at = torch.searchsorted(prompts, selection.rows)
-        halves.append(_over_rows(batch, lambda value, at=at: value.new_zeros(len(prompts)).index_put((at,), value)))
-    return dataclasses.replace(halves[0], empty_trace=halves[1]), prompts
+    at = [torch.searchsorted(prompts, selection.rows) for selection in selections]
+
+    def spread(half: int) -> PreferenceBatch:
+        batch, other = batches[half], batches[1 - half]
+        whole = _over_rows(batch, lambda value: value.new_zeros(len(prompts)).index_put((at[half],), value))
+        columns = {
+            name: values.new_zeros(len(prompts)).index_put((at[1 - half],), other.columns[name]).index_put((at[half],), values)
+            for name, values in batch.columns.items()
+        }
+        return dataclasses.replace(whole, columns=columns)
+
+    return dataclasses.replace(spread(0), empty_trace=spread(1)), prompts
 
 
 def take(batch: Any, rows: torch.Tensor) -> Any:
