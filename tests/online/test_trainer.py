@@ -25,18 +25,6 @@ def lora():
     return LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
 
 
-def batch(trainer):
-    return next(iter(trainer.get_train_dataloader()))
-
-
-def learn(trainer, inputs):
-    trainer.model.train()
-    trainer.model.zero_grad()
-    loss = trainer.compute_loss(trainer.model, inputs)
-    loss.backward()
-    return loss.detach(), {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}
-
-
 # Against TRL, and by hand
 
 
@@ -90,33 +78,6 @@ def padded(trainer, texts):
     return encoded["input_ids"].repeat(2, 1), encoded["attention_mask"].repeat(2, 1), ids, mask, None
 
 
-def test_all_pairs_by_hand(tiny_model_dir, tmp_path):
-    trainer = online(tiny_model_dir, tmp_path, cls=Scripted, num_generations=3, pairing="all", beta=0.5)
-    with torch.no_grad():
-        for parameter in trainer.model.parameters():
-            parameter.mul_(1.05)
-    inputs = batch(trainer)
-    loss, _ = learn(trainer, inputs)
-    completions = trainer.generate(trainer.model, inputs)
-    total = 0.0
-    with torch.no_grad():
-        for row, prompt in enumerate(completions.prompt_ids):
-            ratios = []
-            for k in range(3):
-                answer = completions.ids[k * len(completions.prompts) + row]
-                ids = torch.cat([prompt, answer]).unsqueeze(0)
-                sums = [
-                    network(input_ids=ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
-                    .gather(1, answer.unsqueeze(1)).sum()
-                    for network in (trainer.model, trainer.ref_model)
-                ]  # fmt: skip
-                ratios.append(sums[0] - sums[1])
-            # longer answers score more, and the later ones are longer
-            pairs = [(2, 0), (2, 1), (1, 0)]
-            total += sum(-torch.nn.functional.logsigmoid(0.5 * (ratios[a] - ratios[b])) for a, b in pairs) / 3
-    torch.testing.assert_close(loss, total / len(completions.prompts), rtol=1e-4, atol=1e-5)
-
-
 def test_rewards_are_scores_and_groups_are_groups(tiny_model_dir, tmp_path):
     seen = []
 
@@ -142,18 +103,6 @@ def test_rewards_are_scores_and_groups_are_groups(tiny_model_dir, tmp_path):
 
 
 # Every loss, every pairing
-
-
-@pytest.mark.parametrize("loss_type", ["sigmoid", "ipo", "hinge", *OURS])
-@pytest.mark.parametrize("generations", [2, 4])
-def test_each_loss_trains(loss_type, generations, tiny_model_dir, tmp_path):
-    trainer = online(tiny_model_dir, tmp_path, loss_type=loss_type, num_generations=generations)
-    before = parameters(trainer)
-    trainer.train()
-    logs = history(trainer)[0]
-    assert logs["pairs/dropped_prompts"] < 1 and logs["objective/kl"] == pytest.approx(0, abs=1e-4)
-    assert any(not torch.equal(value, before[name]) for name, value in parameters(trainer).items())
-    assert logs["val/contain_eos_token"] + logs["completions/truncated"] == pytest.approx(1)
 
 
 def test_ties_are_dropped_and_counted(tiny_model_dir, tmp_path):
@@ -229,23 +178,6 @@ def test_empty_and_endless_completions(tiny_model_dir, tmp_path):
 # Judges
 
 
-def test_a_reward_model_from_a_folder(tiny_model_dir, tmp_path):
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
-    config = Qwen3Config.from_pretrained(tiny_model_dir, num_labels=1, pad_token_id=tokenizer.pad_token_id)
-    Qwen3ForSequenceClassification(config).save_pretrained(tmp_path / "rm")
-    tokenizer.save_pretrained(tmp_path / "rm")
-    trainer = online(tiny_model_dir, tmp_path, trainer_kwargs={"reward_funcs": str(tmp_path / "rm")})
-    inputs = batch(trainer)
-    completions = trainer.generate(trainer.model, inputs)
-    scores = trainer.score(inputs, completions)
-    text = completions.prompts[1] + completions.texts[len(completions.prompts) + 1]
-    with torch.no_grad():
-        expected = trainer.reward_funcs[0](**tokenizer(text, return_tensors="pt")).logits[0, 0]
-    torch.testing.assert_close(scores.values[1, 1], expected, rtol=1e-4, atol=1e-5)
-    trainer.train()
-    assert "rewards/rm/mean" in history(trainer)[0]
-
-
 def soft(prompts, first, second):
     return [0.5 if len(a) == len(b) else 0.7 if len(a) > len(b) else 0.3 for a, b in zip(first, second, strict=True)]
 
@@ -285,59 +217,6 @@ def test_mixture_with_the_reference(samples, tiny_model_dir, tmp_path):
 
 
 # Prompts
-
-
-def conversations(**columns):
-    rows = [{"prompt": [{"role": "user", "content": row["prompt"]}], **columns} for row in preference_rows(8)]
-    return Dataset.from_list(rows)
-
-
-def test_conversations_with_thinking_on_and_off(tiny_model_dir, tmp_path):
-    seen = []
-
-    def judge(prompts, completions, **kwargs):
-        seen.append((prompts[0], completions[0]))
-        return [float(len(c[0]["content"])) for c in completions]
-
-    kwargs = {"train_dataset": conversations(), "reward_funcs": judge}
-    trainer = online(tiny_model_dir, tmp_path, loss_type="bias_variance", trainer_kwargs=kwargs)
-    inputs = batch(trainer)
-    on, off = (trainer._render(inputs, 0, thinking) for thinking in (True, False))
-    assert on.endswith("<|im_start|>assistant\n") and off == on + "<think>\n\n</think>\n\n"
-    trainer.train()
-    assert seen[0][0][0]["role"] == "user" and seen[0][1][0]["role"] == "assistant"
-    assert "objective/scores_empty_trace" in history(trainer)[0]
-
-
-def test_a_template_argument_of_the_dataset(tiny_model_dir, tmp_path):
-    data = conversations(chat_template_kwargs={"enable_thinking": False})
-    trainer = online(
-        tiny_model_dir,
-        tmp_path,
-        trainer_kwargs={"train_dataset": data, "reward_funcs": lambda prompts, **k: range(len(prompts))},
-    )
-    assert trainer._render(batch(trainer), 0, True).endswith("</think>\n\n")
-    trainer.train()
-
-
-def test_the_answer_alone_is_scored(tiny_model_dir, tmp_path):
-    trainer = online(tiny_model_dir, tmp_path, loss_type="bias_variance")
-    encode = lambda text: torch.tensor(trainer.processing_class(text)["input_ids"])  # noqa: E731
-    texts = ["<think> so what</think> a film<|eos|>", " a film<|eos|>", "<think> so what"]
-    assert trainer._texts(["p"], [encode(text) for text in texts]) == ["a film", " a film", ""]
-
-
-def test_long_prompts_lose_their_beginning(tiny_model_dir, tmp_path):
-    trainer = online(tiny_model_dir, tmp_path, cls=Scripted, max_length=12)
-    inputs = batch(trainer)
-    completions = trainer.generate(trainer.model, inputs)
-    selection = trainer.pair(completions, trainer.score(inputs, completions))
-    rows, groups, _ = trainer._rows([selection])
-    assert rows["input_ids"].size(1) <= 12
-    assert (
-        rows["completion_mask"].sum(1)
-        == torch.tensor([len(completions.ids[int(m) * 4 + g]) for m in (1, 0) for g in range(groups)])
-    ).all()
 
 
 # Trainers
@@ -510,53 +389,6 @@ def test_without_args(tiny_model_dir, tmp_path, monkeypatch):
     assert trainer.args.output_dir.endswith("-Online-DPO")
 
 
-@pytest.mark.parametrize(
-    ("kwargs", "message"),
-    [
-        ({"reward_funcs": None}, "got neither"),
-        ({"preference_fn": soft}, "got both"),
-        ({"reward_funcs": None, "preference_fn": 3}, "is not callable"),
-        ({"compute_metrics": lambda x: {}}, "would not be called"),
-        ({"train_dataset": Dataset.from_dict({"text": ["a"]})}, "no column 'prompt'"),
-        ({"train_dataset": Dataset.from_dict({"prompt": []})}, "is empty"),
-        ({"train_dataset": None}, "`train_dataset` is required"),
-    ],
-)
-def test_refused_arguments(kwargs, message, tiny_model_dir, tmp_path):
-    with pytest.raises(ValueError, match=message):
-        online(tiny_model_dir, tmp_path, trainer_kwargs=kwargs)
-
-
-@pytest.mark.parametrize(
-    ("kwargs", "message"),
-    [
-        ({"num_generations": 1}, "at least 2"),
-        ({"pairing": "best"}, "choose one of"),
-        ({"pairing": "group"}, r"\['sigmoid'\] take pairs"),
-        ({"loss_type": "exo_pair"}, r"names \['exo_pair'\], which are not defined online"),
-        ({"loss_type": "bias_variance", "pairing": "all"}, "use `pairing='best_worst'`"),
-        ({"mixture_coef": 1.5}, r"must lie in \[0, 1\]"),
-        ({"mixture_coef": 0.5, "use_vllm": True}, "use_vllm=False"),
-        ({"missing_eos_penalty": -1.0}, "must be positive"),
-        ({"length_penalty": float("nan")}, "must be finite"),
-        ({"sync_ref_model": True, "ref_model_mixup_alpha": 0.0}, "must lie in"),
-        ({"beta": [0.1, -1.0]}, "at least 0"),
-        ({"loss_type": "ipo", "beta": 0.0}, "no meaning for"),
-        ({"loss_weights": [1.0, 2.0]}, "2 weights for 1 losses"),
-    ],
-)
-def test_refused_configs(kwargs, message):
-    with pytest.raises(ValueError, match=message):
-        trl_ext.OnlineDPOConfig(output_dir="out", use_cpu=True, bf16=False, **kwargs)
-
-
-def test_scores_need_rewards(tiny_model_dir, tmp_path):
-    with pytest.raises(ValueError, match="which a `preference_fn` has not"):
-        online(
-            tiny_model_dir, tmp_path, loss_type="offset", trainer_kwargs={"reward_funcs": None, "preference_fn": soft}
-        )
-
-
 def test_learning_makes_no_tensor_of_vocabulary_times_length(tiny_model_dir, tmp_path):
     from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -606,26 +438,6 @@ def test_a_deep_copied_model_has_its_own_reference(tiny_model_dir, tmp_path, cap
         )
     second.train()
     assert abs(history(second)[2]["objective/kl"]) > 1e-3
-
-
-@pytest.mark.parametrize("count", [2, 3, 4])
-def test_vllm_gives_blocks_of_k(count, tiny_model_dir, tmp_path):
-    """TRL's method, here a stand-in, gives two completions of each prompt that it is handed."""
-    trainer = online(tiny_model_dir, tmp_path, num_generations=count)
-    calls = []
-
-    def generate(prompts, images=None):
-        calls.append(len(prompts))
-        ids = torch.arange(2 * len(prompts)).unsqueeze(1) + 10
-        mask = torch.ones_like(ids)
-        return ids, mask, ids, mask
-
-    trainer._generate_vllm = generate
-    trainer.use_vllm = True
-    completions = trainer.generate(trainer.model, {"prompt": ["a", "b", "c"]})
-    assert calls == [3 * (1 if count == 2 else 2)]
-    assert [row.item() for row in completions.ids] == [10 + i for i in range(3 * count)]
-    assert [row.item() for row in completions.prompt_ids] == [10, 11, 12]
 
 
 @pytest.mark.parametrize("peft", [False, True], ids=["full", "lora"])

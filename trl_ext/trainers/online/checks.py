@@ -57,7 +57,8 @@ def reads_win_rates(loss: Any) -> bool:
     """Whether a loss takes scores as win rates: it refuses a score above 1 where a lower one is fine."""
 
     def refuses(score: float) -> bool:
-        columns = dict.fromkeys((*loss.required_columns, *loss.optional_columns), torch.tensor([0.5]))
+        names = (*SCORE_COLUMNS, *loss.required_columns, *loss.optional_columns)
+        columns = dict.fromkeys(names, torch.tensor([0.5]))
         bad = loss.check_columns({**columns, "score_chosen": torch.tensor([score])})
         return bad is not None and bool(bad.any())
 

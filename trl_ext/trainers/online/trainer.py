@@ -164,6 +164,8 @@ class OnlineDPOTrainer(TRLOnlineDPOTrainer):
         if train_dataset is None:
             raise ValueError("`train_dataset` is required: a dataset with a column `prompt`.")
         self._columns: list[str] = []
+        if args.accelerator_config.dispatch_batches is None:  # of streams
+            args.accelerator_config.dispatch_batches = False  # texts are no tensors that one process could send to others
         if isinstance(train_dataset, (Dataset, IterableDataset)):
             available = columns_of(train_dataset, "train")
             check_images(available, args, losses)
