@@ -282,7 +282,9 @@ def test_rewards_that_are_no_win_rates(tiny_model_dir, tmp_path):
     with pytest.raises(ValueError) as error:
         trainer.train()
     text = str(error.value)
-    assert "'sppo_soft' cannot take 2 of 4 pairs of this batch, the first with score_chosen=2, score_rejected=0" in text
+    assert (
+        "'sppo_soft' cannot take 2 of 4 pairs of this batch, the first with score_chosen=2, score_rejected=0" in text
+    )
     assert '"target": "score"' in text and "A `preference_fn` in place of `reward_funcs` gives win rates" in text
 
 

@@ -2,23 +2,23 @@
 
 import copy
 import logging
+import math
 
 import pytest
 import torch
-from datasets import Dataset
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl.experimental.online_dpo import OnlineDPOConfig as TRLConfig
 from trl.experimental.online_dpo import OnlineDPOTrainer as TRLTrainer
 
 import trl_ext
-from tests.conftest import preference_rows
 from tests.helpers import assert_same_parameters, history, parameters
-from tests.online.runs import Scripted, length_reward, online, prompts, scripted
+from tests.online.runs import Scripted, batch, learn, length_reward, online, prompts, scripted
 from trl_ext.losses.base import Loss
 
 
-OURS = ("offset", "anchored", "margin_adaptive", "bias_variance", "length_regularized")
+# `inpo` reads columns of completions, which nobody has before they are sampled
+OURS = ("offset", "anchored", "margin_adaptive", "bias_variance", "length_regularized", "sppo_soft")
 
 
 def lora():
@@ -105,6 +105,19 @@ def test_rewards_are_scores_and_groups_are_groups(tiny_model_dir, tmp_path):
 # Every loss, every pairing
 
 
+@pytest.mark.parametrize("loss_type", ["sigmoid", *OURS])
+def test_each_loss_trains_on_what_the_policy_writes(loss_type, tiny_model_dir, tmp_path):
+    kwargs = {"loss_type": loss_type, "num_generations": 3, "max_steps": 1}
+    judged = {"reward_funcs": None, "preference_fn": soft} if loss_type == "sppo_soft" else {}
+    trainer = online(tiny_model_dir, tmp_path, trainer_kwargs=judged, **kwargs)
+    before = parameters(trainer)
+    trainer.train()
+    logs = history(trainer)[0]
+    assert logs["pairs/dropped_prompts"] < 1 and logs["objective/kl"] == pytest.approx(0, abs=1e-4)
+    assert any(not torch.equal(value, before[name]) for name, value in parameters(trainer).items())
+    assert logs["val/contain_eos_token"] + logs["completions/truncated"] == pytest.approx(1)
+
+
 def test_ties_are_dropped_and_counted(tiny_model_dir, tmp_path):
     trainer = online(
         tiny_model_dir, tmp_path, trainer_kwargs={"reward_funcs": lambda prompts, **k: [0.5] * len(prompts)}
@@ -148,6 +161,45 @@ def test_penalties_and_weights(tiny_model_dir, tmp_path):
             text = completions.texts[i]
             expected = len(text) + 2.0 * ("a" not in text) - 0.5 * len(completions.ids[i]) - 3.0 * (i == 0)
             assert scores.values[row, k].item() == pytest.approx(expected)
+            given = scores.per_function["<lambda>"][row, k].item()
+            assert given == 1.0 if "a" not in text else math.isnan(given)
+    assert any("a" in text for text in completions.texts) and not all("a" in text for text in completions.texts)
+    assert scores.mask.all()  # one of the two functions has an opinion on each
+
+
+def test_two_functions_of_one_name_are_both_there(tiny_model_dir, tmp_path):
+    both = [lambda completions, **k: [1.0] * len(completions), lambda completions, **k: [2.0] * len(completions)]
+    trainer = online(tiny_model_dir, tmp_path, trainer_kwargs={"reward_funcs": both})
+    scores = trainer.score({"prompt": ["x"]}, Scripted.generate(trainer, trainer.model, {"prompt": ["x"]}))
+    assert scores.values.tolist() == [[3.0, 3.0]] and len(scores.per_function) == 2
+
+
+def test_columns_reach_reward_functions_in_the_order_of_completions(tiny_model_dir, tmp_path):
+    def own(prompts, completions, level, trainer_state, **kwargs):
+        assert trainer_state.global_step == 0 and len(prompts) == len(completions)
+        return level
+
+    trainer = online(tiny_model_dir, tmp_path, num_generations=3, trainer_kwargs={"reward_funcs": own})
+    inputs = {"prompt": ["x", "y"], "level": [4, 9]}
+    scores = trainer.score(inputs, Scripted.generate(trainer, trainer.model, inputs))
+    assert scores.values.tolist() == [[4.0] * 3, [9.0] * 3]
+
+
+@pytest.mark.parametrize("pairing", ["best_worst", "all", "group"])
+def test_a_penalty_makes_no_pair_of_what_nobody_scored(pairing, tiny_model_dir, tmp_path):
+    trainer = online(
+        tiny_model_dir,
+        tmp_path,
+        cls=Scripted,
+        loss_type="anchored",
+        pairing=pairing,
+        length_penalty=0.5,
+        trainer_kwargs={"reward_funcs": lambda completions, **k: [None] * len(completions)},
+    )
+    inputs = batch(trainer)
+    selection = trainer.pair(*[each := trainer.generate(trainer.model, inputs), trainer.score(inputs, each)])
+    assert not len(selection.prompts()) and not selection.scores.mask.any()
+    assert learn(trainer, inputs)[0] == 0
 
 
 def test_a_completion_that_nobody_scores_is_left_out(tiny_model_dir, tmp_path):
@@ -197,6 +249,33 @@ def test_a_preference_oracle(loss_type, tiny_model_dir, tmp_path):
     assert loss.item() == pytest.approx(expected, rel=1e-3)
 
 
+@pytest.mark.parametrize(("loss_type", "loss"), [("anchored", 0.6931), ("ipo", 0.0), ("sppo_soft", 0.0)])
+def test_soft_targets_learn_from_ties(loss_type, loss, tiny_model_dir, tmp_path):
+    trainer = online(
+        tiny_model_dir,
+        tmp_path,
+        loss_type=loss_type,
+        cls=Scripted,
+        trainer_kwargs={"reward_funcs": None, "preference_fn": lambda prompts, a, b: [0.5] * len(a)},
+    )
+    assert learn(trainer, batch(trainer))[0].item() == pytest.approx(loss, abs=1e-4)
+    assert trainer._metrics["train"].over_processes()["pairs/dropped_prompts"] == 0
+
+
+@pytest.mark.parametrize("loss_type", ["sigmoid", ["anchored", "sigmoid"]])
+def test_hard_labels_do_not(loss_type, tiny_model_dir, tmp_path):
+    kwargs = {"reward_funcs": None, "preference_fn": lambda prompts, a, b: [0.5] * len(a)}
+    trainer = online(tiny_model_dir, tmp_path, loss_type=loss_type, cls=Scripted, trainer_kwargs=kwargs)
+    assert learn(trainer, batch(trainer))[0] == 0
+    assert trainer._metrics["train"].over_processes()["pairs/dropped_prompts"] == 1
+
+
+def test_ties_of_rewards_are_no_soft_targets(tiny_model_dir, tmp_path):
+    kwargs = {"reward_funcs": lambda completions, **k: [1.0] * len(completions)}
+    trainer = online(tiny_model_dir, tmp_path, loss_type="anchored", cls=Scripted, trainer_kwargs=kwargs)
+    assert learn(trainer, batch(trainer))[0] == 0
+
+
 @pytest.mark.parametrize("samples", ["all", "half"])
 def test_mixture_with_the_reference(samples, tiny_model_dir, tmp_path):
     trainer = online(
@@ -214,9 +293,6 @@ def test_mixture_with_the_reference(samples, tiny_model_dir, tmp_path):
     reference = [row.tolist() for row in theirs.ids]
     assert [row.tolist() for row in mixed.ids[b:]] == reference
     assert ([row.tolist() for row in mixed.ids[:b]] == reference) == (samples == "all")
-
-
-# Prompts
 
 
 # Trainers
@@ -256,25 +332,11 @@ def test_a_reference_that_moves(peft, tiny_model_dir, tmp_path):
     kwargs = {"peft_config": lora() if peft else None}
     options = {"sync_ref_model": True, "ref_model_sync_steps": 2, "max_steps": 3, "loss_type": "anchored"}
     trainer = online(tiny_model_dir, tmp_path, ref_model_mixup_alpha=1.0, trainer_kwargs=kwargs, **options)
-    inputs = batch(trainer)
-    seen = []
-
-    class Watch(trl_ext.OnlineDPOTrainer):
-        pass
-
-    trainer.__class__ = Watch
-
-    def compute(self, *args, **kwargs):
-        loss = trl_ext.OnlineDPOTrainer.compute_loss(self, *args, **kwargs)
-        seen.append(self._metrics["train"]["objective/kl"][-1])
-        return loss
-
-    Watch.compute_loss = compute
     trainer.train()
-    assert abs(seen[0]) < 1e-4 and abs(seen[1]) > 1e-3 and abs(seen[2]) < 1e-4  # copied after two steps
+    kl = [entry["objective/kl"] for entry in history(trainer) if "objective/kl" in entry]
+    assert abs(kl[0]) < 1e-4 and abs(kl[1]) > 1e-3 and abs(kl[2]) < 1e-4  # copied after two steps
     with torch.no_grad(), trainer._reference() as reference:
         assert reference(input_ids=torch.tensor([[5, 6]])).logits.isfinite().all()
-    del inputs
 
 
 @pytest.mark.parametrize("peft", [False, True], ids=["full", "lora"])
@@ -309,29 +371,66 @@ def test_evaluation(tiny_model_dir, tmp_path):
     trainer = online(
         tiny_model_dir, tmp_path, trainer_kwargs={"eval_dataset": prompts(6)}, eval_strategy="steps", eval_steps=2
     )
+    before = trainer.evaluate()  # before training too
+    assert before["eval_objective/kl"] == pytest.approx(0, abs=1e-4)
     trainer.train()
-    entries = [entry for entry in history(trainer) if "eval_win_rate" in entry]
-    assert entries
-    metrics = trainer.evaluate()
-    for name in (
-        "eval_loss",
-        "eval_win_rate",
-        "eval_objective/kl",
-        "eval_completions/mean_length",
-        "eval_objective/scores",
-    ):
-        assert name in metrics, name
-    assert metrics["eval_win_rate"] == trainer.evaluate()["eval_win_rate"]  # same seed, same policy
-    state = torch.get_rng_state()
+    assert 2 in [entry["step"] for entry in trainer.state.log_history if "eval_win_rate" in entry]
+    names = {
+        "eval_loss", "eval_win_rate", "eval_objective/kl", "eval_completions/mean_length", "eval_objective/scores",
+        "eval_reference/scores", "eval_reference/mean_length",
+    }  # fmt: skip
+    assert names <= set(trainer.evaluate())
+
+
+def test_evaluations_draw_alike_and_disturb_nothing(tiny_model_dir, tmp_path):
+    drawn = []
+
+    class Watch(trl_ext.OnlineDPOTrainer):
+        def generate(self, *args, **kwargs):
+            completions = super().generate(*args, **kwargs)
+            drawn[-1].append([row.tolist() for row in completions.ids])
+            return completions
+
+    kwargs = {"eval_dataset": prompts(3)}
+    trainer = online(tiny_model_dir, tmp_path, cls=Watch, trainer_kwargs=kwargs)
+    for seed, own in ((1, 3), (2, 3), (1, 4)):
+        torch.manual_seed(seed)
+        trainer.args.seed = own
+        state = torch.get_rng_state()
+        drawn.append([])
+        trainer.evaluate()
+        assert torch.equal(state, torch.get_rng_state())
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_each_process_evaluates_with_draws_of_its_own(tiny_model_dir, tmp_path, monkeypatch):
+    seeds = []
+    trainer = online(tiny_model_dir, tmp_path, cls=Scripted, trainer_kwargs={"eval_dataset": prompts(2)})
+    monkeypatch.setattr(torch, "manual_seed", seeds.append)
     trainer.evaluate()
-    assert torch.equal(state, torch.get_rng_state())
+    trainer.accelerator.state.process_index = 5
+    try:
+        trainer.evaluate()
+    finally:
+        trainer.accelerator.state.process_index = 0
+    assert seeds == [3, 8]
 
 
 def test_win_rate_of_the_policy_against_itself(tiny_model_dir, tmp_path):
     kwargs = {"eval_dataset": prompts(6), "reward_funcs": length_reward}
     trainer = online(tiny_model_dir, tmp_path, cls=Scripted, trainer_kwargs=kwargs, per_device_eval_batch_size=6)
     # its second completion is longer than the first, which is the reference's
-    assert trainer.evaluate()["eval_win_rate"] == pytest.approx(0.75)
+    metrics = trainer.evaluate()
+    assert metrics["eval_win_rate"] == pytest.approx(0.75)
+    texts = [scripted(prompt, 0) for prompt in prompts(6)["prompt"]]
+    assert metrics["eval_reference/scores"] == pytest.approx(sum(map(len, texts)) / 6)
+
+
+def test_win_rate_by_an_oracle(tiny_model_dir, tmp_path):
+    """The longer of two wins with 0.7: the first completions tie with the reference's, the second beat them."""
+    kwargs = {"eval_dataset": prompts(6), "reward_funcs": None, "preference_fn": soft}
+    trainer = online(tiny_model_dir, tmp_path, cls=Scripted, loss_type="anchored", trainer_kwargs=kwargs)
+    assert trainer.evaluate()["eval_win_rate"] == pytest.approx((0.5 + 0.7) / 2)
 
 
 def test_generation_uses_a_cache_and_training_does_not_change(tiny_model_dir, tmp_path):
