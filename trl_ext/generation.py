@@ -1,4 +1,4 @@
-"""Sampling completions: a key-value cache, one prefill a prompt, and the geometric mixture of two models."""
+"""Sampling completions: a key-value cache, one prefill per prompt, and the geometric mixture of two models."""
 
 import contextlib
 import inspect
@@ -113,7 +113,7 @@ def sample(
     `num_samples` completions of each prompt.
 
     Each prompt runs through the model once: its cache is copied for the samples. Where the cache cannot be copied
-    (recurrent layers, a static cache, beams), the prompt runs once a sample.
+    (recurrent layers, a static cache, beams), the prompt runs once per sample.
 
     Args:
         model (`nn.Module`):
@@ -125,7 +125,7 @@ def sample(
         config ([`~transformers.GenerationConfig`]):
             How to sample.
         num_samples (`int`):
-            Completions a prompt, `K`.
+            Completions per prompt, `K`.
         mixture (`Callable`, *optional*):
             Makes a logits processor from the attention mask of all rows.
 
@@ -200,3 +200,22 @@ def evaluating(model: nn.Module, checkpointing_kwargs: dict | None) -> Iterator[
         model.train(training)
         if checkpointing and not model.is_gradient_checkpointing:
             model.gradient_checkpointing_enable(checkpointing_kwargs)
+
+
+@contextlib.contextmanager
+def without_defaults(model: nn.Module) -> Iterator[None]:
+    """
+    The model without its own `generation_config`; as before afterwards.
+
+    `generate` takes from there whatever a config leaves unset: penalties, blocked n-grams, forced tokens. Without it the config
+    alone decides, and samples come from the model's distribution.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    before = [(each, each.generation_config) for each in (model, base)]
+    for each, _ in before:
+        each.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        for each, config in before:
+            each.generation_config = config

@@ -99,6 +99,14 @@ def reward_ids(
     return first + ids[len(ids) - max_length + len(first) :]
 
 
+def template_arguments(row: dict[str, Any]) -> dict[str, Any]:
+    """`tools` and `chat_template_kwargs` of a row, as far as it has them; tools may be written as JSON."""
+    given = {name: row[name] for name in ("tools", "chat_template_kwargs") if row.get(name)}
+    if isinstance(given.get("tools"), str):
+        given["tools"] = json.loads(given["tools"])
+    return given
+
+
 def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
     """A hash of all that decides which ids a text becomes: vocabulary, rules, special tokens, chat template."""
     rules: Any = [type(tokenizer).__name__, tokenizer.get_vocab()]

@@ -26,7 +26,7 @@ from trl.trainer.utils import add_fused_lm_head, create_model_from_path, pad, us
 
 from trl_ext.data.columns import TEXT_COLUMNS, columns_of
 from trl_ext.data.pairing import Pairs, pair_up
-from trl_ext.data.reasoning import answer_text, empty_trace_prompt
+from trl_ext.data.reasoning import answer_text, empty_trace_prompt, trace_is_open
 from trl_ext.generation import Completions, GeometricMixture, evaluating, last_logits, sample
 from trl_ext.logprobs import completion_lengths, sum_completions
 from trl_ext.losses import GroupBatch, PreferenceBatch
@@ -326,11 +326,12 @@ class OnlineDPOTrainer(TRLOnlineDPOTrainer):
             prompt_ids, prompt_mask, ids, mask = self._sample(model, inputs, thinking, reference, count)
         lengths = mask.sum(dim=1).tolist()
         ids = [row[:length] for row, length in zip(ids, lengths, strict=True)]
+        prompt_ids = [row[keep.bool()] for row, keep in zip(prompt_ids, prompt_mask, strict=True)][: len(prompts)]
         stops = torch.tensor(self.eos_token_ids, device=self.accelerator.device)
         return Completions(
             prompts=prompts,
-            texts=self._texts(prompts, ids),
-            prompt_ids=[row[keep.bool()] for row, keep in zip(prompt_ids, prompt_mask, strict=True)][: len(prompts)],
+            texts=self._texts(prompts, prompt_ids, ids),
+            prompt_ids=prompt_ids,
             ids=ids,
             ended=torch.stack([torch.isin(row, stops).any() for row in ids]),
             vision=vision,
@@ -519,7 +520,7 @@ class OnlineDPOTrainer(TRLOnlineDPOTrainer):
         with evaluating(inner, self.args.gradient_checkpointing_kwargs), use_adapter(inner, adapter_name=adapter):
             yield self.model
 
-    def _texts(self, prompts: list, ids: list[torch.Tensor]) -> list:
+    def _texts(self, prompts: list, prompt_ids: list[torch.Tensor], ids: list[torch.Tensor]) -> list:
         """Completions as reward functions see them; for two traces, the answer alone."""
         skip = len(self._thinking) == 1
         texts = self.processing_class.batch_decode(ids, skip_special_tokens=skip)
@@ -527,7 +528,8 @@ class OnlineDPOTrainer(TRLOnlineDPOTrainer):
             special = [token for token in self._tokenizer.all_special_tokens if "think" not in token]
             for token in special:
                 texts = [text.replace(token, "") for text in texts]
-            texts = [answer_text(text) for text in texts]
+            opened = [trace_is_open(text) for text in self.processing_class.batch_decode(prompt_ids)]
+            texts = [answer_text(text, opened[i % len(prompts)]) for i, text in enumerate(texts)]
         if is_conversational({"prompt": prompts[0]}):
             return [[{"role": "assistant", "content": text}] for text in texts]
         return texts
