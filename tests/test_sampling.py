@@ -108,7 +108,7 @@ def test_refused(kwargs, message, tiny_model_dir, tmp_path):
         draw(tiny_model_dir, tmp_path, **kwargs)
     with pytest.raises(ValueError, match="column 'prompt'"):
         sample_completions(Dataset.from_dict({"text": ["a"]}), str(tiny_model_dir))
-    with pytest.raises(ValueError, match="There is no model './none'"):
+    with pytest.raises(ValueError, match=r"There is no model '\./none'"):
         sample_completions(PROMPTS, "./none")
     with pytest.raises(ValueError, match=r"Row 1: the prompt is ''"):
         sample_completions(Dataset.from_dict({"prompt": ["a", ""]}), str(tiny_model_dir))
@@ -182,7 +182,7 @@ def test_draws_follow_the_distribution(tiny_model_dir, tmp_path):
     data = sample_completions(
         rows, model, 4000, tokenizer=tokenizer, temperature=0.5, max_new_tokens=1, cache_dir=tmp_path
     )
-    likeliest = [token for token in expected.argsort(descending=True).tolist() if token > 5][0]
+    likeliest = next(token for token in expected.argsort(descending=True).tolist() if token > 5)
     share = data["completions"][0].count(tokenizer.decode([likeliest])) / 4000
     p = expected[likeliest].item()
     assert 0.02 < p < 0.98 and abs(share - p) < 4 * (p * (1 - p) / 4000) ** 0.5

@@ -325,7 +325,11 @@ def test_the_answer_alone_is_scored(tiny_model_dir, tmp_path):
     trainer = online(tiny_model_dir, tmp_path, loss_type="bias_variance")
     encode = lambda text: torch.tensor(trainer.processing_class(text)["input_ids"])  # noqa: E731
     texts = ["<think> so what</think> a film<|eos|>", " a film<|eos|>", "<think> so what"]
-    assert trainer._texts(["p"], [encode(text) for text in texts]) == ["a film", " a film", ""]
+    assert trainer._texts(["p"], [encode("p")], [encode(text) for text in texts]) == ["a film", " a film", ""]
+    # The first of two prompts has opened the trace itself, so that what was cut holds no mark of it
+    prompts, texts = [encode("p<think>\n"), encode("q")], ["so what", "so what", "so</think> a film", "a film"]
+    found = trainer._texts(["p", "q"], prompts, [encode(text) for text in texts])
+    assert found == ["", "so what", "a film", "a film"]
 
 
 def test_long_prompts_lose_their_beginning(tiny_model_dir, tmp_path):
