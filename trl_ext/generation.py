@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate.utils import is_peft_model
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
@@ -163,7 +162,7 @@ def sample(
         kwargs["past_key_values"] = _prefill(model, prompt_ids, prompt_mask, num_samples)
     if ids.device.type == "cpu" and config.do_sample and (config.num_beams or 1) == 1:
         kwargs["custom_generate"] = functools.partial(_decode_on_cpu, synced_gpus=synced)
-    with own_distribution(model):
+    with without_defaults(model):
         output = model.generate(
             input_ids=ids, attention_mask=mask, generation_config=config, synced_gpus=synced, **kwargs
         )
@@ -177,29 +176,6 @@ def _is_sharded(model: nn.Module) -> bool:
         return False
     sharded = any(isinstance(module, (FSDPModule, FullyShardedDataParallel)) for module in model.modules())
     return torch.distributed.get_world_size() > 1 and (sharded or is_deepspeed_zero3_enabled())
-
-
-@contextlib.contextmanager
-def own_distribution(model: nn.Module) -> Iterator[None]:
-    """
-    While open, `generate` takes nothing from the model's own `generation_config`.
-
-    It would fill in what the call leaves open, such as a repetition penalty or suppressed tokens, and the samples would not be
-    the policy's.
-    """
-    # An adapter's wrapper hands its own on to the model inside
-    holders = [model, model.get_base_model()] if is_peft_model(model) else [model]
-    before = [vars(holder).get("generation_config") for holder in holders]
-    for holder in holders:
-        holder.generation_config = GenerationConfig()
-    try:
-        yield
-    finally:
-        for holder, config in zip(holders, before, strict=True):
-            if config is None:
-                del holder.generation_config
-            else:
-                holder.generation_config = config
 
 
 def _positions(mask: torch.Tensor) -> torch.Tensor:
@@ -256,3 +232,22 @@ def evaluating(model: nn.Module, checkpointing_kwargs: dict | None) -> Iterator[
         model.train(training)
         if checkpointing and not model.is_gradient_checkpointing:
             model.gradient_checkpointing_enable(checkpointing_kwargs)
+
+
+@contextlib.contextmanager
+def without_defaults(model: nn.Module) -> Iterator[None]:
+    """
+    The model without its own `generation_config`; as before afterwards.
+
+    `generate` takes from there whatever a config leaves unset: penalties, blocked n-grams, forced tokens. Without it the config
+    alone decides, and samples come from the model's distribution.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    before = [(each, each.generation_config) for each in (model, base)]
+    for each, _ in before:
+        each.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        for each, config in before:
+            each.generation_config = config

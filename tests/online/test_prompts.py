@@ -116,13 +116,15 @@ def test_tools_of_the_dataset(written, tiny_model_dir, tmp_path):
         assert trainer.processing_class.decode(completions.prompt_ids[1]).startswith("tools: look <|im_start|>user")
 
 
-@pytest.mark.parametrize(
-    ("text", "answer"),
-    [("<think> so what</think> a film<|eos|>", "a film"), (" a film<|eos|>", " a film"), ("<think> so what", "")],
-)
-def test_the_answer_alone_is_scored(text, answer, tiny_model_dir, tmp_path):
+def test_the_answer_alone_is_scored(tiny_model_dir, tmp_path):
     trainer = online(tiny_model_dir, tmp_path, loss_type="bias_variance")
-    assert trainer._texts(["p"], [torch.tensor(trainer.processing_class(text)["input_ids"])]) == [answer]
+    encode = lambda text: torch.tensor(trainer.processing_class(text)["input_ids"])  # noqa: E731
+    texts = ["<think> so what</think> a film<|eos|>", " a film<|eos|>", "<think> so what"]
+    assert trainer._texts(["p"], [encode("p")], [encode(text) for text in texts]) == ["a film", " a film", ""]
+    # The first of two prompts has opened the trace itself, so that what was cut holds no mark of it
+    prompts, texts = [encode("p<think>\n"), encode("q")], ["so what", "so what", "so</think> a film", "a film"]
+    found = trainer._texts(["p", "q"], prompts, [encode(text) for text in texts])
+    assert found == ["", "so what", "a film", "a film"]
 
 
 # Long prompts

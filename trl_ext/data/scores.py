@@ -5,7 +5,6 @@ Each text is scored once, whatever dataset it stands in and however often: resul
 weights, template, truncation), are written batch by batch, and a run that was killed goes on where it was.
 """
 
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +18,7 @@ from tqdm import tqdm
 from trl_ext.data.cache import Ledger, content_key, default_folder, processes
 from trl_ext.data.calibration import fit_temperature
 from trl_ext.data.rewards import Ensemble, PairFunction, RewardFunction, RewardModel, as_reward
-from trl_ext.data.tokens import Text, require_chat_template
+from trl_ext.data.tokens import Text, require_chat_template, template_arguments
 
 
 __all__ = ["Ensemble", "PairFunction", "RewardFunction", "RewardModel", "as_reward", "score_preferences"]
@@ -73,7 +72,7 @@ def score_preferences(
     if isinstance(reward, PairFunction):
         return _add_preferences(dataset, reward, grouped, batch_size, folder)
     texts = [
-        (row["prompt"], completion, _template(row))
+        (row["prompt"], completion, template_arguments(row))
         for row in dataset
         for completion in (row["completions"] if grouped else (row["chosen"], row["rejected"]))
     ]
@@ -155,14 +154,6 @@ def check_renderable(dataset: Dataset, reward: Any, grouped: bool) -> None:
         if isinstance(each, RewardModel) and isinstance(dataset[0]["prompt"], list):
             each.load()
             require_chat_template(each.tokenizer)
-
-
-def _template(row: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of the chat template that a row brings."""
-    given = {name: row[name] for name in ("tools", "chat_template_kwargs") if row.get(name)}
-    if isinstance(given.get("tools"), str):
-        given["tools"] = json.loads(given["tools"])
-    return given
 
 
 def _scores(texts: list[tuple[Text, Text, dict]], reward: Any, batch_size: int, folder: Path) -> list[float]:

@@ -9,6 +9,7 @@ import json
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
+from trl.data_utils import common_prefix_length
 
 from trl_ext.data.cache import content_key
 
@@ -97,6 +98,43 @@ def reward_ids(
         return ids
     first = ids[:1] if ids[0] in (tokenizer.bos_token_id, tokenizer.cls_token_id) else []
     return first + ids[len(ids) - max_length + len(first) :]
+
+
+def pair_lengths(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """
+    Tokens of a preference pair as training counts them.
+
+    Args:
+        row (`dict[str, Any]`):
+            `chosen` and `rejected`, and `prompt` where there is one; text or messages.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            The policy's.
+
+    Returns:
+        `dict[str, int]`: of `prompt`, `chosen` and `rejected`. A completion begins where it and the prompt part.
+    """
+    given, prompt = template_arguments(row), row.get("prompt")
+    start = ("" if isinstance(row["chosen"], str) else []) if prompt is None else prompt
+    whole = {side: reward_ids(start, row[side], tokenizer, **given) for side in ("chosen", "rejected")}
+    if not start:
+        return {"prompt": 0} | {side: len(ids) for side, ids in whole.items()}
+    if isinstance(start, str):
+        first = tokenizer(start)["input_ids"]
+    else:
+        arguments = {"tools": given.get("tools"), **given.get("chat_template_kwargs", {})}
+        first = tokenizer.apply_chat_template(start, add_generation_prompt=True, return_dict=True, **arguments)[
+            "input_ids"
+        ]
+    length = min(common_prefix_length(first, ids) for ids in whole.values())
+    return {"prompt": length} | {side: len(ids) - length for side, ids in whole.items()}
+
+
+def template_arguments(row: dict[str, Any]) -> dict[str, Any]:
+    """`tools` and `chat_template_kwargs` of a row, as far as it has them; tools may be written as JSON."""
+    given = {name: row[name] for name in ("tools", "chat_template_kwargs") if row.get(name)}
+    if isinstance(given.get("tools"), str):
+        given["tools"] = json.loads(given["tools"])
+    return given
 
 
 def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:

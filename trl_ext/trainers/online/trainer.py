@@ -24,15 +24,15 @@ from trl.trainer.callbacks import SyncRefModelCallback
 from trl.trainer.utils import add_fused_lm_head, create_model_from_path, pad, use_adapter
 
 from trl_ext.data.columns import WEIGHT, columns_of
-from trl_ext.data.reasoning import answer_text, empty_trace_prompt
+from trl_ext.data.reasoning import answer_text, empty_trace_prompt, trace_is_open
 from trl_ext.data.tokens import prompt_ids
 from trl_ext.generation import (
     Completions,
     GeometricMixture,
     evaluating,
     last_logits,
-    own_distribution,
     sample,
+    without_defaults,
 )
 from trl_ext.logprobs import completion_lengths, sum_completions
 from trl_ext.losses import GroupBatch, PreferenceBatch
@@ -332,7 +332,7 @@ class OnlineDPOTrainer(TRLOnlineDPOTrainer):
         vision = None
         if images is not None:
             texts, times = [_with_image(prompt) for prompt in prompts], -(-count // 2)  # as TRL gives two per prompt
-            with own_distribution(self.accelerator.unwrap_model(model)):
+            with without_defaults(self.accelerator.unwrap_model(model)):
                 prompt_rows, prompt_mask, ids, mask, vision = self._generate(model, texts * times, images * times)
             ids, mask = ids[: count * len(prompts)], mask[: count * len(prompts)]
             prompt_rows = [row[keep.bool()] for row, keep in zip(prompt_rows, prompt_mask, strict=True)][
@@ -350,7 +350,7 @@ class OnlineDPOTrainer(TRLOnlineDPOTrainer):
         stops = torch.tensor(self.eos_token_ids, device=self.accelerator.device)
         return Completions(
             prompts=prompts,
-            texts=self._texts(prompts, ids),
+            texts=self._texts(prompts, prompt_rows, ids),
             prompt_ids=prompt_rows,
             ids=ids,
             ended=torch.stack([torch.isin(row, stops).any() for row in ids]),
@@ -547,7 +547,7 @@ class OnlineDPOTrainer(TRLOnlineDPOTrainer):
         with evaluating(inner, self.args.gradient_checkpointing_kwargs), use_adapter(inner, adapter_name=adapter):
             yield self.model
 
-    def _texts(self, prompts: list, ids: list[torch.Tensor]) -> list:
+    def _texts(self, prompts: list, prompt_ids: list[torch.Tensor], ids: list[torch.Tensor]) -> list:
         """Completions as reward functions see them; for two traces, the answer alone."""
         skip = len(self._thinking) == 1
         texts = self.processing_class.batch_decode(ids, skip_special_tokens=skip)
@@ -555,7 +555,8 @@ class OnlineDPOTrainer(TRLOnlineDPOTrainer):
             special = [token for token in self._tokenizer.all_special_tokens if "think" not in token]
             for token in special:
                 texts = [text.replace(token, "") for text in texts]
-            texts = [answer_text(text) for text in texts]
+            opened = [trace_is_open(text) for text in self.processing_class.batch_decode(prompt_ids)]
+            texts = [answer_text(text, opened[i % len(prompts)]) for i, text in enumerate(texts)]
         if is_conversational({"prompt": prompts[0]}):
             return [[{"role": "assistant", "content": text}] for text in texts]
         return texts
