@@ -130,7 +130,9 @@ def _all_losses():
         except ValueError:
             continue
         aliases = "".join(f"\n[dim]{alias}[/dim]" for alias in list_aliases(name))
-        hyperparameters = [escape(f"{field.name}={_default(field)}") for field in dataclasses.fields(cls) if field.init]
+        hyperparameters = [
+            escape(f"{field.name}={_default(field)}") for field in dataclasses.fields(cls) if field.init
+        ]
         columns = [*cls.columns, *(f"({column})" for column in _optional(cls))]
         table.add_row(
             f"[bold]{name}[/bold]{aliases}",
@@ -153,6 +155,7 @@ def _one_loss(name: str) -> str:
     cls = loss_class(name)
     papers = [f"https://huggingface.co/papers/{paper.strip()}" for paper in cls.paper.split(",") if paper]
     hyperparameters = [f"{field.name}={_default(field)}" for field in dataclasses.fields(cls) if field.init]
+    none = "depend on the hyper-parameters" if isinstance(cls.optional_columns, property) else "none"
     lines = [
         f"{name}  (aliases: {', '.join(list_aliases(name)) or 'none'})",
         *([f"{cls.title}  {' '.join(papers)}"] if papers else []),
@@ -164,7 +167,7 @@ def _one_loss(name: str) -> str:
         "",
         f"Hyper-parameters: {', '.join(hyperparameters) or 'none'}",
         f"Columns: {', '.join(cls.columns) or 'none'}",
-        f"Optional columns: {', '.join(_optional(cls)) or 'none'}",
+        f"Optional columns: {', '.join(_optional(cls)) or none}",
         f"Reads the reference: {'yes' if cls.needs_reference else 'no'}",
         f"Takes groups of completions: {'yes' if cls.takes_groups else 'no'}",
     ]

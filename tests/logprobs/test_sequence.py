@@ -31,11 +31,11 @@ def test_tokens_beyond_the_shared_length_count_less():
 
 
 def test_prompts_of_unequal_length_and_several_pairs():
-    # Chosen rows, then rejected: 1 and 3 tokens against 3 and 1
-    mask = torch.tensor([[0, 0, 0, 1], [0, 1, 1, 1], [0, 1, 1, 1], [0, 1, 0, 0]])
-    logps = -torch.tensor([[64.0, 64.0, 1.0], [2.0, 4.0, 8.0], [16.0, 32.0, 128.0], [256.0, 64.0, 64.0]])
-    assert sum_completions(logps, mask).tolist() == [-1.0, -14.0, -176.0, -256.0]
-    assert sum_completions(logps, mask, ld_alpha=0.5).tolist() == [-1.0, -2.0 - 6.0, -16.0 - 80.0, -256.0]
+    # Chosen rows, then rejected: 1, 3 and 2 tokens against 3, 1 and 2
+    mask = torch.tensor([[0, 0, 0, 1], [0, 1, 1, 1], [0, 1, 1, 0], [0, 1, 1, 1], [0, 1, 0, 0], [0, 0, 1, 1]])
+    logps = -torch.tensor([[64, 64, 1], [2, 4, 8], [3, 5, 64], [16, 32, 128], [256, 64, 64], [64, 7, 9]]).double()
+    assert sum_completions(logps, mask).tolist() == [-1, -14, -8, -176, -256, -16]
+    assert sum_completions(logps, mask, ld_alpha=0.5).tolist() == [-1, -2 - 6, -8, -16 - 80, -256, -16]
 
 
 def test_an_empty_completion_shares_no_token():

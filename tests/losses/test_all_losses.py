@@ -185,13 +185,13 @@ def test_missing_column_names_what_is_there():
 def test_a_batch_without_the_reference_is_refused(name, kwargs):
     batch = full([1.0, -2.0], win_rates=name == "sppo_soft")
     batch = dataclasses.replace(batch, ref_chosen_logps=None, ref_rejected_logps=None)
-    with pytest.raises(ValueError, match="states `needs_reference = False`, but the loss asks for them"):
+    with pytest.raises(ValueError, match="loss that states `needs_reference = False` is given none"):
         get_loss(name, **kwargs)(batch)
 
 
 def test_groups_without_the_reference_are_refused():
     batch = dataclasses.replace(group([[1.0, 2.0]], [[0.0, 1.0]]), ref_logps=None)
-    with pytest.raises(ValueError, match="states `needs_reference = False`, but the loss asks for them"):
+    with pytest.raises(ValueError, match="loss that states `needs_reference = False` is given none"):
         get_loss("anchored")(batch)
 
 
@@ -199,12 +199,21 @@ def test_values_that_are_no_numbers_or_probabilities_are_refused():
     nan = float("nan")
     scored = {"score_chosen": [1.0, nan], "score_rejected": [0.0, 0.0]}
     for name, columns, message in [
-        ("anchored", {"preference_prob": [0.5, nan]}, r"^1 of 2 rows: anchored: `preference_prob` must lie in \[0, 1\]"),
+        (
+            "anchored",
+            {"preference_prob": [0.5, nan]},
+            r"^1 of 2 rows: anchored: `preference_prob` must lie in \[0, 1\]",
+        ),
         ("anchored", {"preference_prob": [-0.1, 1.1]}, "^2 of 2 rows: anchored: `preference_prob`"),
         ("anchored", scored, r"^1 of 2 rows: anchored: \['score_chosen', 'score_rejected'\] must be finite"),
         ("anchored", {"score_chosen": [0.0] * 2, "score_rejected": [1.0, float("inf")]}, "must be finite"),
         ("margin_adaptive", scored, "^1 of 2 rows: margin_adaptive: .*must be numbers"),
         ("offset", scored, "^1 of 2 pairs"),
+        (
+            "inpo",
+            {"initial_chosen_logps": [0.0, nan], "initial_rejected_logps": [0.0, 0.0]},
+            "^1 of 2 rows: inpo: .*finite",
+        ),
         ("sppo_soft", scored, r"^1 of 2 rows: sppo_soft reads scores as win rates, in \[0, 1\]"),
     ]:
         with pytest.raises(ValueError, match=message):

@@ -78,7 +78,9 @@ class AnchoredLoss(Loss):
         if not 0 <= self.label_smoothing <= 1:
             raise ValueError(f"anchored: `label_smoothing={self.label_smoothing}` must lie in [0, 1].")
         if self.label_smoothing == 0.5:
-            warn_once("anchored: `label_smoothing=0.5` makes every target 1/2: nothing is learnt of who was preferred.")
+            warn_once(
+                "anchored: `label_smoothing=0.5` makes every target 1/2: nothing is learnt of who was preferred."
+            )
         elif self.label_smoothing > 0.5:
             warn_once(
                 f"anchored: `label_smoothing={self.label_smoothing}` flips more labels than it keeps: the rejected completions "

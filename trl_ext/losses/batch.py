@@ -20,9 +20,9 @@ def widened(values: torch.Tensor) -> torch.Tensor:
 def _there(ref_logps: torch.Tensor | None) -> torch.Tensor:
     if ref_logps is None:
         raise ValueError(
-            "This batch has no log-probabilities of the reference, because the loss states `needs_reference = False`, but the "
-            "loss asks for them (log-ratios and `delta` hold them). Take that statement out of the loss, or compute from the "
-            "policy's log-probabilities alone."
+            "The loss asks for the reference (log-ratios and `delta` hold it), but the batch has no log-probabilities of it: a "
+            "loss that states `needs_reference = False` is given none. Take that statement out of the class, or compute from "
+            "the policy's log-probabilities alone."
         )
     return ref_logps
 

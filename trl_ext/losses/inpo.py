@@ -16,7 +16,7 @@ from typing import ClassVar
 
 import torch
 
-from .base import Loss
+from .base import Loss, refuse_values
 from .batch import PreferenceBatch
 
 
@@ -58,6 +58,7 @@ class INPOLoss(Loss):
     def margin(self, batch: PreferenceBatch) -> torch.Tensor:
         """h, shape `(B,)`, nats."""
         initial = batch.column("initial_chosen_logps") - batch.column("initial_rejected_logps")
+        refuse_values(~initial.isfinite(), f"inpo: {list(self.columns)} must be finite.")
         delta = batch.delta
         # (pi - pi_t) plus the share tau / eta of (pi_t - pi_0): no difference of large sums
         moved = batch.ref_chosen_logps - batch.ref_rejected_logps - initial.detach().to(delta.dtype)

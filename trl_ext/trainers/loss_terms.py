@@ -1,11 +1,12 @@
 """From `loss_type`, `loss_weights` and `loss_kwargs` to losses: built once, refused early."""
 
+import dataclasses
 import math
 from typing import Any
 
 from transformers import TrainingArguments
 
-from trl_ext.losses import TRL_LOSS_TYPES, get_loss, list_aliases, resolve_name
+from trl_ext.losses import TRL_LOSS_TYPES, get_loss, list_aliases, loss_class, resolve_name
 
 
 # TRL loss types whose formula divides by beta
@@ -47,7 +48,9 @@ def build_losses(names: list[str], loss_kwargs: dict[str, Any] | None) -> dict[s
             f"`loss_kwargs={loss_kwargs}` would be ignored: `loss_type={names}` names TRL's own loss types only, whose "
             "options are fields of `DPOConfig`."
         )
-    if all(isinstance(value, dict) for value in loss_kwargs.values()):
+    # Dicts are those of losses, unless they are hyper-parameters of the only loss
+    fields = {field.name for field in dataclasses.fields(loss_class(ours[0]))} if len(ours) == 1 else set()
+    if all(isinstance(value, dict) for value in loss_kwargs.values()) and not fields.issuperset(loss_kwargs):
         keyed: dict[str, dict] = {}
         for given, values in loss_kwargs.items():
             name = resolve_name(given, also=TRL_LOSS_TYPES)
