@@ -686,15 +686,16 @@ class DPOTrainer(trl.DPOTrainer):
             save_losses(folder, self._all_weights, self._losses)
         if self._mixing is not None and self.is_world_process_zero():
             (folder / MIXING_FILE).write_text(self._mixing.to_json())
-        if self.args.sync_ref_model and self.is_world_process_zero():
+        if self.args.sync_ref_model:
             folder = f"{self._get_output_dir(trial=trial)}/checkpoint-{self.state.global_step}"
             save_reference(self.accelerator.unwrap_model(self.ref_model), folder)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        check_losses(resume_from_checkpoint, self._all_weights, self._losses)
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self.args.sync_ref_model:  # TRL starts over from the first reference
-            load_reference(self.accelerator.unwrap_model(self.ref_model), resume_from_checkpoint)
+    def _load_optimizer_and_scheduler(self, checkpoint):  # which DeepSpeed resumes by too, unlike `_load_from_checkpoint`
+        if checkpoint is not None:
+            check_losses(checkpoint, self._all_weights, self._losses)
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self.args.sync_ref_model:
+            load_reference(self.accelerator.unwrap_model(self.ref_model), checkpoint)
 
     # Evaluation and model card
 

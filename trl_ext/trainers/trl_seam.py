@@ -17,6 +17,7 @@ from accelerate.utils import is_peft_model
 from datasets import Dataset
 from datasets.fingerprint import Hasher
 from torch import nn
+from torch.distributed.tensor import Partial
 from trl import DPOConfig, DPOTrainer
 from trl.trainer import utils
 from trl.trainer.utils import FusedCausalLMOutput
@@ -29,7 +30,7 @@ from trl_ext.logprobs.substitute import Substitute
 DPO_METHODS = (
     "_prepare_dataset",
     "_set_signature_columns_if_needed",
-    "_load_from_checkpoint",
+    "_load_optimizer_and_scheduler",
     "_precompute_ref_logps",
     "_save_checkpoint",
     "compute_ref_log_probs",
@@ -52,7 +53,7 @@ DPO_ATTRIBUTES = (
 )
 
 # What ours extends or reads of `trl.experimental.online_dpo.OnlineDPOTrainer`
-ONLINE_METHODS = ("_generate", "_generate_vllm", "_save_checkpoint", "_load_from_checkpoint", "evaluate")
+ONLINE_METHODS = ("_generate", "_generate_vllm", "_save_checkpoint", "_load_optimizer_and_scheduler", "evaluate")
 ONLINE_ATTRIBUTES = (
     "_beta",
     "_tokenizer",
@@ -105,6 +106,7 @@ def head_in_place(head: Head, statistics: tuple[str, ...] | None) -> Iterator[No
     """
 
     def apply(hidden, weight, bias, targets, temperature, _chunk_size, softcap, scale, outputs):
+        _average_gradients(weight, bias)
         wanted = tuple(name for name in outputs if name != "log_probs" and (statistics is None or name in statistics))
         result = head(
             hidden,
@@ -143,6 +145,19 @@ def _install_head(current: ContextVar) -> Callable[[], None]:
 
 
 _HEAD = Substitute(_install_head)
+
+
+def _average_gradients(*parameters: torch.Tensor | None) -> None:
+    """
+    Have the gradients of a sharded head averaged over processes.
+
+    A head that is an FSDP2 unit of its own (an adapter's `modules_to_save`) comes from TRL made whole with `full_tensor()`,
+    whose backward would give each process's shard the gradient of that process alone.
+    """
+    for parameter in parameters:
+        made_whole = getattr(parameter, "grad_fn", None)
+        if hasattr(made_whole, "dtensor_spec"):
+            made_whole.grad_placements = [Partial("avg")] * made_whole.dtensor_spec.mesh.ndim
 
 
 def base_model(model: nn.Module) -> nn.Module:

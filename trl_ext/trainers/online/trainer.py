@@ -749,14 +749,14 @@ class OnlineDPOTrainer(TRLOnlineDPOTrainer):
 
     def _save_checkpoint(self, model, trial):
         super()._save_checkpoint(model, trial)
-        if self.args.sync_ref_model and self.ref_model is not None and self.is_world_process_zero():
+        if self.args.sync_ref_model and self.ref_model is not None:
             folder = f"{self._get_output_dir(trial=trial)}/checkpoint-{self.state.global_step}"
             save_reference(self.accelerator.unwrap_model(self.ref_model), folder)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self.args.sync_ref_model and self.ref_model is not None:
-            load_reference(self.accelerator.unwrap_model(self.ref_model), resume_from_checkpoint)
+    def _load_optimizer_and_scheduler(self, checkpoint):  # which DeepSpeed resumes by too, unlike `_load_from_checkpoint`
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self.args.sync_ref_model and self.ref_model is not None:
+            load_reference(self.accelerator.unwrap_model(self.ref_model), checkpoint)
 
 
 def _with_image(prompt: Any) -> Any:
