@@ -7,13 +7,15 @@ Every private TRL name that this package leans on, in one place.
 import contextlib
 import functools
 import inspect
+import os
 import types
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
 
 import torch
-from accelerate.utils import is_peft_model
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object, is_peft_model
 from datasets import Dataset
 from datasets.fingerprint import Hasher
 from torch import nn
@@ -310,4 +312,21 @@ def with_cache_key(dataset: Dataset, *parts: object) -> Dataset:
     """
     keyed = dataset.select(range(len(dataset)))  # a new object over the same table
     keyed._fingerprint = Hasher.hash((dataset._fingerprint, parts))
+    if PartialState().num_processes > 1:
+        keyed._get_cache_file_path = types.MethodType(_shared_cache_path, keyed)
     return keyed
+
+
+def _shared_cache_path(dataset: Dataset, fingerprint: str) -> str:
+    """
+    One file for all processes, called in each: data in memory (or with caching disabled) has a folder in each process, where
+    TRL's first process would write what the others never find.
+    """
+    path = broadcast_object_list([Dataset._get_cache_file_path(dataset, fingerprint)])[0]
+    if not all(gather_object([os.path.isdir(os.path.dirname(path))])):
+        raise ValueError(
+            f"`precompute_ref_log_probs=True` keeps the reference log-probs in {os.path.dirname(path)}, which not every process "
+            "can read. Save the dataset with `save_to_disk` where all machines see it and load it from there, or set "
+            "`precompute_ref_log_probs=False`."
+        )
+    return path
