@@ -45,7 +45,7 @@ from trl_ext.trainers.checkpoint import check_losses, save_losses
 from trl_ext.trainers.dpo_config import DPOConfig
 from trl_ext.trainers.loss_terms import build_losses, check_combination, resolve_loss_types
 from trl_ext.trainers.metrics import means_over_processes
-from trl_ext.trainers.mixing import MixingEstimate, estimate_alpha
+from trl_ext.trainers.mixing import MixingEstimate, check_measurable, estimate_alpha
 from trl_ext.trainers.model_card import complete_model_card, describe_losses
 from trl_ext.trainers.policy_copy import frozen_copy
 from trl_ext.trainers.reference import load_reference, save_reference
@@ -225,6 +225,9 @@ class DPOTrainer(trl.DPOTrainer):
             self.ref_model = None  # it has served
         bind_forward(base_model(self.model))
         _ = self._scorer  # an impossible backend is refused now
+        self._measures_alpha = getattr(self._losses.get("bias_variance"), "alpha", None) == "auto"
+        if self._measures_alpha:
+            check_measurable(self)
         if not self._losses:
             return
 
@@ -664,12 +667,21 @@ class DPOTrainer(trl.DPOTrainer):
     # What a run has measured or moved, and a checkpoint keeps
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
-        loss = self._losses.get("bias_variance")
-        if loss is not None and getattr(loss, "alpha", None) == "auto":
-            self._mixing = self._estimated_mixing(resume_from_checkpoint)
-            self._losses = {**self._losses, "bias_variance": dataclasses.replace(loss, alpha=self._mixing.alpha)}
-            logger.info(f"bias_variance: alpha={self._mixing.alpha:.3f}, measured on {self._mixing.rows} rows.")
+        if self._measures_alpha:
+            self._mix(self._estimated_mixing(resume_from_checkpoint))
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def evaluation_loop(self, *args, **kwargs):
+        if self._measures_alpha and self._mixing is None:
+            self._mix(estimate_alpha(self))
+        return super().evaluation_loop(*args, **kwargs)
+
+    def _mix(self, estimate: MixingEstimate) -> None:
+        """Give `bias_variance` the weight that was measured."""
+        self._mixing = estimate
+        loss = dataclasses.replace(self._losses["bias_variance"], alpha=estimate.alpha)
+        self._losses = {**self._losses, "bias_variance": loss}
+        logger.info(f"bias_variance: alpha={estimate.alpha:.3f}, measured on {estimate.rows} rows.")
 
     def _estimated_mixing(self, resume_from_checkpoint) -> MixingEstimate:
         if resume_from_checkpoint is True:
@@ -677,7 +689,7 @@ class DPOTrainer(trl.DPOTrainer):
         path = Path(resume_from_checkpoint or "") / MIXING_FILE
         if resume_from_checkpoint and path.exists():  # what the run began with
             return MixingEstimate(**json.loads(path.read_text()))
-        return estimate_alpha(self)
+        return self._mixing or estimate_alpha(self)
 
     def _save_checkpoint(self, model, trial):
         super()._save_checkpoint(model, trial)
