@@ -90,10 +90,10 @@ def shared_data() -> Path:
 
 
 def preference_rows(rows: int = 8, seed: int = 0) -> list[dict]:
-    """Plain preference rows of differing lengths, with scores, probabilities, weights and an empty-trace pair."""
+    """Plain preference rows of differing lengths, with what each of our losses reads; scores are win rates too."""
     import random
 
-    random_ = random.Random(seed)
+    random_, initial = random.Random(seed), random.Random(seed + 1)
 
     def text(low: int, high: int) -> str:
         return "".join(" " + random_.choice(WORDS) for _ in range(random_.randint(low, high)))
@@ -105,9 +105,11 @@ def preference_rows(rows: int = 8, seed: int = 0) -> list[dict]:
             "rejected": text(2, 9),
             "chosen_empty_trace": text(1, 4),
             "rejected_empty_trace": text(1, 4),
-            "score_chosen": 1.0 + random_.random(),
-            "score_rejected": random_.random(),
+            "score_chosen": 0.5 + 0.5 * random_.random(),
+            "score_rejected": 0.5 * random_.random(),
             "preference_prob": random_.random(),
+            "initial_chosen_logps": -30.0 + 10 * initial.random(),
+            "initial_rejected_logps": -30.0 + 10 * initial.random(),
         }
         for _ in range(rows)
     ]

@@ -27,7 +27,15 @@ TRL_LOSSES: dict[str, dict[str, Any]] = {
     "sft": {},
     "sigmoid_norm": {},
 }
-OUR_LOSSES = ("offset", "anchored", "margin_adaptive", "bias_variance", "length_regularized")
+OUR_LOSSES = (
+    "offset",
+    "anchored",
+    "margin_adaptive",
+    "bias_variance",
+    "length_regularized",
+    "inpo",
+    "sppo_soft",
+)
 
 TIMINGS = ("runtime", "per_second", "total_flos")
 

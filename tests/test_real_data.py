@@ -41,6 +41,10 @@ def imdb(shared_data, tmp_path_factory):
 def test_held_out_accuracy_rises(loss_type, imdb, tmp_path):
     path, plain, traced = imdb
     dataset = traced if loss_type == "bias_variance" else plain
+    # The first round of self-play, without the policy that it began with; scores that are no win rates
+    first_round = {f"initial_{side}_logps": 0.0 for side in ("chosen", "rejected")}
+    dataset = dataset.map(lambda row: first_round)
+    loss_kwargs = {"inpo": {"tau": 0.0}, "sppo_soft": {"target": "score"}}.get(loss_type)
     assert isinstance(dataset["train"], Dataset)
     trainer = DPOTrainer(
         model=str(path),
@@ -48,6 +52,7 @@ def test_held_out_accuracy_rises(loss_type, imdb, tmp_path):
             **options(
                 tmp_path,
                 loss_type=loss_type,
+                loss_kwargs=loss_kwargs,
                 max_steps=60,
                 per_device_train_batch_size=8,
                 learning_rate=1e-3,

@@ -17,7 +17,8 @@ kind of layer from a function of two indices, which is given the positions of th
 import contextlib
 import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,6 +29,8 @@ from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, flex_attention_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .substitute import Substitute
 
 
 # Attention implementations that take a mask
@@ -73,39 +76,48 @@ class SharedPrefixLayout:
         Raises:
             `RuntimeError`: If none was built: the model then attends in a way that this layout cannot mask.
         """
-        built = 0
-
-        def interface(build):
-            def shared(*args, mask_function, attention_mask=None, allow_is_causal_skip=False, **kwargs):
-                nonlocal built
-                built += 1
-
-                def in_positions(batch, head, query, key):
-                    visible = mask_function(batch, head, self.positions[batch, query], self.positions[batch, key])
-                    return visible & self.sees(batch, query, key)
-
-                return build(
-                    *args, mask_function=in_positions, attention_mask=None, allow_is_causal_skip=False, **kwargs
-                )
-
-            return shared
-
-        builders = {name: ALL_MASK_ATTENTION_FUNCTIONS[name] for name in MASKED_ATTENTION}
-        if self.tokens.device.type == "cuda":
-            # A block mask skips what is masked; `_attention_by_mask` takes it to FlexAttention
-            builders["sdpa"] = flex_attention_mask
-        local = dict(ALL_MASK_ATTENTION_FUNCTIONS._local_mapping)
-        try:
-            for name, build in builders.items():
-                ALL_MASK_ATTENTION_FUNCTIONS[name] = interface(build)
+        built: list[str] = []
+        with _MASKS.acting((self, built)):
             yield
-        finally:
-            ALL_MASK_ATTENTION_FUNCTIONS._local_mapping = local
         if not built:
             raise RuntimeError(
                 "The model built no attention mask through transformers, so a prompt cannot be shared by its "
                 "completions. Set `share_prefix=False`."
             )
+
+
+def _install_masks(current: ContextVar) -> Callable[[], None]:
+    """Have transformers build the masks of the layout that the running thread has, where it has one."""
+    local = dict(ALL_MASK_ATTENTION_FUNCTIONS._local_mapping)
+
+    def interface(name: str, build: Callable) -> Callable:
+        def masks(*args, mask_function, **kwargs):
+            if current.get() is None:
+                return build(*args, mask_function=mask_function, **kwargs)
+            layout, built = current.get()
+            built.append(name)
+
+            def in_positions(batch, head, query, key):
+                visible = mask_function(batch, head, layout.positions[batch, query], layout.positions[batch, key])
+                return visible & layout.sees(batch, query, key)
+
+            # A block mask skips what is masked; `_attention_by_mask` takes it to FlexAttention
+            on_gpu = name == "sdpa" and layout.tokens.device.type == "cuda"
+            kwargs |= {"mask_function": in_positions, "attention_mask": None, "allow_is_causal_skip": False}
+            return (flex_attention_mask if on_gpu else build)(*args, **kwargs)
+
+        return masks
+
+    for name in MASKED_ATTENTION:
+        ALL_MASK_ATTENTION_FUNCTIONS[name] = interface(name, ALL_MASK_ATTENTION_FUNCTIONS[name])
+
+    def remove() -> None:
+        ALL_MASK_ATTENTION_FUNCTIONS._local_mapping = local
+
+    return remove
+
+
+_MASKS = Substitute(_install_masks)
 
 
 def _attention_by_mask(module, query, key, value, attention_mask, *args, **kwargs):

@@ -17,6 +17,7 @@ Listwise form: the paper. Pairwise form: code of a third party, equal to the lis
 q from scores: recalled.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -90,6 +91,19 @@ class AnchoredLoss(Loss):
     @property
     def divides_by_beta(self) -> bool:
         return self.tau is None
+
+    @property
+    def reads_beta(self) -> bool:
+        return self.tau is None
+
+    def remark(self, columns: Collection[str]) -> str:
+        if self.label_smoothing or set(columns) & set(self.optional_columns):
+            return ""
+        return (
+            "The dataset has neither `preference_prob` nor scores, and `label_smoothing` is 0: `anchored` then takes each label "
+            "as certain, which is plain DPO. Add one of these columns (`trl_ext.data.score_preferences` adds scores), or set "
+            "`label_smoothing`."
+        )
 
     def scale(self, beta: float) -> float:
         """What log-ratios are multiplied by, `1 / tau`."""

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import ClassVar
 
 import torch
@@ -109,6 +109,15 @@ class Loss:
     def divides_by_beta(self) -> bool:
         """Whether `beta=0` has no meaning for these hyper-parameters."""
         return False
+
+    @property
+    def reads_beta(self) -> bool:
+        """Whether `beta` scales the policy's part of the loss, so that at `beta=0` nothing is learnt."""
+        return True
+
+    def remark(self, columns: Collection[str]) -> str:
+        """What a user should know who trains this loss on a dataset with these columns; `""` for nothing."""
+        return ""
 
 
 def sigmoid(batch: PreferenceBatch) -> torch.Tensor:

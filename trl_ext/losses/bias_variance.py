@@ -90,6 +90,13 @@ class BiasVarianceLoss(Loss):
     def divides_by_beta(self) -> bool:
         return self.base == "ipo" or (self.base not in PLAIN_LOSSES and self.base_loss.divides_by_beta)
 
+    @property
+    def reads_beta(self) -> bool:
+        return self.base in PLAIN_LOSSES or self.base_loss.reads_beta
+
+    def remark(self, columns):
+        return "" if self.base in PLAIN_LOSSES else self.base_loss.remark(columns)
+
     def check_columns(self, columns):
         return None if self.base in PLAIN_LOSSES else self.base_loss.check_columns(columns)
 

@@ -55,6 +55,10 @@ class INPOLoss(Loss):
         if not 0 <= self.tau <= self.eta:
             raise ValueError(f"inpo: `tau={self.tau}` must lie in [0, eta={self.eta}].")
 
+    @property
+    def reads_beta(self) -> bool:
+        return False
+
     def margin(self, batch: PreferenceBatch) -> torch.Tensor:
         """h, shape `(B,)`, nats."""
         initial = batch.column("initial_chosen_logps") - batch.column("initial_rejected_logps")

@@ -120,11 +120,13 @@ def register_loss(name: str, *, aliases: Iterable[str] = ()) -> Callable[[LossCl
         for attribute in ("paper", "title", "citation", "columns", "optional_columns", "needs_reference"):
             if not hasattr(cls, attribute):
                 setattr(cls, attribute, getattr(Loss, attribute))
-        for attribute in ("takes_groups", "metrics", "check_columns", "column_help", "required_columns"):
+        for attribute in ("takes_groups", "metrics", "check_columns", "column_help", "required_columns", "remark"):
             if not hasattr(cls, attribute):
                 setattr(cls, attribute, Loss.__dict__[attribute])
         if not hasattr(cls, "divides_by_beta"):
             cls.divides_by_beta = False
+        if not hasattr(cls, "reads_beta"):
+            cls.reads_beta = True
         _classes[name] = cls
         _aliases.update(dict.fromkeys(aliases, name))
         return cls

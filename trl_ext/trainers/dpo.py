@@ -1,5 +1,7 @@
 """`trl.DPOTrainer` with the losses of this package."""
 
+import contextlib
+import copy
 import dataclasses
 import functools
 import json
@@ -11,14 +13,22 @@ import torch
 import trl
 from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset, concatenate_datasets
-from huggingface_hub import ModelCard
 from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import get_last_checkpoint
 from trl.trainer.utils import pad
 
+from trl_ext.data.checks import (
+    TOKENIZED,
+    check_template,
+    check_tokenized,
+    say_what_was_dropped,
+    warn_of_empty_completions,
+)
 from trl_ext.data.collator import PreferenceCollator
 from trl_ext.data.columns import TEXT_COLUMNS, WEIGHT, checked, columns_of, used_columns
 from trl_ext.data.groups import OTHER_FIELDS, OTHERS, flatten_others, from_groups, gather_others, is_grouped
+from trl_ext.data.paths import refuse_missing_path
 from trl_ext.data.reasoning import (
     EMPTY_TRACE_FIELDS,
     EMPTY_TRACE_PREFIX,
@@ -30,18 +40,27 @@ from trl_ext.data.scores import score_preferences
 from trl_ext.logprobs import completion_lengths, sum_completions
 from trl_ext.losses import GroupBatch, PreferenceBatch
 from trl_ext.losses.base import SigmoidLoss
+from trl_ext.losses.bias_variance import present
+from trl_ext.trainers.checkpoint import check_losses, save_losses
 from trl_ext.trainers.dpo_config import DPOConfig
 from trl_ext.trainers.loss_terms import build_losses, check_combination, resolve_loss_types
-from trl_ext.trainers.mixing import MixingEstimate, estimate_alpha
+from trl_ext.trainers.metrics import means_over_processes
+from trl_ext.trainers.mixing import MixingEstimate, check_measurable, estimate_alpha
+from trl_ext.trainers.model_card import complete_model_card, describe_losses
+from trl_ext.trainers.policy_copy import frozen_copy
 from trl_ext.trainers.reference import load_reference, save_reference
 from trl_ext.trainers.scoring import ReferenceModel, Scorer, build_scorer
 from trl_ext.trainers.trl_seam import (
+    PAIR_METRICS,
     Replay,
     base_model,
     bind_forward,
     forget_metrics,
+    forget_statistics,
     fused_forward,
     map_rows,
+    no_reference,
+    only_term,
     reference_in_inputs,
     unbind_forward,
     with_cache_key,
@@ -97,6 +116,12 @@ class DPOTrainer(trl.DPOTrainer):
     ```
 
     Args:
+        ref_model ([`~transformers.PreTrainedModel`], *optional*):
+            Reference. Where none is given, and `model` is a model and not a name, it is a frozen copy of that model with the
+            weights it has when the trainer is built: the reference of a second stage is what the first has trained, as in
+            [`OnlineDPOTrainer`]. (TRL loads it anew from the folder or hub name that the model came from; a warning says
+            where that would differ. Under ZeRO-3, where a model cannot be copied, it is loaded here too.) Losses that state
+            `needs_reference = False` have none, unless they are mixed with one that needs it.
         args ([`DPOConfig`] or [`trl.DPOConfig`], *optional*):
             Configuration. With TRL's class, losses of ours have their default hyper-parameters.
         train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
@@ -140,6 +165,7 @@ class DPOTrainer(trl.DPOTrainer):
             )
         # What the losses of ours read from the dataset; `_losses` are the terms that TRL does not compute
         self._losses: dict[str, Any] = losses
+        self._weights: dict[str, float] = {}
         self._columns: list[str] = []
         self._pairing = self._groups = None
         self._mixing: MixingEstimate | None = None
@@ -163,28 +189,45 @@ class DPOTrainer(trl.DPOTrainer):
                     )
             self._refuse_vision(available, losses)
             train_dataset = checked(train_dataset, self._columns, losses, "train")
+            for remark in filter(None, (loss.remark(self._columns) for loss in losses.values())):
+                logger.warning(remark)
         if eval_dataset is not None:
             eval_dataset = self._checked_eval(eval_dataset)
         for given in (model, ref_model):
+            refuse_missing_path(given, "model")
             if isinstance(given, torch.nn.Module):
                 unbind_forward(base_model(given))  # of an earlier trainer, or of the model this one is a copy of
+        self._needs_reference = not losses or any(name not in losses or losses[name].needs_reference for name in names)
+        if not self._needs_reference:
+            self._refuse_reference(names, ref_model, args)
+        copied = ref_model is None and self._needs_reference and self._copies_policy(model, peft_config, args)
+        if copied:
+            ref_model = frozen_copy(model)
 
-        super().__init__(
-            model=model,
-            ref_model=ref_model,
-            args=args,
-            data_collator=data_collator,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            compute_metrics=compute_metrics,
-            callbacks=callbacks,
-            optimizers=optimizers,
-            quantization_config=quantization_config,
-            peft_config=peft_config,
-        )
+        with no_reference(args) if not self._needs_reference else contextlib.nullcontext():
+            super().__init__(
+                model=model,
+                ref_model=ref_model,
+                args=args,
+                data_collator=data_collator,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                compute_metrics=compute_metrics,
+                callbacks=callbacks,
+                optimizers=optimizers,
+                quantization_config=quantization_config,
+                peft_config=peft_config,
+            )
+        if not self._needs_reference:
+            self.precompute_ref_logps = False
+        if copied and self.precompute_ref_logps:
+            self.ref_model = None  # it has served
         bind_forward(base_model(self.model))
         _ = self._scorer  # an impossible backend is refused now
+        self._measures_alpha = getattr(self._losses.get("bias_variance"), "alpha", None) == "auto"
+        if self._measures_alpha:
+            check_measurable(self)
         if not self._losses:
             return
 
@@ -204,6 +247,32 @@ class DPOTrainer(trl.DPOTrainer):
             self._name = " + ".join(names)
             self._paper = {"title": first.title, "id": first.paper.split(",")[0], "citation": first.citation}
             self._tag_names = [*self._tag_names, "trl-ext", *described]
+
+    # Reference
+
+    @staticmethod
+    def _refuse_reference(names: list[str], ref_model: Any, args: trl.DPOConfig) -> None:
+        """Refuse what would make or move a reference that no loss reads."""
+        given = [name for name in ("sync_ref_model", "precompute_ref_log_probs") if getattr(args, name)]
+        given += ["ref_model"] if ref_model is not None else []
+        if given:
+            raise ValueError(
+                f"None of the losses {names} reads a reference model, so {given} would have no effect. Leave {given} out."
+            )
+
+    @staticmethod
+    def _copies_policy(model: Any, peft_config: Any, args: trl.DPOConfig | None) -> bool:
+        """
+        Whether the reference is a copy of the policy as it was given. TRL would load it anew from where the policy came from.
+
+        Adapters need no copy. What is precomputed needs none either, but under FSDP, where the policy is not sharded yet. Under
+        ZeRO-3 a model cannot be copied, so it is loaded.
+        """
+        if not isinstance(model, PreTrainedModel) or peft_config is not None or is_deepspeed_zero3_enabled():
+            return False
+        if args is None or not args.precompute_ref_log_probs:
+            return True
+        return args.distributed_state.distributed_type == "FSDP"
 
     # Dataset
 
@@ -253,17 +322,22 @@ class DPOTrainer(trl.DPOTrainer):
     def _checked_split(self, dataset: Any, split: str) -> Any:
         if not isinstance(dataset, (Dataset, IterableDataset)):
             return dataset
-        if self._pairing is not None and is_grouped(columns_of(dataset, split)):
-            dataset = from_groups(dataset, self._pairing, split)
+        available = columns_of(dataset, split)
+        if is_grouped(available):
+            # Where training is on pairs, whole groups cannot be collated: the best against the worst
+            dataset = from_groups(dataset, self._pairing or "best_worst", split)
+            available = columns_of(dataset, split)
         if not self._losses:
             return dataset
-        available = columns_of(dataset, split)
-        if self._groups and OTHERS not in available:
+        if self._groups and OTHERS not in available and "other_ids" not in available:
             raise ValueError(
                 f"The {split} dataset holds no groups, the train dataset does. Its columns are {available}."
             )
         missing = [column for column in self._columns if column not in available]
-        used_columns(available, self._losses, split)
+        if self._empty_trace and EMPTY_TRACE_PREFIX + TOKENIZED[0] in available:
+            missing = [column for column in missing if column not in TEXT_COLUMNS]
+        else:
+            used_columns(available, self._losses, split)
         if missing:
             raise ValueError(
                 f"The {split} dataset lacks the columns {missing}, which the losses read from the train dataset. Its "
@@ -272,20 +346,25 @@ class DPOTrainer(trl.DPOTrainer):
         return checked(dataset, self._columns, self._losses, split)
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
-        if {"prompt_ids", "chosen_ids", "rejected_ids"} <= set(columns_of(dataset, dataset_name)):
-            return dataset  # tokenized by the user, such as steps that no end of sequence follows
+        available = columns_of(dataset, dataset_name)
+        if set(TOKENIZED) <= set(available):
+            if set(available) & {EMPTY_TRACE_PREFIX + TOKENIZED[0], "other_ids", "ref_chosen_logps"}:
+                return dataset  # prepared here before, such as `trainer.eval_dataset` handed to `evaluate`
+            # Tokenized by the user, such as steps that no end of sequence follows
+            return check_tokenized(dataset, dataset_name, args.max_length, args.truncation_mode == "keep_start")
+        check_template(dataset, processing_class, dataset_name)
         if self._groups:
             return self._prepare_groups(dataset, processing_class, args, dataset_name)
-        if not self._empty_trace:
-            return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+        if self._empty_trace:
+            dataset = dataset.map(check_pairs, with_indices=True, fn_kwargs={"split": dataset_name})
+        else:
+            warn_of_empty_completions(dataset, dataset_name)
         rows = len(dataset) if isinstance(dataset, Dataset) else None
-        dataset = dataset.map(check_pairs, with_indices=True, fn_kwargs={"split": dataset_name})
         dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
-        if rows is not None and len(dataset) == 0:
-            raise ValueError(
-                f"All {rows} prompts of the {dataset_name} dataset have `max_length={args.max_length}` tokens or more, so "
-                "nothing of a completion is left. Raise `max_length`."
-            )
+        if rows is not None:
+            say_what_was_dropped(rows, len(dataset), dataset_name, args.max_length)
+        if not self._empty_trace:
+            return dataset
         options = {"num_proc": args.dataset_num_proc} if isinstance(dataset, Dataset) else {}
         return dataset.map(
             tokenize_empty_trace, fn_kwargs={"tokenizer": self._tokenizer}, remove_columns=[HAS_TRACES], **options
@@ -293,10 +372,13 @@ class DPOTrainer(trl.DPOTrainer):
 
     def _prepare_groups(self, dataset, processing_class, args, dataset_name):
         """Best and worst as TRL's pair, then the others, tokenized by TRL as pairs of their own."""
+        rows = len(dataset)
         dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+        say_what_was_dropped(rows, len(dataset), dataset_name, args.max_length)
         flat, starts = flatten_others(dataset)
         if len(flat):
-            whole = dataclasses.replace(args)
+            # A plain copy: `dataclasses.replace` would run `__post_init__` and reset the state of accelerate
+            whole = copy.copy(args)
             whole.max_length = None  # rows were dropped above, where their prompts leave no room
             flat = super()._prepare_dataset(flat, processing_class, whole, f"{dataset_name} (other completions)")
         fields = {"other_prompt_ids": ("prompt_ids", "prompt_ids"), "other_ids": ("chosen_ids", "rejected_ids")}
@@ -310,10 +392,15 @@ class DPOTrainer(trl.DPOTrainer):
         self._signature_columns += [name for name in extra if name not in self._signature_columns]
 
     def _precompute_ref_logps(self, dataset, name, batch_size):
+        if not self._needs_reference or "ref_chosen_logps" in (dataset.column_names or ()):
+            return dataset  # nobody reads them, or they are there already
         if not isinstance(dataset, Dataset):
             return super()._precompute_ref_logps(dataset, name, batch_size)  # says that a stream cannot be precomputed
         args = self.args
         key = (args.max_length, args.truncation_mode, args.ld_alpha, args.bf16, args.fp16, str(self._scorer))
+        # Settings of the model that are no weights: positions, soft caps, windows
+        scored = self.model if self.ref_model is None else self.ref_model
+        key += (base_model(self.accelerator.unwrap_model(scored)).config.to_json_string(),)
         collator = self.data_collator
         if isinstance(collator, PreferenceCollator):  # `evaluate` of a new dataset: the reference reads no columns
             self.data_collator = collator.collator
@@ -357,7 +444,7 @@ class DPOTrainer(trl.DPOTrainer):
     @functools.cached_property
     def _scorer(self) -> Scorer | None:
         """Our token log-probabilities; `None` for TRL's own. Built when first needed: TRL may precompute with it."""
-        return build_scorer(self.model, self.args, self.aux_loss_enabled)
+        return build_scorer(self.model, self.args, self.aux_loss_enabled, self.ref_model)
 
     def compute_ref_log_probs(self, model, inputs):
         if self._scorer is None:
@@ -394,7 +481,6 @@ class DPOTrainer(trl.DPOTrainer):
         inputs, columns, empty = self._split(inputs)
         joint = self._join(inputs, empty) if empty else inputs
         prompts = inputs["input_ids"].size(0) // 2
-        groups = prompts
         if group:
             joint = self._join_others(inputs, group)
 
@@ -404,54 +490,100 @@ class DPOTrainer(trl.DPOTrainer):
             outputs = fused_forward(model, joint, router_logits=self.aux_loss_enabled)
         else:
             statistics = self._statistics()
-            layout = self._scorer.layout(joint, groups)
+            layout = self._scorer.layout(joint, prompts)
             outputs = self._scorer(model, joint, layout, statistics, router_logits=self.aux_loss_enabled)
         logps = sum_completions(outputs.log_probs, joint["completion_mask"], self.ld_alpha)
-        if "ref_chosen_logps" in joint:
-            ref_logps = torch.cat([joint["ref_chosen_logps"], joint["ref_rejected_logps"]])
-        else:
-            ref_logps = torch.cat(self._ref_log_probs(self.ref_model or self.model, joint, layout))
+        ref_logps = self._joint_ref_logps(joint, layout) if self._needs_reference else None
         lengths = completion_lengths(joint["completion_mask"])
 
-        group_batch = None
-        if group:
-            group_batch = self._group_batch(
-                group, columns, *(t.view(-1, prompts).T for t in (logps, ref_logps, lengths))
-            )
-            rows = torch.arange(2 * prompts, device=logps.device)
-            logps, ref_logps, lengths = logps[rows], ref_logps[rows], lengths[rows]
-            width = inputs["input_ids"].size(1) - joint["input_ids"].size(1)
-            outputs = map_rows(outputs, lambda field: field[rows, : field.size(1) + width])
-        # Rows are [chosen, rejected], with an empty-trace pair [chosen, its chosen, rejected, its rejected]
-        parts = 2 if empty else 1
-        pairs = [
-            PreferenceBatch(
-                *logps.chunk(2 * parts)[part::parts],
-                *ref_logps.chunk(2 * parts)[part::parts],
-                *lengths.chunk(2 * parts)[part::parts],
+        # The rows of the pair that TRL's method is given: [chosen, rejected]. In groups they come first; with an empty-trace
+        # pair, rows are [chosen, its chosen, rejected, its rejected].
+        rows = torch.arange(logps.numel(), device=logps.device)
+        halves = rows.chunk(4) if empty else rows[: 2 * prompts].chunk(2)
+        pair_rows = torch.cat([halves[0], halves[2]]) if empty else torch.cat(halves)
+
+        def batch_of(rows: torch.Tensor, **fields) -> PreferenceBatch:
+            references = (None, None) if ref_logps is None else ref_logps[rows].chunk(2)
+            return PreferenceBatch(
+                *logps[rows].chunk(2),
+                *references,
+                *lengths[rows].chunk(2),
                 beta=self.beta,
                 columns=columns,
+                **fields,
             )
-            for part in range(parts)
-        ]
-        batch = pairs[0]
-        if empty:
-            batch = dataclasses.replace(batch, empty_trace=pairs[1])
-            rows = torch.arange(logps.numel(), device=logps.device).chunk(4)
-            traced = torch.cat([rows[0], rows[2]])
-            padding = joint["input_ids"].size(1) - inputs["input_ids"].size(1)
-            outputs = map_rows(outputs, lambda field: field[traced, : field.size(1) - padding])
+
+        empty_trace = batch_of(torch.cat([halves[1], halves[3]])) if empty else None
+        batch = batch_of(pair_rows, empty_trace=empty_trace)
+        group_batch = None
+        if group:
+            by_group = (None if t is None else t.view(-1, prompts).T for t in (logps, ref_logps, lengths))
+            group_batch = self._group_batch(group, columns, *by_group)
+        if len(pair_rows) < len(rows):
+            narrower = joint["input_ids"].size(1) - inputs["input_ids"].size(1)
+            outputs = map_rows(outputs, lambda field: field[pair_rows, : field.size(1) - narrower])
 
         # TRL adds its own loss types, the auxiliary loss and all of its metrics, on the outputs that are there
-        inputs = {**inputs, "ref_chosen_logps": batch.ref_chosen_logps, "ref_rejected_logps": batch.ref_rejected_logps}
-        with reference_in_inputs(self):
-            result = super().compute_loss(Replay(model, outputs), inputs, return_outputs, num_items_in_batch)
+        for name in ("ref_chosen_logps", "ref_rejected_logps"):
+            reference = getattr(batch, name)
+            inputs[name] = torch.zeros_like(batch.chosen_logps).detach() if reference is None else reference
+        result = self._trls_loss(model, outputs, inputs, return_outputs, num_items_in_batch)
         if statistics is not None:
-            forget_metrics(self, statistics)
+            forget_statistics(self, statistics)
         if not self._losses:
             return result
-        loss = (result[0] if return_outputs else result) + self._loss(batch, empty, group_batch)
+        if len(pair_rows) < len(rows) and self.model.training:
+            self._count_tokens(joint["attention_mask"].sum(dim=1) * (lengths > 0), pair_rows)
+        if empty:
+            self._replace_pair_metrics(batch)
+        loss = (result[0] if return_outputs else result) + self._loss(batch, group_batch)
         return (loss, result[1]) if return_outputs else loss
+
+    def _joint_ref_logps(self, joint: dict[str, Any], layout: Any) -> torch.Tensor:
+        """Reference log-probabilities of all rows of a batch, shape `(N,)`, nats."""
+        if "ref_chosen_logps" in joint:
+            return torch.cat([joint["ref_chosen_logps"], joint["ref_rejected_logps"]])
+        model = self.model if self.ref_model is None else self.ref_model
+        return torch.cat(self._ref_log_probs(model, joint, layout))
+
+    def _trls_loss(self, model, outputs, inputs, return_outputs, num_items_in_batch):
+        """TRL's method on outputs that are there; beside losses of ours, each of its loss types is logged by its name."""
+        model = Replay(model, outputs)
+        with reference_in_inputs(self):
+            if not self._losses or not self.loss_types:
+                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            total = terms = None
+            for name, weight in zip(self.loss_types, self.loss_weights, strict=True):
+                # TRL's metrics and the auxiliary loss are added once, with the first
+                with only_term(self, name, record=total is None):
+                    result = super().compute_loss(model, inputs, return_outputs and total is None, num_items_in_batch)
+                loss, rest = result if isinstance(result, tuple) else (result, None)
+                if total is None:
+                    total = self.router_aux_loss_coef * outputs.aux_loss if self.aux_loss_enabled else 0.0
+                    loss, terms = loss - total, rest
+                total = total + weight * loss
+                self._log_metrics({f"loss/{name}": loss})
+        return (total, terms) if return_outputs else total
+
+    def _count_tokens(self, tokens: torch.Tensor, counted: torch.Tensor) -> None:
+        """Add the tokens of the rows that TRL's method, which sees the rows `counted`, did not count."""
+        others = tokens.sum() - tokens[counted].sum()
+        self._total_train_tokens += self.accelerator.gather_for_metrics(others).sum().item() // self._tp_size
+        self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
+
+    def _replace_pair_metrics(self, batch: PreferenceBatch) -> None:
+        """Log what TRL's method says of rewards and log-probs over the rows that have a traced pair; the others hold none."""
+        forget_metrics(self, PAIR_METRICS)
+        logps = batch.chosen_logps.detach(), batch.rejected_logps.detach()
+        rewards = logps
+        if batch.ref_chosen_logps is not None:
+            rewards = logps[0] - batch.ref_chosen_logps, logps[1] - batch.ref_rejected_logps
+        chosen, rejected = (batch.beta * each for each in rewards)
+        values = (chosen, rejected, (chosen > rejected).float(), chosen - rejected, *logps)
+        there = present(batch)
+        self._log_metrics(
+            {name: value.masked_fill(~there, torch.nan) for name, value in zip(PAIR_METRICS, values, strict=True)}
+        )
 
     def _join(self, inputs: dict[str, Any], empty: dict[str, Any]) -> dict[str, Any]:
         """Both pairs as one batch of `4 B` rows: chosen, its empty-trace one, rejected, its empty-trace one."""
@@ -494,28 +626,27 @@ class DPOTrainer(trl.DPOTrainer):
         scores = torch.cat([*ends, group["other_scores"]], dim=1)
         return GroupBatch(logps, ref_logps, lengths, scores, mask, beta=self.beta, columns=columns)
 
-    def _loss(self, batch: PreferenceBatch, empty: dict[str, Any], group: GroupBatch | None = None) -> torch.Tensor:
+    def _loss(self, batch: PreferenceBatch, group: GroupBatch | None = None) -> torch.Tensor:
         """Weighted sum of the mean losses of ours, whose metrics are logged on the way."""
         weight = batch.columns.get(WEIGHT)
-        metrics = {
-            "lengths/chosen": batch.chosen_lengths.float().mean(),
-            "lengths/rejected": batch.rejected_lengths.float().mean(),
-            "logratios/chosen": batch.chosen_logratios.mean(),
-            "logratios/rejected": batch.rejected_logratios.mean(),
-        }
+        there = present(batch) if batch.empty_trace is not None else None
+        metrics: dict[str, Any] = {"lengths/chosen": batch.chosen_lengths, "lengths/rejected": batch.rejected_lengths}
+        if batch.ref_chosen_logps is not None:
+            metrics |= {"logratios/chosen": batch.chosen_logratios, "logratios/rejected": batch.rejected_logratios}
+        if there is not None:
+            metrics = {name: value.float().masked_fill(~there, torch.nan) for name, value in metrics.items()}
         if weight is not None:
-            metrics["pair_weight/mean"] = weight.mean()
+            metrics["pair_weight/mean"] = weight
         if self._mixing is not None:
-            ratio = {"mixing/alpha": self._mixing.alpha, "mixing/variance_ratio": self._mixing.variance_ratio}
-            metrics |= {name: torch.tensor(value, device=batch.delta.device) for name, value in ratio.items()}
-        total = torch.zeros((), dtype=batch.delta.dtype, device=batch.delta.device)
+            metrics |= {"mixing/alpha": self._mixing.alpha, "mixing/variance_ratio": self._mixing.variance_ratio}
+        total = torch.zeros((), dtype=batch.chosen_logps.dtype, device=batch.chosen_logps.device)
         for name, loss in self._losses.items():
             given = group if group is not None and loss.takes_groups else batch
             per_pair = loss(given)
-            if per_pair.shape != batch.delta.shape:
+            if per_pair.shape != batch.chosen_logps.shape:
                 raise ValueError(
-                    f"The loss {name!r} returned shape {tuple(per_pair.shape)}; expected one value a pair, shape "
-                    f"{tuple(batch.delta.shape)}. Reduce over tokens or completions, not over pairs."
+                    f"The loss {name!r} returned shape {tuple(per_pair.shape)}; expected one value per pair, shape "
+                    f"{tuple(batch.chosen_logps.shape)}. Reduce over tokens or completions, not over pairs."
                 )
             if weight is not None:
                 per_pair = per_pair * weight.to(per_pair.dtype)
@@ -523,32 +654,34 @@ class DPOTrainer(trl.DPOTrainer):
             for key, value in loss.metrics(given).items():
                 metrics[f"{name}/{key}" if key in metrics else key] = value
             if len(self._weights) + len(self.loss_types) > 1:
-                metrics[f"loss/{name}"] = per_pair.mean()
+                metrics[f"loss/{name}"] = per_pair
         self._log_metrics(metrics)
-        if empty and self.model.training:
-            # TRL counts the tokens of the traced pair
-            tokens = self.accelerator.gather_for_metrics(empty["attention_mask"].sum()).sum().item()
-            self._total_train_tokens += tokens // self._tp_size
-            self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
         return total
 
-    def _log_metrics(self, metrics: dict[str, torch.Tensor]) -> None:
-        """Mean of each metric over processes, with one gather and one transfer for all of them."""
-        values = torch.stack([value.detach().float() for value in metrics.values()]).unsqueeze(0)
-        means = self.accelerator.gather(values).mean(dim=0).tolist()
+    def _log_metrics(self, metrics: dict[str, Any]) -> None:
+        """Log the mean of each metric over the rows of all processes."""
         mode = "train" if self.model.training else "eval"
-        for key, value in zip(metrics, means, strict=True):
+        for key, value in means_over_processes(self.accelerator, metrics).items():
             self._metrics[mode][key].append(value)
 
     # What a run has measured or moved, and a checkpoint keeps
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
-        loss = self._losses.get("bias_variance")
-        if loss is not None and getattr(loss, "alpha", None) == "auto":
-            self._mixing = self._estimated_mixing(resume_from_checkpoint)
-            self._losses = {**self._losses, "bias_variance": dataclasses.replace(loss, alpha=self._mixing.alpha)}
-            logger.info(f"bias_variance: alpha={self._mixing.alpha:.3f}, measured on {self._mixing.rows} rows.")
+        if self._measures_alpha:
+            self._mix(self._estimated_mixing(resume_from_checkpoint))
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def evaluation_loop(self, *args, **kwargs):
+        if self._measures_alpha and self._mixing is None:
+            self._mix(estimate_alpha(self))
+        return super().evaluation_loop(*args, **kwargs)
+
+    def _mix(self, estimate: MixingEstimate) -> None:
+        """Give `bias_variance` the weight that was measured."""
+        self._mixing = estimate
+        loss = dataclasses.replace(self._losses["bias_variance"], alpha=estimate.alpha)
+        self._losses = {**self._losses, "bias_variance": loss}
+        logger.info(f"bias_variance: alpha={estimate.alpha:.3f}, measured on {estimate.rows} rows.")
 
     def _estimated_mixing(self, resume_from_checkpoint) -> MixingEstimate:
         if resume_from_checkpoint is True:
@@ -556,21 +689,25 @@ class DPOTrainer(trl.DPOTrainer):
         path = Path(resume_from_checkpoint or "") / MIXING_FILE
         if resume_from_checkpoint and path.exists():  # what the run began with
             return MixingEstimate(**json.loads(path.read_text()))
-        return estimate_alpha(self)
+        return self._mixing or estimate_alpha(self)
 
     def _save_checkpoint(self, model, trial):
         super()._save_checkpoint(model, trial)
+        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+        if self.is_world_process_zero():
+            save_losses(folder, self._all_weights, self._losses)
         if self._mixing is not None and self.is_world_process_zero():
-            folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
             (folder / MIXING_FILE).write_text(self._mixing.to_json())
-        if self.args.sync_ref_model and self.is_world_process_zero():
+        if self.args.sync_ref_model:
             folder = f"{self._get_output_dir(trial=trial)}/checkpoint-{self.state.global_step}"
             save_reference(self.accelerator.unwrap_model(self.ref_model), folder)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self.args.sync_ref_model:  # TRL starts over from the first reference
-            load_reference(self.accelerator.unwrap_model(self.ref_model), resume_from_checkpoint)
+    def _load_optimizer_and_scheduler(self, checkpoint):  # which DeepSpeed resumes by too, unlike `_load_from_checkpoint`
+        if checkpoint is not None:
+            check_losses(checkpoint, self._all_weights, self._losses)
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self.args.sync_ref_model:
+            load_reference(self.accelerator.unwrap_model(self.ref_model), checkpoint)
 
     # Evaluation and model card
 
@@ -581,23 +718,12 @@ class DPOTrainer(trl.DPOTrainer):
 
     def create_model_card(self, *args, **kwargs):
         super().create_model_card(*args, **kwargs)
-        if not any(loss.paper for loss in self._losses.values()) or not self.is_world_process_zero():
-            return
-        path = f"{self.args.output_dir}/README.md"
-        card = ModelCard.load(path)
-        card.text = card.text.replace(
-            "### Framework versions", f"{self._describe_losses()}\n\n### Framework versions", 1
-        )
-        card.save(path)
+        if self.is_world_process_zero():
+            described = any(loss.paper for loss in self._losses.values())
+            table = describe_losses(self._all_weights, self._losses, self.beta) if described else ""
+            complete_model_card(self.args.output_dir, self.model, table)
 
-    def _describe_losses(self) -> str:
-        lines = ["### Loss", "", "| loss | weight | hyper-parameters | paper |", "| --- | --- | --- | --- |"]
-        rows = dict(zip(self.loss_types, self.loss_weights, strict=True)) | self._weights
-        for name, weight in rows.items():
-            loss = self._losses.get(name)
-            values = json.dumps(dataclasses.asdict(loss), default=str) if loss else ""
-            papers = [paper.strip() for paper in loss.paper.split(",") if paper] if loss else []
-            links = ", ".join(f"[{paper}](https://huggingface.co/papers/{paper})" for paper in papers)
-            lines.append(f"| `{name}` | {weight} | {f'`{values}`' if values else ''} | {links} |")
-        lines += ["", f"With [trl_ext](https://pypi.org/project/trl-ext/), `beta={self.beta}`."]
-        return "\n".join(lines)
+    @property
+    def _all_weights(self) -> dict[str, float]:
+        """Weight of each loss of the run, TRL's own first."""
+        return dict(zip(self.loss_types, self.loss_weights, strict=True)) | self._weights

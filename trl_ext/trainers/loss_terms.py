@@ -1,6 +1,7 @@
 """From `loss_type`, `loss_weights` and `loss_kwargs` to losses: built once, refused early."""
 
 import dataclasses
+import logging
 import math
 from typing import Any
 
@@ -9,8 +10,12 @@ from transformers import TrainingArguments
 from trl_ext.losses import TRL_LOSS_TYPES, get_loss, list_aliases, loss_class, resolve_name
 
 
+logger = logging.getLogger(__name__)
+
 # TRL loss types whose formula divides by beta
 _TRL_DIVIDES_BY_BETA = ("ipo", "sppo_hard")
+# TRL loss types that learn at `beta=0` too
+_WITHOUT_BETA = ("sft",)
 
 
 def resolve_loss_types(loss_type: str | list[str]) -> list[str]:
@@ -85,6 +90,9 @@ def check_combination(args: TrainingArguments, names: list[str], losses: dict[st
         divided += [name for name, loss in losses.items() if loss.divides_by_beta]
         if divided:
             raise ValueError(f"`beta=0` has no meaning for {divided}, which divide by it. Set a positive `beta`.")
+        flat = [name for name in names if name not in _WITHOUT_BETA and getattr(losses.get(name), "reads_beta", True)]
+        if flat:
+            logger.warning(f"With `beta=0` the losses {flat} do not depend on the policy: they teach nothing.")
     weights = args.loss_weights
     if weights is not None:
         if len(weights) != len(names):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from accelerate.logging import get_logger
+from accelerate.utils import extract_model_from_parallel
 from packaging.version import Version
 from peft import PeftModel
 from transformers import PreTrainedModel, TrainingArguments
@@ -116,9 +117,24 @@ class ReferenceModel:
         return self.scorer(self.model, self.inputs, self.layout, statistics=())
 
 
-def build_scorer(model: PreTrainedModel | PeftModel, args: TrainingArguments, aux_loss: bool) -> Scorer | None:
+def build_scorer(
+    model: PreTrainedModel | PeftModel,
+    args: TrainingArguments,
+    aux_loss: bool,
+    reference: torch.nn.Module | None = None,
+) -> Scorer | None:
     """
     The scorer that a config asks for; `None` where TRL's own path is to run.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            The policy.
+        args ([`~transformers.TrainingArguments`]):
+            Configuration of the trainer.
+        aux_loss (`bool`):
+            Whether the auxiliary loss of a mixture of experts is trained.
+        reference (`torch.nn.Module`, *optional*):
+            The reference model, where there is one of its own: it reads the same batches.
 
     Raises:
         `ValueError`: For a backend that cannot run here, or a shared prefix that would not be exact.
@@ -128,6 +144,9 @@ def build_scorer(model: PreTrainedModel | PeftModel, args: TrainingArguments, au
     if backend == "trl":
         return None
     reason = None if share is False else _why_plain(model, args, aux_loss)
+    if share is not False and reason is None and reference is not None:
+        reason = why_not_shared(extract_model_from_parallel(reference))
+        reason = reason and f"of the reference model, {reason}"
     if share is True and reason is not None:
         raise ValueError(
             f"`share_prefix=True` would not be exact for this model: {reason}. Use `share_prefix='auto'` or `False`."

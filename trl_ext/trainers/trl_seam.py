@@ -7,26 +7,32 @@ Every private TRL name that this package leans on, in one place.
 import contextlib
 import functools
 import inspect
+import os
 import types
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from contextvars import ContextVar
 
 import torch
-from accelerate.utils import is_peft_model
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object, is_peft_model
 from datasets import Dataset
 from datasets.fingerprint import Hasher
 from torch import nn
-from trl import DPOTrainer
+from torch.distributed.tensor import Partial
+from trl import DPOConfig, DPOTrainer
 from trl.trainer import utils
 from trl.trainer.utils import FusedCausalLMOutput
 
 from trl_ext.logprobs import Head, Transform
+from trl_ext.logprobs.substitute import Substitute
 
 
 # Methods of `trl.DPOTrainer` that ours extends, and attributes that it reads
 DPO_METHODS = (
     "_prepare_dataset",
     "_set_signature_columns_if_needed",
-    "_load_from_checkpoint",
+    "_load_optimizer_and_scheduler",
     "_precompute_ref_logps",
     "_save_checkpoint",
     "compute_ref_log_probs",
@@ -45,10 +51,11 @@ DPO_ATTRIBUTES = (
     "loss_types",
     "loss_weights",
     "precompute_ref_logps",
+    "router_aux_loss_coef",
 )
 
 # What ours extends or reads of `trl.experimental.online_dpo.OnlineDPOTrainer`
-ONLINE_METHODS = ("_generate", "_generate_vllm", "_save_checkpoint", "_load_from_checkpoint", "evaluate")
+ONLINE_METHODS = ("_generate", "_generate_vllm", "_save_checkpoint", "_load_optimizer_and_scheduler", "evaluate")
 ONLINE_ATTRIBUTES = (
     "_beta",
     "_tokenizer",
@@ -101,6 +108,7 @@ def head_in_place(head: Head, statistics: tuple[str, ...] | None) -> Iterator[No
     """
 
     def apply(hidden, weight, bias, targets, temperature, _chunk_size, softcap, scale, outputs):
+        _average_gradients(weight, bias)
         wanted = tuple(name for name in outputs if name != "log_probs" and (statistics is None or name in statistics))
         result = head(
             hidden,
@@ -116,13 +124,42 @@ def head_in_place(head: Head, statistics: tuple[str, ...] | None) -> Iterator[No
             zeros["is_top1"] = zeros["is_top1"].bool()
         return result._replace(**zeros)
 
-    replaced = utils._ChunkedLogProbFunction, utils._use_triton
-    utils._ChunkedLogProbFunction = types.SimpleNamespace(apply=apply)
-    utils._use_triton = lambda device: True  # only the scored positions, on every device
-    try:
+    with _HEAD.acting(apply):
         yield
-    finally:
-        utils._ChunkedLogProbFunction, utils._use_triton = replaced
+
+
+def _install_head(current: ContextVar) -> Callable[[], None]:
+    """Have TRL's fused forward ask the thread that runs it for its head."""
+    function, use_triton = utils._ChunkedLogProbFunction, utils._use_triton
+
+    def apply(*arguments):
+        own = current.get()
+        return function.apply(*arguments) if own is None else own(*arguments)
+
+    utils._ChunkedLogProbFunction = types.SimpleNamespace(apply=apply, forward=function.forward)
+    # Only the scored positions, on every device
+    utils._use_triton = lambda device: current.get() is not None or use_triton(device)
+
+    def remove() -> None:
+        utils._ChunkedLogProbFunction, utils._use_triton = function, use_triton
+
+    return remove
+
+
+_HEAD = Substitute(_install_head)
+
+
+def _average_gradients(*parameters: torch.Tensor | None) -> None:
+    """
+    Have the gradients of a sharded head averaged over processes.
+
+    A head that is an FSDP2 unit of its own (an adapter's `modules_to_save`) comes from TRL made whole with `full_tensor()`,
+    whose backward would give each process's shard the gradient of that process alone.
+    """
+    for parameter in parameters:
+        made_whole = getattr(parameter, "grad_fn", None)
+        if hasattr(made_whole, "dtensor_spec"):
+            made_whole.grad_placements = [Partial("avg")] * made_whole.dtensor_spec.mesh.ndim
 
 
 def base_model(model: nn.Module) -> nn.Module:
@@ -192,14 +229,53 @@ METRICS_OF = {
 }
 
 
-def forget_metrics(trainer: DPOTrainer, measured: tuple[str, ...]) -> None:
-    """Take back what TRL's loss has just logged from statistics that were not measured in this batch."""
+# What TRL's loss logs of pairs, each the mean over the rows of the batch, in the order of its own code
+PAIR_METRICS = (
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/accuracies",
+    "rewards/margins",
+    "logps/chosen",
+    "logps/rejected",
+)
+
+
+def forget_metrics(trainer: DPOTrainer, names: Iterable[str]) -> None:
+    """Take back the last value that TRL's loss has logged under each of the names."""
     metrics = trainer._metrics["train" if trainer.model.training else "eval"]
+    for name in names:
+        metrics[name].pop()
+        if not metrics[name]:
+            del metrics[name]  # TRL divides by the number of values
+
+
+def forget_statistics(trainer: DPOTrainer, measured: tuple[str, ...]) -> None:
+    """Take back what TRL's loss has just logged from statistics that were not measured in this batch."""
     for statistic, names in METRICS_OF.items():
-        for name in names if statistic not in measured else ():
-            metrics[name].pop()
-            if not metrics[name]:
-                del metrics[name]  # TRL divides by the number of values
+        if statistic not in measured:
+            forget_metrics(trainer, names)
+
+
+@contextlib.contextmanager
+def only_term(trainer: DPOTrainer, name: str, record: bool) -> Iterator[None]:
+    """
+    While open, TRL's loss has one loss type, with weight 1.
+
+    Unless `record` is set, it has no auxiliary loss either, and what it logs and counts is forgotten.
+    """
+    names = ("loss_types", "loss_weights")
+    if not record:
+        names += ("aux_loss_enabled", "_metrics", "_total_train_tokens")
+    before = {attribute: getattr(trainer, attribute) for attribute in names}
+    trainer.loss_types, trainer.loss_weights = [name], [1.0]
+    if not record:
+        trainer.aux_loss_enabled = False
+        trainer._metrics = {mode: defaultdict(list) for mode in before["_metrics"]}
+    try:
+        yield
+    finally:
+        for attribute, value in before.items():
+            setattr(trainer, attribute, value)
 
 
 @contextlib.contextmanager
@@ -213,6 +289,20 @@ def reference_in_inputs(trainer: DPOTrainer) -> Iterator[None]:
         trainer.precompute_ref_logps = precomputed
 
 
+@contextlib.contextmanager
+def no_reference(args: DPOConfig) -> Iterator[None]:
+    """
+    While open, `trl.DPOTrainer.__init__` loads no reference model, as where reference log-probs are precomputed.
+
+    What it would compute is for the trainer's own `_precompute_ref_logps` to leave out.
+    """
+    args.precompute_ref_log_probs = True
+    try:
+        yield
+    finally:
+        args.precompute_ref_log_probs = False
+
+
 def with_cache_key(dataset: Dataset, *parts: object) -> Dataset:
     """
     The same dataset with a fingerprint that `parts` go into.
@@ -222,4 +312,21 @@ def with_cache_key(dataset: Dataset, *parts: object) -> Dataset:
     """
     keyed = dataset.select(range(len(dataset)))  # a new object over the same table
     keyed._fingerprint = Hasher.hash((dataset._fingerprint, parts))
+    if PartialState().num_processes > 1:
+        keyed._get_cache_file_path = types.MethodType(_shared_cache_path, keyed)
     return keyed
+
+
+def _shared_cache_path(dataset: Dataset, fingerprint: str) -> str:
+    """
+    One file for all processes, called in each: data in memory (or with caching disabled) has a folder in each process, where
+    TRL's first process would write what the others never find.
+    """
+    path = broadcast_object_list([Dataset._get_cache_file_path(dataset, fingerprint)])[0]
+    if not all(gather_object([os.path.isdir(os.path.dirname(path))])):
+        raise ValueError(
+            f"`precompute_ref_log_probs=True` keeps the reference log-probs in {os.path.dirname(path)}, which not every process "
+            "can read. Save the dataset with `save_to_disk` where all machines see it and load it from there, or set "
+            "`precompute_ref_log_probs=False`."
+        )
+    return path

@@ -515,6 +515,7 @@ class OnlineDPOTrainer(TRLOnlineDPOTrainer):
             mixture = None
             if self.args.mixture_coef and not reference:
                 mixture = self._mixture(count)
+            policy = eager(policy)
             output = sample(policy, ids, mask, self._sampling, count, mixture)
         return truncate_right(output, self.eos_token_ids, self._tokenizer.pad_token_id)
 
@@ -523,6 +524,7 @@ class OnlineDPOTrainer(TRLOnlineDPOTrainer):
 
         def reference(**kwargs):
             with self._reference() as network:
+                network = eager(network)
                 # Of a prompt too: its other logits would be the largest tensor of the run
                 return network(**kwargs, **last_logits(self.accelerator.unwrap_model(network)))
 
@@ -708,14 +710,14 @@ class OnlineDPOTrainer(TRLOnlineDPOTrainer):
 
     def _save_checkpoint(self, model, trial):
         super()._save_checkpoint(model, trial)
-        if self.args.sync_ref_model and self.ref_model is not None and self.is_world_process_zero():
+        if self.args.sync_ref_model and self.ref_model is not None:
             folder = f"{self._get_output_dir(trial=trial)}/checkpoint-{self.state.global_step}"
             save_reference(self.accelerator.unwrap_model(self.ref_model), folder)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self.args.sync_ref_model and self.ref_model is not None:
-            load_reference(self.accelerator.unwrap_model(self.ref_model), resume_from_checkpoint)
+    def _load_optimizer_and_scheduler(self, checkpoint):  # which DeepSpeed resumes by too, unlike `_load_from_checkpoint`
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self.args.sync_ref_model and self.ref_model is not None:
+            load_reference(self.accelerator.unwrap_model(self.ref_model), checkpoint)
 
 
 def _with_image(prompt: Any) -> Any:
@@ -726,6 +728,11 @@ def _with_image(prompt: Any) -> Any:
     first = next((message for message in parts if message["role"] == "user"), parts[0])
     first["content"].insert(0, {"type": "image"})
     return parts
+
+
+def eager(model: torch.nn.Module) -> torch.nn.Module:
+    """The model without `torch.compile`, which would compile it anew for each length of a completion."""
+    return getattr(model, "_orig_mod", model)
 
 
 def server_text(text: str, ids: list[int], tokenizer: Any) -> str:

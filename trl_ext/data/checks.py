@@ -1,0 +1,105 @@
+"""What is looked at before training: rows that would train on nothing, or on something that nobody meant."""
+
+import logging
+from typing import Any
+
+from datasets import Dataset, IterableDataset
+from trl.data_utils import is_conversational
+
+
+logger = logging.getLogger(__name__)
+
+TOKENIZED = ("prompt_ids", "chosen_ids", "rejected_ids")
+
+
+def check_template(dataset: Dataset | IterableDataset, tokenizer: Any, split: str) -> None:
+    """Raise a `ValueError` for a dataset of messages where the tokenizer has no chat template to render them."""
+    example = next(iter(dataset))
+    if is_conversational(example) and not getattr(tokenizer, "chat_template", None):
+        raise ValueError(
+            f"The {split} dataset holds conversations, and the tokenizer {getattr(tokenizer, 'name_or_path', '')!r} has no chat "
+            "template to render them. Set `tokenizer.chat_template`, use the tokenizer of an instruction-tuned model, or "
+            "give prompts and completions as text."
+        )
+
+
+def is_empty(completion: Any) -> bool:
+    """Whether a completion, text or messages, says nothing. `None` stands for a completion that is not there."""
+    if isinstance(completion, str):
+        return not completion.strip()
+    if not isinstance(completion, list) or not completion:
+        return completion is not None
+    return not any(message.get("content") or message.get("tool_calls") for message in completion)
+
+
+def warn_of_empty_completions(dataset: Dataset | IterableDataset, split: str) -> None:
+    """Say once how many rows have an empty completion. A stream is not read for that."""
+    sides = [side for side in ("chosen", "rejected") if side in (dataset.column_names or ())]
+    if not isinstance(dataset, Dataset) or not sides:
+        return
+    columns = dataset.select_columns(sides)
+    empty = [row for row, example in enumerate(columns) if any(is_empty(example[side]) for side in sides)]
+    if empty:
+        logger.warning(
+            f"{len(empty)} of {len(dataset)} pairs of the {split} dataset have an empty completion, the first in row {empty[0]}. "
+            "They train the model on ending its answer at once. If that is not meant, filter them out."
+        )
+
+
+def check_tokenized(
+    dataset: Dataset | IterableDataset, split: str, max_length: int | None, keep_start: bool
+) -> Dataset | IterableDataset:
+    """
+    Rows that the user tokenized, without those of which truncation would leave no completion token.
+
+    Args:
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            With `prompt_ids`, `chosen_ids` and `rejected_ids`.
+        split (`str`):
+            What the dataset is called in errors.
+        max_length (`int`, *optional*):
+            Tokens of prompt and completion that training keeps.
+        keep_start (`bool`):
+            Whether it keeps the first of them.
+
+    Raises:
+        `ValueError`: For a row that has an empty completion, and if no row is left.
+    """
+
+    def check(example: dict, row: int) -> None:
+        for name in TOKENIZED[1:]:
+            if not example[name]:
+                raise ValueError(
+                    f"Row {row} of the {split} dataset has no token in {name!r}: nothing of that completion could be scored, and "
+                    "the pair would teach nothing. Remove the row."
+                )
+
+    def checked(example: dict, row: int) -> dict:
+        check(example, row)
+        return example
+
+    if isinstance(dataset, IterableDataset):
+        dataset = dataset.map(checked, with_indices=True)
+    else:
+        for row, example in enumerate(dataset.select_columns(list(TOKENIZED[1:]))):
+            check(example, row)
+    if max_length is None or not keep_start:
+        return dataset
+    kept = dataset.filter(lambda example: len(example["prompt_ids"]) < max_length)
+    if isinstance(dataset, Dataset):
+        say_what_was_dropped(len(dataset), len(kept), split, max_length)
+    return kept
+
+
+def say_what_was_dropped(before: int, after: int, split: str, max_length: int | None) -> None:
+    """One warning for rows that were dropped since their prompts leave no room; a `ValueError` if no row is left."""
+    if before and not after:
+        raise ValueError(
+            f"All {before} prompts of the {split} dataset have `max_length={max_length}` tokens or more, so nothing of a "
+            "completion is left. Raise `max_length`."
+        )
+    if after < before:
+        logger.warning(
+            f"{before - after} of {before} rows of the {split} dataset were dropped: their prompts alone have "
+            f"`max_length={max_length}` tokens or more. Raise `max_length` to keep them."
+        )
