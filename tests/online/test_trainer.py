@@ -553,3 +553,58 @@ def test_the_mixture_projects_no_prompt(peft, tiny_model_dir, tmp_path):
     for hook in hooks:
         hook.remove()
     assert set(widths) == {1}
+
+
+@pytest.mark.parametrize("peft", [False, True], ids=["full", "lora"])
+@torch._dynamo.config.patch(disable=True)
+def test_a_compiled_model_trains_alike(peft, tiny_model_dir, tmp_path):
+    """With the wrappers of `torch.compile`, but no compiler: that takes a minute."""
+    runs = []
+    for compiled in (True, False):
+        torch.manual_seed(0)
+        trainer = online(
+            tiny_model_dir,
+            tmp_path / str(compiled),
+            torch_compile=compiled,
+            mixture_coef=0.5,
+            max_steps=2,
+            save_strategy="steps",
+            save_steps=2,
+            trainer_kwargs={"peft_config": lora() if peft else None, "eval_dataset": prompts(2)},
+        )
+        before, stops = trainer.model.generation_config, trainer.model.generation_config.eos_token_id
+        trainer.train()
+        metrics = trainer.evaluate()
+        runs.append((parameters(trainer), metrics["eval_loss"], metrics["eval_win_rate"]))
+        if compiled:
+            assert hasattr(trainer.model_wrapped, "_orig_mod")
+        assert trainer.model.generation_config is before and before.eos_token_id == stops
+        assert (tmp_path / str(compiled) / "checkpoint-2").is_dir()
+    assert_same_parameters(runs[0][0], runs[1][0], rtol=1e-4, atol=1e-6)
+    assert runs[0][1:] == pytest.approx(runs[1][1:], rel=1e-4)
+
+
+def test_the_model_card_names_model_and_losses(tiny_model_dir, tmp_path):
+    trainer = online(
+        tiny_model_dir, tmp_path, loss_type=["offset", "sigmoid"], loss_kwargs={"alpha": 0.25}, loss_weights=[1.0, 0.5]
+    )
+    trainer.create_model_card()
+    card = (tmp_path / "README.md").read_text()
+    assert f"fine-tuned version of the local model `{tiny_model_dir.name}`" in card
+    assert "| `offset` | 1.0 |" in card and '"alpha": 0.25' in card and "| `sigmoid` | 0.5 |" in card
+    assert "Direct Preference Optimization with an Offset" in card
+
+
+def test_a_reference_is_the_model_as_it_stands(tiny_model_dir, tmp_path, caplog):
+    first = online(tiny_model_dir, tmp_path, cls=Scripted)
+    assert "differ from those" not in caplog.text
+    with torch.no_grad():
+        for parameter in first.model.parameters():
+            parameter.mul_(1.05)
+    second = trl_ext.OnlineDPOTrainer(
+        first.model, reward_funcs=length_reward, args=first.args, train_dataset=prompts(),
+        processing_class=first.processing_class,
+    )  # fmt: skip
+    assert "differ from those" in caplog.text
+    for name, value in second.ref_model.named_parameters():
+        assert torch.equal(value, second.model.get_parameter(name)) and not value.requires_grad

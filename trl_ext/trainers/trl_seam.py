@@ -55,7 +55,15 @@ DPO_ATTRIBUTES = (
 )
 
 # What ours extends or reads of `trl.experimental.online_dpo.OnlineDPOTrainer`
-ONLINE_METHODS = ("_generate", "_generate_vllm", "_save_checkpoint", "_load_optimizer_and_scheduler", "evaluate")
+ONLINE_METHODS = (
+    "_generate",
+    "_generate_vllm",
+    "_save_checkpoint",
+    "_load_optimizer_and_scheduler",
+    "create_accelerator_and_postprocess",
+    "create_model_card",
+    "evaluate",
+)
 ONLINE_ATTRIBUTES = (
     "_beta",
     "_tokenizer",
@@ -69,6 +77,7 @@ ONLINE_ATTRIBUTES = (
     "reward_processing_classes",
     "reward_weights",
     "use_vllm",
+    "vllm_mode",
 )
 
 # Keys of a batch that are not arguments of the model (`_non_model_keys` in `DPOTrainer._compute_loss`)

@@ -192,7 +192,9 @@ def join_traces(selections: list[Selection], batches: list[PreferenceBatch]) -> 
         batch, other = batches[half], batches[1 - half]
         whole = _over_rows(batch, lambda value: value.new_zeros(len(prompts)).index_put((at[half],), value))
         columns = {
-            name: values.new_zeros(len(prompts)).index_put((at[1 - half],), other.columns[name]).index_put((at[half],), values)
+            name: values.new_zeros(len(prompts))
+            .index_put((at[1 - half],), other.columns[name])
+            .index_put((at[half],), values)
             for name, values in batch.columns.items()
         }
         return dataclasses.replace(whole, columns=columns)

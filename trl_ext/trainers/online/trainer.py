@@ -16,6 +16,7 @@ from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import GenerationConfig, PreTrainedModel, Trainer
+from transformers.integrations import is_deepspeed_zero3_enabled
 from trl.data_utils import is_conversational, maybe_apply_chat_template
 from trl.experimental.online_dpo import OnlineDPOTrainer as TRLOnlineDPOTrainer
 from trl.experimental.utils import create_reference_model, truncate_right
@@ -36,6 +37,7 @@ from trl_ext.generation import (
 )
 from trl_ext.logprobs import completion_lengths, sum_completions
 from trl_ext.losses import GroupBatch, PreferenceBatch
+from trl_ext.trainers.model_card import complete_model_card, describe_losses
 from trl_ext.trainers.online.checks import (
     check_arguments,
     check_images,
@@ -56,6 +58,7 @@ from trl_ext.trainers.online.rewards import (
     preference_scores,
 )
 from trl_ext.trainers.online.selection import Selection, build_batch, join_traces, padded_rows, select, take
+from trl_ext.trainers.policy_copy import frozen_copy
 from trl_ext.trainers.reference import (
     ADAPTER,
     SyncReferenceAdapter,
@@ -165,7 +168,9 @@ class OnlineDPOTrainer(TRLOnlineDPOTrainer):
             raise ValueError("`train_dataset` is required: a dataset with a column `prompt`.")
         self._columns: list[str] = []
         if args.accelerator_config.dispatch_batches is None:  # of streams
-            args.accelerator_config.dispatch_batches = False  # texts are no tensors that one process could send to others
+            args.accelerator_config.dispatch_batches = (
+                False  # texts are no tensors that one process could send to others
+            )
         if isinstance(train_dataset, (Dataset, IterableDataset)):
             available = columns_of(train_dataset, "train")
             check_images(available, args, losses)
@@ -188,7 +193,8 @@ class OnlineDPOTrainer(TRLOnlineDPOTrainer):
             ref_model = None
         elif ref_model is None and self._needs_reference and peft_config is None:
             if not (args.sync_ref_model and is_peft_model(model)):
-                ref_model = create_reference_model(model)
+                # TRL's says what ZeRO-3 needs in place of a copy
+                ref_model = create_reference_model(model) if is_deepspeed_zero3_enabled() else frozen_copy(model)
         self._has_ref_model = ref_model is not None
         for given in (model, ref_model):
             if given is not None:
@@ -714,10 +720,19 @@ class OnlineDPOTrainer(TRLOnlineDPOTrainer):
             folder = f"{self._get_output_dir(trial=trial)}/checkpoint-{self.state.global_step}"
             save_reference(self.accelerator.unwrap_model(self.ref_model), folder)
 
-    def _load_optimizer_and_scheduler(self, checkpoint):  # which DeepSpeed resumes by too, unlike `_load_from_checkpoint`
+    def _load_optimizer_and_scheduler(
+        self, checkpoint
+    ):  # which DeepSpeed resumes by too, unlike `_load_from_checkpoint`
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and self.args.sync_ref_model and self.ref_model is not None:
             load_reference(self.accelerator.unwrap_model(self.ref_model), checkpoint)
+
+    def create_model_card(self, *args, **kwargs):
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            described = any(loss.paper for loss in self._losses.values())
+            table = describe_losses(self._weights, self._losses, self.beta) if described else ""
+            complete_model_card(self.args.output_dir, self.model, table)
 
 
 def _with_image(prompt: Any) -> Any:
