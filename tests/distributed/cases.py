@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import LoraConfig
+from safetensors.torch import load_file
 
 import trl_ext
 from tests.conftest import preference_rows
 from tests.helpers import build, history
 from trl_ext.trainers.reference import FILE
-from safetensors.torch import load_file
+
 
 WORLD = int(os.environ.get("WORLD_SIZE", "1"))
 ZERO3 = os.environ.get("TEST_STRATEGY") == "zero"

@@ -8,7 +8,6 @@ failure count.
 
 import contextlib
 import importlib
-import json
 import os
 import subprocess
 import sys

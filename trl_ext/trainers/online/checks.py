@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
+from transformers import PreTrainedModel
 
 from trl_ext.data.columns import PAIRS, TEXT_COLUMNS, WEIGHT, checked
 from trl_ext.data.paths import refuse_missing_path
@@ -69,6 +70,7 @@ def check_arguments(
     model: Any,
     ref_model: Any,
     reward_funcs: Any,
+    tokenizers: Any,
     preference_fn: Any,
     processing_class: Any,
     compute_metrics: Any,
@@ -108,6 +110,10 @@ def check_arguments(
             raise ValueError(
                 f"`reward_funcs` has {reward!r}, a {type(reward).__name__}; expected a function, a reward model, or the "
                 "path or hub name of one."
+            )
+        if isinstance(reward, torch.nn.Module) and not (tokenizers or isinstance(reward, PreTrainedModel)):
+            raise ValueError(
+                f"`reward_funcs` has a {type(reward).__name__} without a tokenizer: give one in `reward_processing_classes`."
             )
         refuse_missing_path(reward, "reward model")
     return reward_funcs

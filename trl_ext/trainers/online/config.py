@@ -155,6 +155,10 @@ class OnlineDPOConfig(LossArguments, TRLOnlineDPOConfig):
             raise ValueError("`mixture_coef` needs the logits of both models at each token; set `use_vllm=False`.")
         if self.missing_eos_penalty is not None and not self.missing_eos_penalty > 0:
             raise ValueError(f"`missing_eos_penalty={self.missing_eos_penalty!r}` must be positive, or None.")
+        if self.reward_weights is not None and not all(math.isfinite(weight) for weight in self.reward_weights):
+            raise ValueError(
+                f"`reward_weights={self.reward_weights!r}` must be finite numbers, one per reward function."
+            )
         if not math.isfinite(self.length_penalty):
             raise ValueError(f"`length_penalty={self.length_penalty!r}` must be finite.")
         if self.sync_ref_model and not (0 < self.ref_model_mixup_alpha <= 1 and self.ref_model_sync_steps > 0):

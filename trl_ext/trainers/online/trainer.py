@@ -160,7 +160,14 @@ class OnlineDPOTrainer(TRLOnlineDPOTrainer):
         self._losses = losses = build_online_losses(args)
         check_reference(losses, args)
         reward_funcs = check_arguments(
-            model, ref_model, reward_funcs, preference_fn, processing_class, compute_metrics, args
+            model,
+            ref_model,
+            reward_funcs,
+            reward_processing_classes,
+            preference_fn,
+            processing_class,
+            compute_metrics,
+            args,
         )
         self.preference_fn = preference_fn
         self.processing_class = processing_class  # which the checks of the prompts read
