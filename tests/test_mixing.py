@@ -1,6 +1,6 @@
 """The measured weight of `bias_variance`."""
 
-import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -47,13 +47,116 @@ def test_moments_are_those_of_the_rows(tiny_model_dir, tmp_path):
     assert not estimate.within_prompts and estimate.rows == 6
 
 
-def test_alpha_has_the_smallest_error():
-    estimate = MixingEstimate(0.0, 4.0, 1.0, 0.5, 2.0, 8, False, 10)
-    a, b, c = 4.0, 3.0, 0.5
-    best = dataclasses.replace(estimate, alpha=(b - c) / (a + b - 2 * c))
-    grid = [best.error(alpha / 1000) for alpha in range(1001)]
-    assert best.error(best.alpha) <= min(grid) + 1e-9
-    assert best.variance(1.0) == 4.0 and best.variance_ratio == best.variance(best.alpha) / 4.0
+class Linear(torch.nn.Module):
+    """A loss that is linear in the weights, so that its gradients are the rows' own numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.weights = torch.nn.Parameter(torch.tensor([0.3, -0.2]))
+
+
+class Toy(SimpleNamespace):
+    """What `estimate_alpha` reads of a trainer."""
+
+    def compute_loss(self, model, inputs):
+        alpha = self._losses["bias_variance"].alpha
+        traced, empty = (torch.tensor(inputs[name], dtype=torch.float32) for name in ("traced", "empty"))
+        return (model.weights * (alpha * traced + (1 - alpha) * empty)).sum()
+
+
+def measured(rows: list[tuple], prompts: list[int] | None = None, batch=2, steps=3, processes=1) -> MixingEstimate:
+    """The estimate for rows of (traced gradient, empty gradient)."""
+    prompts = prompts or list(range(len(rows)))
+    dataset = [
+        {"prompt_ids": [prompt], "chosen_ids": [1], "empty_trace_chosen_ids": [1], "traced": traced, "empty": empty}
+        for prompt, (traced, empty) in zip(prompts, rows, strict=True)
+    ]
+    toy = Toy(
+        model=Linear(),
+        train_dataset=dataset,
+        data_collator=lambda examples: examples[0],
+        args=SimpleNamespace(train_batch_size=batch, gradient_accumulation_steps=steps, world_size=processes),
+        is_world_process_zero=lambda: False,
+        is_deepspeed_enabled=False,
+        is_fsdp_enabled=False,
+        _losses={"bias_variance": trl_ext.get_loss("bias_variance", alpha="auto")},
+        _weights={"bias_variance": 1.0},
+        _metrics={},
+        _prepare_inputs=lambda inputs: inputs,
+        _total_train_tokens=0,
+        loss_types=[],
+        loss_weights=[],
+    )
+    return estimate_alpha(toy)
+
+
+# Mean traced gradient (2, 1) with deviations (+-1, +-1); mean empty gradient (0, 2) with deviations (0, +-1)
+FOUR = [((1, 0), (0, 1)), ((3, 0), (0, 1)), ((1, 2), (0, 3)), ((3, 2), (0, 3))]
+
+
+def smallest(a: float, b: float, c: float) -> float:
+    """The weight with the smallest a x^2 + b (1 - x)^2 + 2 c x (1 - x), by looking at all of them."""
+    grid = torch.linspace(0, 1, 100_001, dtype=torch.float64)
+    return grid[(a * grid**2 + b * (1 - grid) ** 2 + 2 * c * grid * (1 - grid)).argmin()].item()
+
+
+def test_alpha_of_known_gradients():
+    estimate = measured(FOUR)
+    # Of single rows: tr S_t = 4 * 2 / 3, tr S_e = 4 * 1 / 3, tr S_te = 4 * 1 / 3; a step is the mean of 2 * 3 rows
+    assert estimate.traced_variance == pytest.approx(8 / 3 / 6)
+    assert estimate.empty_variance == pytest.approx(4 / 3 / 6)
+    assert estimate.covariance == pytest.approx(4 / 3 / 6)
+    # |(0, 2) - (2, 1)|^2 = 5, less (8 + 4 - 2 * 4) / 3 / 4 that noise adds to the square of a mean of four
+    assert estimate.empty_bias == pytest.approx(5 - 1 / 3)
+    a, b, c = 4 / 9, 44 / 9, 2 / 9
+    assert estimate.alpha == pytest.approx(21 / 22)
+    assert estimate.alpha == pytest.approx(smallest(a, b, c), abs=1e-5)
+    assert estimate.error(0.0) == pytest.approx(b) and estimate.error(1.0) == pytest.approx(a)
+    assert estimate.error(0.5) == pytest.approx((a + b + 2 * c) / 4)
+    assert estimate.variance(0.5) == pytest.approx((4 / 9 + 2 / 9 + 4 / 9) / 4)
+    x, y = 21 / 22, 1 / 22
+    assert estimate.variance_ratio == pytest.approx((x * x * 4 + 2 * x * y * 2 + y * y * 2) / 4)
+    assert (estimate.rows, estimate.parameters, estimate.within_prompts) == (4, 2, False)
+
+
+@pytest.mark.parametrize("step", [{"batch": 12}, {"steps": 18}, {"processes": 6}], ids=str)
+def test_a_step_is_the_mean_of_all_its_rows(step):
+    estimate = measured(FOUR, **step)
+    assert estimate.traced_variance == pytest.approx(8 / 3 / 36)
+    assert estimate.empty_bias == pytest.approx(14 / 3)  # which no number of rows makes smaller
+    assert estimate.alpha == pytest.approx((14 / 3) / (4 / 3 / 36 + 14 / 3))
+
+
+def test_variances_within_prompts():
+    estimate = measured(FOUR, prompts=[1, 1, 2, 2])
+    # Of each prompt: traced (+-1, 0) around its mean, empty all alike
+    assert estimate.within_prompts
+    assert estimate.traced_variance == pytest.approx(2 / 6)
+    assert estimate.empty_variance == estimate.covariance == 0
+    assert estimate.alpha == pytest.approx((14 / 3) / (1 / 3 + 14 / 3))
+
+
+@pytest.mark.parametrize(
+    ("rows", "alpha"),
+    [
+        ([((1, 0), (2, 0)), ((-1, 0), (-2, 0))], 1.0),  # A = 2, B = 8, C = 4: (8 - 4) / (2 + 8 - 8) = 2
+        ([((2, 0), (1, 0)), ((-2, 0), (-1, 0))], 0.0),  # the other way round: -1
+        ([((1, 0), (1, 0)), ((2, 0), (2, 0))], 0.5),  # the same gradients: any weight
+    ],
+)
+def test_alpha_lies_between_0_and_1(rows, alpha):
+    assert measured(rows, batch=1, steps=1).alpha == alpha
+
+
+def test_evaluation_before_training_measures_first(tiny_model_dir, tmp_path):
+    ours = trainer(tiny_model_dir, tmp_path)
+    metrics = ours.evaluate()
+    fixed = trainer(tiny_model_dir, tmp_path, loss_kwargs={"alpha": metrics["eval_mixing/alpha"]})
+    assert metrics["eval_mixing/alpha"] == pytest.approx(estimate_alpha(fixed).alpha)
+    assert metrics["eval_loss"] == pytest.approx(fixed.evaluate()["eval_loss"], rel=1e-6)
+    ours.train()
+    fixed.train()
+    assert_same_parameters(parameters(ours), parameters(fixed))
 
 
 def test_several_traces_of_a_prompt(tiny_model_dir, tmp_path):

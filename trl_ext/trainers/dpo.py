@@ -45,7 +45,7 @@ from trl_ext.trainers.checkpoint import check_losses, save_losses
 from trl_ext.trainers.dpo_config import DPOConfig
 from trl_ext.trainers.loss_terms import build_losses, check_combination, resolve_loss_types
 from trl_ext.trainers.metrics import means_over_processes
-from trl_ext.trainers.mixing import MixingEstimate, estimate_alpha
+from trl_ext.trainers.mixing import MixingEstimate, check_measurable, estimate_alpha
 from trl_ext.trainers.model_card import complete_model_card, describe_losses
 from trl_ext.trainers.policy_copy import frozen_copy
 from trl_ext.trainers.reference import load_reference, save_reference
@@ -225,6 +225,9 @@ class DPOTrainer(trl.DPOTrainer):
             self.ref_model = None  # it has served
         bind_forward(base_model(self.model))
         _ = self._scorer  # an impossible backend is refused now
+        self._measures_alpha = getattr(self._losses.get("bias_variance"), "alpha", None) == "auto"
+        if self._measures_alpha:
+            check_measurable(self)
         if not self._losses:
             return
 
@@ -664,12 +667,21 @@ class DPOTrainer(trl.DPOTrainer):
     # What a run has measured or moved, and a checkpoint keeps
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
-        loss = self._losses.get("bias_variance")
-        if loss is not None and getattr(loss, "alpha", None) == "auto":
-            self._mixing = self._estimated_mixing(resume_from_checkpoint)
-            self._losses = {**self._losses, "bias_variance": dataclasses.replace(loss, alpha=self._mixing.alpha)}
-            logger.info(f"bias_variance: alpha={self._mixing.alpha:.3f}, measured on {self._mixing.rows} rows.")
+        if self._measures_alpha:
+            self._mix(self._estimated_mixing(resume_from_checkpoint))
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def evaluation_loop(self, *args, **kwargs):
+        if self._measures_alpha and self._mixing is None:
+            self._mix(estimate_alpha(self))
+        return super().evaluation_loop(*args, **kwargs)
+
+    def _mix(self, estimate: MixingEstimate) -> None:
+        """Give `bias_variance` the weight that was measured."""
+        self._mixing = estimate
+        loss = dataclasses.replace(self._losses["bias_variance"], alpha=estimate.alpha)
+        self._losses = {**self._losses, "bias_variance": loss}
+        logger.info(f"bias_variance: alpha={estimate.alpha:.3f}, measured on {estimate.rows} rows.")
 
     def _estimated_mixing(self, resume_from_checkpoint) -> MixingEstimate:
         if resume_from_checkpoint is True:
@@ -677,7 +689,7 @@ class DPOTrainer(trl.DPOTrainer):
         path = Path(resume_from_checkpoint or "") / MIXING_FILE
         if resume_from_checkpoint and path.exists():  # what the run began with
             return MixingEstimate(**json.loads(path.read_text()))
-        return estimate_alpha(self)
+        return self._mixing or estimate_alpha(self)
 
     def _save_checkpoint(self, model, trial):
         super()._save_checkpoint(model, trial)
@@ -686,15 +698,18 @@ class DPOTrainer(trl.DPOTrainer):
             save_losses(folder, self._all_weights, self._losses)
         if self._mixing is not None and self.is_world_process_zero():
             (folder / MIXING_FILE).write_text(self._mixing.to_json())
-        if self.args.sync_ref_model and self.is_world_process_zero():
+        if self.args.sync_ref_model:
             folder = f"{self._get_output_dir(trial=trial)}/checkpoint-{self.state.global_step}"
             save_reference(self.accelerator.unwrap_model(self.ref_model), folder)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        check_losses(resume_from_checkpoint, self._all_weights, self._losses)
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self.args.sync_ref_model:  # TRL starts over from the first reference
-            load_reference(self.accelerator.unwrap_model(self.ref_model), resume_from_checkpoint)
+    def _load_optimizer_and_scheduler(
+        self, checkpoint
+    ):  # which DeepSpeed resumes by too, unlike `_load_from_checkpoint`
+        if checkpoint is not None:
+            check_losses(checkpoint, self._all_weights, self._losses)
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self.args.sync_ref_model:
+            load_reference(self.accelerator.unwrap_model(self.ref_model), checkpoint)
 
     # Evaluation and model card
 

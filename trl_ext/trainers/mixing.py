@@ -19,6 +19,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
 
@@ -87,12 +88,15 @@ def estimate_alpha(trainer: Any, rows: int = 64, parameters: Callable[[str], boo
     Returns:
         [`MixingEstimate`].
 
+    Called in every process. Each measures the rows of the first one, whose estimate all of them get.
+
     Raises:
-        `ValueError`: If the trainer has no such loss, or fewer than two rows have both pairs.
+        `ValueError`: If the trainer has no such loss, its model is sharded, or fewer than two rows have both pairs.
     """
     loss = trainer._losses.get("bias_variance")
     if loss is None:
         raise ValueError("`estimate_alpha` needs a trainer with `loss_type='bias_variance'`.")
+    check_measurable(trainer)
     examples = _examples(trainer, rows)
     counted = _counted(trainer.model, parameters)
     groups: dict[tuple, list[int]] = {}
@@ -122,7 +126,7 @@ def estimate_alpha(trainer: Any, rows: int = 64, parameters: Callable[[str], boo
     a, b, c = traced / step, bias + empty / step, both / step
     denominator = a + b - 2 * c
     alpha = 0.5 if denominator <= 0 else min(max((b - c) / denominator, 0.0), 1.0)
-    return MixingEstimate(
+    estimate = MixingEstimate(
         alpha=alpha,
         traced_variance=a,
         empty_variance=empty / step,
@@ -132,6 +136,18 @@ def estimate_alpha(trainer: Any, rows: int = 64, parameters: Callable[[str], boo
         within_prompts=within,
         parameters=sum(parameter.numel() for parameter in counted),
     )
+    return broadcast_object_list([estimate])[0]
+
+
+def check_measurable(trainer: Any) -> None:
+    """Raise a `ValueError` where gradients of single rows cannot be had: before DeepSpeed or FSDP has placed the model."""
+    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+        kind = "DeepSpeed" if trainer.is_deepspeed_enabled else "FSDP"
+        raise ValueError(
+            f"bias_variance: `alpha='auto'` measures gradients of single rows before training, when {kind} has not placed the "
+            "model yet. Measure without it, `trl_ext.trainers.mixing.estimate_alpha(trainer).alpha`, on a smaller model where "
+            "this one does not fit, and give that number as `alpha`."
+        )
 
 
 class _Moments:
@@ -177,6 +193,8 @@ def _examples(trainer: Any, rows: int) -> list[dict]:
             found.append(example)
         if len(found) >= rows:
             break
+    # A stream may give each process other rows
+    found = broadcast_object_list([found])[0]
     if len(found) < 2:
         raise ValueError(
             f"`alpha` needs at least two rows with both a traced and an empty-trace pair; the training data has {len(found)}."

@@ -10,16 +10,19 @@ that is used anywhere in the package and does not stand here.
 import contextlib
 import functools
 import inspect
+import os
 import types
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
 
 import torch
-from accelerate.utils import is_peft_model
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object, is_peft_model
 from datasets import Dataset
 from datasets.fingerprint import Hasher
 from torch import nn
+from torch.distributed.tensor import Partial
 from trl import DPOConfig, DPOTrainer
 from trl.trainer import utils
 from trl.trainer.utils import FusedCausalLMOutput
@@ -32,8 +35,9 @@ from trl_ext.logprobs.substitute import Substitute
 DPO_METHODS = (
     "_prepare_dataset",
     "_set_signature_columns_if_needed",
-    "_load_from_checkpoint",
     "_get_output_dir",
+    "_load_from_checkpoint",
+    "_load_optimizer_and_scheduler",
     "_precompute_ref_logps",
     "_prepare_inputs",
     "_save_checkpoint",
@@ -66,9 +70,12 @@ ONLINE_METHODS = (
     "_generate_vllm",
     "_get_output_dir",
     "_load_from_checkpoint",
+    "_load_optimizer_and_scheduler",
     "_maybe_log_save_evaluate",
     "_prepare_inputs",
     "_save_checkpoint",
+    "create_accelerator_and_postprocess",
+    "create_model_card",
     "evaluate",
 )
 ONLINE_ATTRIBUTES = (
@@ -86,6 +93,7 @@ ONLINE_ATTRIBUTES = (
     "reward_processing_classes",
     "reward_weights",
     "use_vllm",
+    "vllm_mode",
 )
 
 # Set by TRL where vLLM generates, and nowhere else
@@ -155,6 +163,7 @@ def head_in_place(head: Head, statistics: tuple[str, ...] | None) -> Iterator[No
     """
 
     def apply(hidden, weight, bias, targets, temperature, _chunk_size, softcap, scale, outputs):
+        _average_gradients(weight, bias)
         wanted = tuple(name for name in outputs if name != "log_probs" and (statistics is None or name in statistics))
         result = head(
             hidden,
@@ -193,6 +202,19 @@ def _install_head(current: ContextVar) -> Callable[[], None]:
 
 
 _HEAD = Substitute(_install_head)
+
+
+def _average_gradients(*parameters: torch.Tensor | None) -> None:
+    """
+    Have the gradients of a sharded head averaged over processes.
+
+    A head that is an FSDP2 unit of its own (an adapter's `modules_to_save`) comes from TRL made whole with `full_tensor()`,
+    whose backward would give each process's shard the gradient of that process alone.
+    """
+    for parameter in parameters:
+        made_whole = getattr(parameter, "grad_fn", None)
+        if hasattr(made_whole, "dtensor_spec"):
+            made_whole.grad_placements = [Partial("avg")] * made_whole.dtensor_spec.mesh.ndim
 
 
 def base_model(model: nn.Module) -> nn.Module:
@@ -345,4 +367,21 @@ def with_cache_key(dataset: Dataset, *parts: object) -> Dataset:
     """
     keyed = dataset.select(range(len(dataset)))  # a new object over the same table
     keyed._fingerprint = Hasher.hash((dataset._fingerprint, parts))
+    if PartialState().num_processes > 1:
+        keyed._get_cache_file_path = types.MethodType(_shared_cache_path, keyed)
     return keyed
+
+
+def _shared_cache_path(dataset: Dataset, fingerprint: str) -> str:
+    """
+    One file for all processes, called in each: data in memory (or with caching disabled) has a folder in each process, where
+    TRL's first process would write what the others never find.
+    """
+    path = broadcast_object_list([Dataset._get_cache_file_path(dataset, fingerprint)])[0]
+    if not all(gather_object([os.path.isdir(os.path.dirname(path))])):
+        raise ValueError(
+            f"`precompute_ref_log_probs=True` keeps the reference log-probs in {os.path.dirname(path)}, which not every process "
+            "can read. Save the dataset with `save_to_disk` where all machines see it and load it from there, or set "
+            "`precompute_ref_log_probs=False`."
+        )
+    return path
