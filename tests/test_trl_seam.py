@@ -60,6 +60,7 @@ def test_names_of_other_libraries(tiny_model_dir):
         "transformers.TrainingArguments": trl.DPOConfig,
         "transformers.masking_utils.AttentionMaskInterface": ALL_MASK_ATTENTION_FUNCTIONS,
         "datasets.Dataset": Dataset.from_list(preference_rows(1)),
+        "torch.compile": torch.compile(model, backend="eager"),
     }
     assert examples.keys() == trl_seam.LIBRARY_NAMES.keys()
     for origin, names in trl_seam.LIBRARY_NAMES.items():

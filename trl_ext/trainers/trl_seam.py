@@ -99,14 +99,15 @@ ONLINE_ATTRIBUTES = (
 # Set by TRL where vLLM generates, and nowhere else
 VLLM_ATTRIBUTES = ("_last_loaded_step",)
 
-# Of transformers and datasets, by the class that has them
+# Of transformers, datasets and torch, by what has them
 LIBRARY_NAMES = {
     "transformers.GenerationMixin": ("_sample",),  # transformers' own decoding loop, which the CPU's draw runs in
-    "transformers.PreTrainedConfig": ("_attn_implementation", "_name_or_path"),
+    "transformers.PreTrainedConfig": ("_attn_implementation", "_commit_hash", "_name_or_path"),
     "transformers.PreTrainedModel": ("_is_stateful",),
     "transformers.TrainingArguments": ("_VALID_DICT_FIELDS",),
     "transformers.masking_utils.AttentionMaskInterface": ("_local_mapping",),
-    "datasets.Dataset": ("_fingerprint",),
+    "datasets.Dataset": ("_fingerprint", "_get_cache_file_path"),
+    "torch.compile": ("_orig_mod",),
 }
 # Of `trl.trainer.utils`: what its fused forward looks up
 FORWARD_NAMES = ("_ChunkedLogProbFunction", "_use_triton")
