@@ -138,6 +138,27 @@ def test_a_loss_without_its_columns_is_refused_at_once(monkeypatch, tmp_path, ca
     assert "needs the columns ['clicks']" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("environment", "expected"), [({}, 1), ({"OMP_NUM_THREADS": "2"}, 3)])
+def test_threads(environment, expected, monkeypatch):
+    """One, for models this small, unless the environment says how many; what was there before comes back."""
+    import torch
+
+    from trl_ext.demo.training import one_thread
+
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with one_thread():
+            assert torch.get_num_threads() == expected
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.slow
 def test_the_demonstration(tmp_path, capsys):
     """Each loss raises the true reward; everything it promises to save is there, and loads."""

@@ -15,6 +15,7 @@ import pytest
 from packaging.requirements import Requirement
 
 import trl_ext
+from tests import mutants
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -97,6 +98,14 @@ def test_one_range_of_python_versions():
     assert [int(minor) for minor in re.findall(r"python3\.(\d+)", makefile)] == minors[::-1]
     *others, end = [f"3.{minor}" for minor in minors]
     assert f"No Python {', '.join(others)} or {end} found" in makefile
+
+
+def test_rooms_of_the_mutation_tests():
+    """Each room has files, and its tests are there."""
+    for files, paths in mutants.ROOMS.values():
+        assert list(ROOT.glob(files))
+        assert all((ROOT / path).exists() for path in paths)
+    assert all((ROOT / name).exists() for name in mutants.ALSO_COPIED)
 
 
 def test_pins_fit_together():

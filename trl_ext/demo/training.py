@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import copy
 import logging
+import os
 import random
 import sys
 import time
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import torch
 import transformers
 from datasets import Dataset
 from rich.console import Console
@@ -65,7 +67,7 @@ def demonstrate(args: argparse.Namespace) -> int:
     set_seed(args.seed)
     rng = random.Random(args.seed)
 
-    with quiet(), progress_bars(console) as progress:
+    with quiet(), one_thread(), progress_bars(console) as progress:
         if args.dataset:
             model, tokenizer, tasks = own_data(load_preferences(args.dataset), rng, progress)
         else:
@@ -283,6 +285,22 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pat
 def progress_bars(console: Console) -> Progress:
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     return Progress(*columns, console=console)
+
+
+@contextlib.contextmanager
+def one_thread():
+    """
+    One thread for torch, unless the environment sets a number.
+
+    With matrices this small, threads wait for each other longer than they compute.
+    """
+    before = torch.get_num_threads()
+    if not {"OMP_NUM_THREADS", "MKL_NUM_THREADS"} & os.environ.keys():
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextlib.contextmanager
