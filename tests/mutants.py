@@ -87,8 +87,9 @@ def settings(room: str) -> str:
         "pytest_add_cli_args_test_selection": tests,
         # Processes are forked from one that has imported everything and run nothing: torch's threads do not survive a fork
         "process_isolation": "forkserver",
-        "timeout_constant": 10.0,
-        "timeout_multiplier": 2.0,
+        # A mutant may take (seconds of its tests + constant) * multiplier: much, for other work may slow the machine
+        "timeout_constant": 30.0,
+        "timeout_multiplier": 4.0,
         "on_dependency_change": "ignore",
         "use_git_change_detection": False,
     }
