@@ -104,18 +104,25 @@ def prepare(room: str) -> Path:
         if not (folder / name).is_symlink():
             (folder / name).symlink_to(ROOT / name)
     (folder / "pyproject.toml").write_text((ROOT / "pyproject.toml").read_text() + settings(room))
-    digest = hashlib.sha256()
-    for path in sorted((ROOT / "tests").rglob("*.py")):
-        digest.update(path.read_bytes())
-    seen = folder / "tests.sha256"
-    if not seen.exists() or seen.read_text() != digest.hexdigest():
+    digest, seen = digest_of_tests(room), folder / "tests.sha256"
+    if not seen.exists() or seen.read_text() != digest:
         (folder / "mutants" / "mutmut-stats.json").unlink(missing_ok=True)  # which tests run which function
         for path, meta in metadata(folder).items():
             codes = meta["exit_code_by_key"]
             meta["exit_code_by_key"] = {name: code if code in CAUGHT else None for name, code in codes.items()}
             path.write_text(json.dumps(meta))
-        seen.write_text(digest.hexdigest())
+        seen.write_text(digest)
     return folder
+
+
+def digest_of_tests(room: str) -> str:
+    """Changes when the room's tests do, or what they import of the others."""
+    digest = hashlib.sha256()
+    for path in sorted((ROOT / "tests").rglob("*.py")):
+        of_room = any(path.is_relative_to(ROOT / tests) for tests in ROOMS[room][1])
+        if of_room or not path.name.startswith(("test_", "mutants")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def generate(folder: Path) -> None:
@@ -159,12 +166,20 @@ def try_mutants(folder: Path, names: list[str], workers: int, sample: int | None
         raise SystemExit(f"{tail}\nmutmut ended with {process.returncode}; its log is {folder / 'log.txt'}")
 
 
-def shown(folder: Path, name: str, code: int) -> str:
-    """A missed mutant's name and the lines that it changes."""
-    command = [str(Path(sys.executable).parent / "mutmut"), "show", name]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
-    lines = [line for line in done.stdout.splitlines() if line[:1] in "+-" and line[:3] not in ("+++", "---")]
-    return "\n    ".join([name if code == 0 else f"{name} (no test runs it)", *lines])
+def shown(folder: Path, missed: dict[str, int]) -> list[str]:
+    """The name of each missed mutant, and the lines that it changes."""
+    code = (
+        "import json, sys; from mutmut.mutation.diff_apply import find_mutant, get_diff_for_mutant; "
+        "print(json.dumps([get_diff_for_mutant(name, path=find_mutant(name).path) for name in sys.argv[1:]]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *missed], cwd=folder, capture_output=True, text=True, check=True
+    )
+    texts = []
+    for (name, exit_code), diff in zip(missed.items(), json.loads(done.stdout), strict=True):
+        changed = [line for line in diff.splitlines() if line[:1] in "+-" and line[:3] not in ("+++", "---")]
+        texts.append("\n    ".join([name if exit_code == 0 else f"{name} (no test runs it)", *changed]))
+    return texts
 
 
 def report(counts: dict[str, dict[str, int | None]]) -> None:
@@ -203,7 +218,7 @@ def main() -> None:
             try_mutants(folder, names, args.workers, args.sample)
             codes = results(folder, args.sample)
         counts[room] = (len(results(folder, None)), codes)
-        missed = [shown(folder, name, code) for name, code in codes.items() if code in MISSED]
+        missed = shown(folder, {name: code for name, code in codes.items() if code in MISSED})
         (folder / "missed.txt").write_text("\n".join(missed) + "\n")
         print(f"{room}: {len(missed)} missed", *missed, sep="\n", end="\n\n")
     report(counts)
