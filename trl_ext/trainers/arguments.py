@@ -84,3 +84,13 @@ def _tristate(value: str | bool) -> str | bool:
     if str(value).lower() not in words:
         raise ValueError(f"`share_prefix={value!r}` is none of 'auto', True, False.")
     return words[str(value).lower()]
+
+
+def explained(error: Exception) -> str:
+    """The message of an error that a training config raised, with the way out where transformers' own hides it."""
+    if "bf16/gpu" not in str(error):
+        return str(error)
+    return (
+        "there is no GPU that computes in bfloat16, which TRL trains in by default. On a CPU set `use_cpu` to true, and `bf16` "
+        "to false for float32, which is faster there (command line: --use_cpu --bf16 false); on an older GPU set `fp16` to true."
+    )

@@ -15,6 +15,7 @@ from accelerate.utils import is_peft_model
 from datasets import Dataset
 from datasets.fingerprint import Hasher
 from torch import nn
+from transformers import PreTrainedTokenizerBase, TrainingArguments
 from trl import DPOTrainer
 from trl.trainer import utils
 from trl.trainer.utils import FusedCausalLMOutput
@@ -223,3 +224,11 @@ def with_cache_key(dataset: Dataset, *parts: object) -> Dataset:
     keyed = dataset.select(range(len(dataset)))  # a new object over the same table
     keyed._fingerprint = Hasher.hash((dataset._fingerprint, parts))
     return keyed
+
+
+def tokenize_pairs(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: TrainingArguments) -> Dataset:
+    """Pairs as the token ids that TRL's trainer makes of them; no row is left out, however long its prompt."""
+    whole = types.SimpleNamespace(dataset_num_proc=args.dataset_num_proc, max_length=None)
+    return DPOTrainer._prepare_dataset(
+        types.SimpleNamespace(_tokenizer=tokenizer), dataset, tokenizer, whole, "log-probs"
+    )
