@@ -9,6 +9,10 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import yaml
+from datasets import Dataset
+from datasets.exceptions import DatasetsError
+
+from trl_ext.data.load import load_preferences
 
 
 class _Loader(yaml.SafeLoader):
@@ -81,3 +85,16 @@ def keyword_arguments(function: Callable) -> dict[str, Any]:
     hints = typing.get_type_hints(function)
     parameters = inspect.signature(function).parameters.values()
     return {each.name: hints.get(each.name, Any) for each in parameters if each.kind is each.KEYWORD_ONLY}
+
+
+def load_rows(name: str, setting: str) -> Dataset:
+    """A dataset with at least one row; another one, or one that cannot be read, is a `ValueError`."""
+    try:
+        data = load_preferences(name)
+    except (ValueError, StopIteration, DatasetsError) as error:
+        raise ValueError(
+            f"`{setting}={name!r}` cannot be read: {error.__cause__ or str(error) or 'it is empty'}"
+        ) from error
+    if not len(data):
+        raise ValueError(f"`{setting}={name!r}` has no rows.")
+    return data

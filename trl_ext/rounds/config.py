@@ -121,8 +121,13 @@ class RoundsConfig:
             raise ValueError('`replay` and `min_margin` are of pairs; they have no meaning with `pairing="group"`.')
         self._check_dictionaries()
         self._check_judge()
-        for name in ("model", "prompts", "replay", "implicit_reference"):
-            refuse_missing_path(getattr(self, name), name)
+        for name, what in (
+            ("model", "model"),
+            ("prompts", "dataset of prompts"),
+            ("replay", "dataset to replay"),
+            ("implicit_reference", "implicit reference"),
+        ):
+            refuse_missing_path(getattr(self, name), what)
         refuse_unwritable_folder(self.output_dir, "output_dir")
 
     def _check_dictionaries(self) -> None:

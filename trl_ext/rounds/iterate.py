@@ -10,9 +10,9 @@ from transformers import AutoTokenizer
 
 from trl_ext.data.cache import content_key, processes, write_atomically
 from trl_ext.data.groups import from_groups
-from trl_ext.data.load import load_preferences
 from trl_ext.data.sampling import sample_completions
 from trl_ext.data.scores import score_preferences
+from trl_ext.rounds.checks import load_rows
 from trl_ext.rounds.config import RoundsConfig
 from trl_ext.rounds.disk import claim, dataset_stage, stage
 from trl_ext.rounds.extrapolate import extrapolate
@@ -85,11 +85,9 @@ class IterativeDPO:
             self.replay = load_replay(config.replay, self.prompts, read)
 
     def _load_prompts(self) -> Dataset:
-        prompts = load_preferences(self.config.prompts)
+        prompts = load_rows(self.config.prompts, "prompts")
         if "prompt" not in prompts.column_names:
             raise ValueError(f"{self.config.prompts} has no column 'prompt'; its columns are {prompts.column_names}.")
-        if not len(prompts):
-            raise ValueError(f"`prompts={self.config.prompts!r}` has no rows.")
         # The prompt, and what the chat template reads beside it
         return prompts.select_columns([name for name in ("prompt", *TEMPLATE) if name in prompts.column_names])
 

@@ -6,7 +6,7 @@ from accelerate.logging import get_logger
 from datasets import Dataset, concatenate_datasets
 from trl.data_utils import extract_prompt
 
-from trl_ext.data.load import load_preferences
+from trl_ext.rounds.checks import load_rows
 
 
 logger = get_logger(__name__)
@@ -35,7 +35,7 @@ def load_replay(name: str, prompts: Dataset, read: Iterable[str]) -> Dataset:
         `ValueError`: For data that lack a column which is read: without it the loss would be another one. And for data of
             another form than the prompts.
     """
-    data = load_preferences(name)
+    data = load_rows(name, "replay")
     if "prompt" not in data.column_names and {"chosen", "rejected"} <= set(data.column_names):
         data = data.map(extract_prompt, desc="Splitting the prompt off the data to replay")
     template = [column for column in TEMPLATE if column in prompts.column_names]
@@ -52,8 +52,6 @@ def load_replay(name: str, prompts: Dataset, read: Iterable[str]) -> Dataset:
             f"`replay={name!r}` has the columns {alone}, which the chat template reads, and the prompts have not. Remove them, "
             "or add them to the prompts."
         )
-    if not len(data):
-        raise ValueError(f"`replay={name!r}` has no rows.")
     if isinstance(data[0]["prompt"], str) != isinstance(prompts[0]["prompt"], str):
         raise ValueError(f"`replay={name!r}` and the prompts must both be text, or both be messages.")
     if "weight" in data.column_names:
