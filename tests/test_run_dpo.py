@@ -160,6 +160,12 @@ MISTAKES = {
     "kind-of-file": (None, ["--dataset_name", "notes.txt"], "Cannot read 'notes.txt': expected a file that ends in"),
     "broken-file": (None, ["--dataset_name", "broken.jsonl"], "'broken.jsonl' cannot be read: JSON parse error"),
     "empty-file": (None, ["--dataset_name", "empty.jsonl"], "'empty.jsonl' is empty"),
+    "no-such-file-in-a-mixture": (None, ["--config", "mixture.yaml"], "There is no dataset './nowhere.csv'"),
+    "configuration-of-a-file": (
+        None,
+        ["--dataset_config", "main"],
+        "has no configurations: leave --dataset_config out",
+    ),
     "split-of-a-file": (None, ["--dataset_train_split", "mine"], "is a file and has no split 'mine'"),
     "split-of-a-folder": (
         None,
@@ -195,6 +201,7 @@ MISTAKES = {
 def test_mistakes_end_in_one_message(name, here, tiny_model_dir, capsys):
     (here / "typo.yaml").write_text("learning_rat: 1e-6\n")
     (here / "broken.yaml").write_text("a: [1")
+    (here / "mixture.yaml").write_text("datasets: [{path: owner/data}, {path: ./nowhere.csv}]")
     DatasetDict(mine=Dataset.from_list(preference_rows(2))).save_to_disk(here / "splits")
     (here / "loose").mkdir()
     shutil.copy(here / "pairs.jsonl", here / "loose")

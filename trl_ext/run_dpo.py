@@ -140,8 +140,9 @@ def _check(given: argparse.Namespace) -> None:
         raise ValueError(f"The folder {str(folder)!r} holds no model: it has no config.json.")
     if folder.is_file():
         raise ValueError(f"The model {str(folder)!r} is a file; give the folder that `save_pretrained` wrote.")
-    if given.dataset_name and not given.datasets:
-        refuse_missing_path(given.dataset_name, "dataset")
+    names = [each.get("path") for each in given.datasets if isinstance(each, dict)] or [given.dataset_name]
+    for name in names:
+        refuse_missing_path(name, "dataset")
     if given.output_dir:
         refuse_unwritable_folder(given.output_dir, "output_dir")
     if given.max_length is not None and given.max_length < 2:
@@ -159,6 +160,10 @@ def _read_local_data(script: Any, training: Any, data: Any) -> None:
         return
     path = Path(script.dataset_name)
     if path.is_file():
+        if script.dataset_config is not None:
+            raise ValueError(
+                f"{script.dataset_name!r} is a file and has no configurations: leave --dataset_config out."
+            )
         if script.dataset_train_split != "train":
             raise ValueError(
                 f"{script.dataset_name!r} is a file and has no split {script.dataset_train_split!r}: leave --dataset_train_split out."

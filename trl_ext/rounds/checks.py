@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 from datasets import Dataset
 from datasets.exceptions import DatasetsError
+from transformers import AutoConfig
 
 from trl_ext.data.load import load_preferences
 
@@ -85,6 +86,14 @@ def keyword_arguments(function: Callable) -> dict[str, Any]:
     hints = typing.get_type_hints(function)
     parameters = inspect.signature(function).parameters.values()
     return {each.name: hints.get(each.name, Any) for each in parameters if each.kind is each.KEYWORD_ONLY}
+
+
+def refuse_unloadable_model(name: str, what: str) -> None:
+    """Raise a `ValueError` for a model that is neither a folder with a model nor on the hub; reads its config alone."""
+    try:
+        AutoConfig.from_pretrained(name)
+    except OSError as error:
+        raise ValueError(f"The {what} {name!r} cannot be loaded: {error}") from error
 
 
 def load_rows(name: str, setting: str) -> Dataset:

@@ -12,11 +12,11 @@ from trl_ext.data.cache import content_key, processes, write_atomically
 from trl_ext.data.groups import from_groups
 from trl_ext.data.sampling import sample_completions
 from trl_ext.data.scores import score_preferences
-from trl_ext.rounds.checks import load_rows
+from trl_ext.rounds.checks import load_rows, refuse_unloadable_model
 from trl_ext.rounds.config import RoundsConfig
 from trl_ext.rounds.disk import claim, dataset_stage, stage
 from trl_ext.rounds.extrapolate import extrapolate
-from trl_ext.rounds.judge import IMPLICIT, build_judge, gives_win_rates
+from trl_ext.rounds.judge import IMPLICIT, build_judge, gives_win_rates, judging_models
 from trl_ext.rounds.log_probs import implicit_rewards, load_model, pair_log_probs
 from trl_ext.rounds.replay import TEMPLATE, load_replay, mix_replay
 from trl_ext.rounds.report import round_metrics
@@ -72,6 +72,10 @@ class IterativeDPO:
         # Refused now, not after the first sampling
         self.args = self._training_arguments(self.folder)
         self._check_losses()
+        models = [("judge", name) for name in judging_models(build_judge(config.judge))]
+        models += [("implicit reference", name) for name in [config.implicit_reference] if name is not None]
+        for what, name in [("model", config.model), *models]:
+            refuse_unloadable_model(name, what)
         self.prompts = self._load_prompts()
         self.tokenizer = AutoTokenizer.from_pretrained(config.model)
         if not isinstance(self.prompts[0]["prompt"], str) and self.tokenizer.chat_template is None:

@@ -25,7 +25,7 @@ def build_judge(judge: Any) -> Any:
         if isinstance(each, PairFunction) and each is not built:
             raise ValueError(f"`judge={judge!r}`: a judge of two cannot be one of several. Give it alone.")
         if isinstance(each, RewardModel):
-            if each.model == IMPLICIT:
+            if isinstance(each.model, str) and each.model == IMPLICIT:
                 raise ValueError(f"`judge={judge!r}`: 'implicit' cannot be one of several. Give it alone.")
             refuse_missing_path(each.model, "judge")
     return built
@@ -34,6 +34,11 @@ def build_judge(judge: Any) -> Any:
 def gives_win_rates(judge: Any) -> bool:
     """Whether the scores of a built judge are win rates, in [0, 1]: those of a judge of two are."""
     return isinstance(judge, PairFunction)
+
+
+def judging_models(judge: Any) -> list[str]:
+    """Names of the reward models that a built judge is going to load."""
+    return [each.model for each in _members(judge) if isinstance(each, RewardModel) and isinstance(each.model, str)]
 
 
 def _judge(judge: Any) -> Any:
