@@ -1,3 +1,4 @@
+# ruff: noqa: F401, F811 -- fixtures are imported and then named as arguments
 """Settings of the rounds: read from YAML and the command line, and refused before anything is sampled."""
 
 import json
@@ -7,7 +8,7 @@ import yaml
 from datasets import Dataset
 from transformers import AutoTokenizer
 
-from tests.test_rounds import length, longer, prompts, settings  # noqa: F401
+from tests.test_rounds import length, longer, prompts, settings
 from trl_ext.cli import main
 from trl_ext.data.paths import refuse_unwritable_folder
 from trl_ext.data.scores import Ensemble, PairFunction, RewardFunction, RewardModel
@@ -172,7 +173,7 @@ REFUSED = [
 @pytest.mark.parametrize(
     ("change", "message"), REFUSED, ids=lambda value: value if isinstance(value, str) else str(value)[:60]
 )
-def test_refused(change, message, tiny_model_dir, prompts, tmp_path):  # noqa: F811
+def test_refused(change, message, tiny_model_dir, prompts, tmp_path):
     with pytest.raises(ValueError, match=message):
         IterativeDPO(RoundsConfig(**settings(tiny_model_dir, prompts, tmp_path / "run", **change)))
     assert not (tmp_path / "run").exists()
@@ -187,7 +188,7 @@ def test_refused(change, message, tiny_model_dir, prompts, tmp_path):  # noqa: F
         {"rounds": 1, "n": 2, "extrapolation": -0.5},
     ],
 )
-def test_accepted(change, tiny_model_dir, prompts, tmp_path):  # noqa: F811
+def test_accepted(change, tiny_model_dir, prompts, tmp_path):
     IterativeDPO(RoundsConfig(**settings(tiny_model_dir, prompts, tmp_path / "run", **change)))
 
 
@@ -243,7 +244,7 @@ def test_a_dataset_without_rows(monkeypatch):
 
 
 @pytest.mark.parametrize("where", ["taken", "taken/run", "taken/a/b"])
-def test_an_output_folder_that_cannot_be(where, tiny_model_dir, prompts, tmp_path):  # noqa: F811
+def test_an_output_folder_that_cannot_be(where, tiny_model_dir, prompts, tmp_path):
     (tmp_path / "taken").write_text("")
     with pytest.raises(ValueError, match=r"`output_dir=.*` cannot be a folder: .*taken' is a file"):
         RoundsConfig(**settings(tiny_model_dir, prompts, tmp_path / where))
@@ -312,7 +313,7 @@ def test_files_without_settings(tmp_path):
         from_text(tmp_path, "a: [1\n")
 
 
-def test_command(tiny_model_dir, prompts, tmp_path, capsys, monkeypatch):  # noqa: F811
+def test_command(tiny_model_dir, prompts, tmp_path, capsys, monkeypatch):
     """Overrides reach the config with their types, and mistakes end in one message."""
     seen = []
     monkeypatch.setattr(
