@@ -189,7 +189,10 @@ def test_refused(change, message, tiny_model_dir, prompts, tmp_path):
     ],
 )
 def test_accepted(change, tiny_model_dir, prompts, tmp_path):
-    IterativeDPO(RoundsConfig(**settings(tiny_model_dir, prompts, tmp_path / "run", **change)))
+    given = settings(tiny_model_dir, prompts, tmp_path / "run", **change)
+    IterativeDPO(RoundsConfig(**given))
+    config = RoundsConfig(**{**given, "model": tiny_model_dir, "output_dir": tmp_path / "run"})  # paths as text
+    assert (config.model, config.output_dir) == (given["model"], given["output_dir"])
 
 
 def test_losses_by_name():

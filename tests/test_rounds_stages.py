@@ -9,8 +9,9 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.conftest import preference_rows
-from tests.test_rounds import prompts_file, settings
+from tests.test_rounds import longer, prompts_file, settings
 from trl_ext.data.cache import content_key
+from trl_ext.data.scores import RewardFunction
 from trl_ext.rounds import IterativeDPO, RoundsConfig, disk, iterate
 from trl_ext.rounds.extrapolate import extrapolate
 from trl_ext.rounds.report import round_metrics, table
@@ -284,3 +285,16 @@ def test_a_stage_is_begun_and_done_once(tmp_path):
     # marked before its folder, which is removed before it is made anew
     assert calls == [["model.begun"], ["model.begun"]]
     assert [path.name for path in target.iterdir()] == ["2"] and (tmp_path / "model.done").exists()
+
+
+def test_functions_are_known_by_name_in_the_next_run(tmp_path):
+    disk.claim(tmp_path, {"judge": {"pair": longer}, "n": 3})
+    disk.claim(tmp_path, {"judge": {"pair": longer}, "n": 3})
+    assert json.loads((tmp_path / "settings.json").read_text()) == {
+        "judge": {"pair": "tests.test_rounds:longer"},
+        "n": 3,
+    }
+    for changed in ({"judge": {"pair": prompts_file}, "n": 3}, {"judge": RewardFunction(longer), "n": 3}):
+        with pytest.raises(ValueError, match=r"other settings: \['judge'\] differ"):
+            disk.claim(tmp_path, changed)
+    assert disk._lasting(RewardFunction(longer)) == "trl_ext.data.scores:RewardFunction"

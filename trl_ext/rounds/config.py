@@ -100,6 +100,7 @@ class RoundsConfig:
         for name in ("model", "prompts", "output_dir"):
             if not isinstance(getattr(self, name), (str, Path)) or not str(getattr(self, name)):
                 raise ValueError(f"`{name}={getattr(self, name)!r}` must be a name or a path.")
+            setattr(self, name, str(getattr(self, name)))
         for name, least in (("rounds", 1), ("n", 2), ("prompts_per_round", 1)):
             value = getattr(self, name)
             if value is not None and value < least:

@@ -21,7 +21,7 @@ def claim(folder: Path, settings: dict[str, Any]) -> None:
     """Make a folder that of these settings; one that other settings have filled is a `ValueError`."""
     state = processes()
     path = folder / "settings.json"
-    text = json.dumps(settings, indent=2, sort_keys=True, default=str) + "\n"
+    text = json.dumps(settings, indent=2, sort_keys=True, default=_lasting) + "\n"
     if path.exists() and path.read_text() != text:
         old = json.loads(path.read_text())
         changed = sorted(name for name in settings if json.loads(text).get(name) != old.get(name))
@@ -32,6 +32,12 @@ def claim(folder: Path, settings: dict[str, Any]) -> None:
     state.wait_for_everyone()
     if state.is_main_process:
         write_atomically(path, text)
+
+
+def _lasting(value: Any) -> str:
+    """What settings hold beside text and numbers, by a name that is the same in the next run."""
+    named = value if hasattr(value, "__qualname__") else type(value)
+    return f"{named.__module__}:{named.__qualname__}"
 
 
 def stage(target: Path, work: Callable[[], None]) -> None:

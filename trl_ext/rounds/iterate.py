@@ -123,8 +123,6 @@ class IterativeDPO:
         """All rounds; returns the metrics of each."""
         config = {field.name: getattr(self.config, field.name) for field in dataclasses.fields(self.config)}
         settings = {name: value for name, value in config.items() if name not in ("output_dir", "rounds")}
-        if not isinstance(settings["judge"], (str, dict)):
-            settings["judge"] = type(settings["judge"]).__name__  # an object has no lasting name
         claim(self.folder, settings)
         metrics = []
         for number in range(1, self.config.rounds + 1):
