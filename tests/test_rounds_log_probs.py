@@ -137,6 +137,17 @@ def test_truncation_keeps_the_beginning_or_the_end(tiny_model_dir, tmp_path):
         assert value == pytest.approx(expected, abs=1e-4) and other == value
 
 
+def test_a_prompt_that_leaves_no_room_keeps_its_place(tiny_model_dir, tmp_path):
+    """Training leaves such a row out; here nothing of its completions is scored, and the rows after it are not moved."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    long = {"prompt": "what a very long review was this", "chosen": " good", "rejected": " bad"}
+    rows = Dataset.from_list([long, {"prompt": "i", "chosen": " saw", "rejected": " saw it"}])
+    args = trl_ext.DPOConfig(**options(tmp_path, max_length=5))
+    first, second = pair_log_probs(str(tiny_model_dir), rows, tokenizer, args)
+    alone = pair_log_probs(str(tiny_model_dir), rows.select([1]), tokenizer, args)
+    assert first == (0.0, 0.0) and second == pytest.approx(alone[0], abs=1e-4) and max(second) < 0
+
+
 def test_weights_are_loaded_as_for_training(tiny_model_dir, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(

@@ -159,6 +159,8 @@ REFUSED = [
     ({"training": {"max_steps": 2.5}}, "`training.max_steps=2.5` is a float; expected a whole number"),
     ({"training": {"save_strategy": "never"}}, "`training` cannot be used: never is not a valid SaveStrategy"),
     ({"training": {"bf16": True, "use_cpu": False}}, "there is no GPU that computes in bfloat16"),
+    ({"training": {"report_to": "nobody"}}, "`training` cannot be used: nobody is not supported"),
+    ({"training": {"use_liger_kernel": True}}, "`use_liger_kernel` needs a GPU"),
     ({"training": {"loss_type": "ofset"}}, "Did you mean 'offset'"),
     ({"training": {"loss_type": "offset,anchored"}}, r"a list elsewhere: \['offset', 'anchored'\]"),
     ({"training": {"loss_type": "bias_variance"}}, "which rounds do not make"),

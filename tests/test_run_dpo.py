@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 from tests.conftest import preference_rows
 from trl_ext import run_dpo
 from trl_ext.cli import main
+from trl_ext.trainers import arguments
 from trl_ext.trainers.arguments import explained
 from trl_ext.trainers.patch import ONLINE, STABLE
 
@@ -176,7 +177,7 @@ MISTAKES = {
     "no-evaluation-split": (None, ["--eval_strategy", "steps"], "Split some off with --test_split_size 0.1"),
     "output-is-a-file": (None, ["--output_dir", "notes.txt"], "cannot be a folder: 'notes.txt' is a file"),
     "output-under-a-file": (None, ["--output_dir", "notes.txt/a/b"], "notes.txt' is a file"),
-    "liger-on-a-cpu": (None, ["--use_liger_kernel"], "--use_liger_kernel needs a GPU"),
+    "liger-on-a-cpu": (None, ["--use_liger_kernel"], "`use_liger_kernel` needs a GPU"),
     "length": (None, ["--max_length", "1"], "--max_length 1 leaves no room"),
     "misspelled": (None, ["--lose_type", "offset"], "Unknown options ['--lose_type']. Did you mean '--loss_type'?"),
     "misspelled-with-=": (None, ["--lose_type=offset"], "Did you mean '--loss_type'?"),
@@ -233,12 +234,12 @@ def test_errors_of_training_keep_their_traceback(here, tiny_model_dir, monkeypat
 
 
 def test_liger_where_it_can_run(monkeypatch, here, trained, tiny_model_dir, capsys):
-    monkeypatch.setattr(run_dpo.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(arguments.torch.cuda, "is_available", lambda: True)
     cpu = command(tiny_model_dir, "--use_liger_kernel")
     assert main(cpu) == 2 and not trained
     gpu = [each for each in cpu if each != "--use_cpu"]
     run_dpo._check(run_dpo._given(run_dpo.dpo.make_parser(prog="x"), gpu[2:]))
-    monkeypatch.setattr(run_dpo.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(arguments.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="pip install liger-kernel"):
         run_dpo._check(run_dpo._given(run_dpo.dpo.make_parser(prog="x"), gpu[2:]))
 

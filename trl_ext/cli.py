@@ -50,7 +50,12 @@ def _parser() -> argparse.ArgumentParser:
         description="Run an unmodified script with trl.DPOConfig and trl.DPOTrainer replaced by those of trl_ext. On "
         "several devices: accelerate launch -m trl_ext run SCRIPT ...",
     )
-    run.add_argument("script", metavar="SCRIPT", help="path of a Python script, or `dpo` for TRL's own command")
+    run.add_argument(
+        "script",
+        metavar="SCRIPT",
+        help="path of a Python script, or `dpo` for TRL's own command, whose "
+        "--dataset_name may also be a JSON, JSON Lines, CSV or Parquet file",
+    )
     run.add_argument("script_args", nargs=argparse.REMAINDER, metavar="ARGS", help="its arguments")
     run.set_defaults(function=_run)
 

@@ -5,21 +5,18 @@ used ends in one message.
 
 import argparse
 import difflib
-import importlib.util
 import os
 import traceback
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
 import yaml
-from accelerate.utils import is_xpu_available
 from datasets.exceptions import DatasetsError
 from trl.scripts import dpo
 from trl.scripts.utils import DatasetConfig
 
 from trl_ext.data.paths import refuse_missing_path, refuse_unwritable_folder
-from trl_ext.trainers.arguments import explained
+from trl_ext.trainers.arguments import explained, refuse_liger_without_gpu
 
 
 # How `load_dataset` reads a file, by its suffix
@@ -148,10 +145,7 @@ def _check(given: argparse.Namespace) -> None:
     if given.max_length is not None and given.max_length < 2:
         raise ValueError(f"--max_length {given.max_length} leaves no room for a prompt and a completion.")
     if given.use_liger_kernel:
-        if importlib.util.find_spec("liger_kernel") is None:
-            raise ValueError("--use_liger_kernel needs Liger: pip install liger-kernel.")
-        if given.use_cpu or not (torch.cuda.is_available() or is_xpu_available()):
-            raise ValueError("--use_liger_kernel needs a GPU, and this run is on a CPU. Leave it out.")
+        refuse_liger_without_gpu(given.use_cpu)
 
 
 def _read_local_data(script: Any, training: Any, data: Any) -> None:

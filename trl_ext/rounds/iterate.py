@@ -7,6 +7,7 @@ from typing import Any
 
 from datasets import Dataset
 from transformers import AutoTokenizer
+from transformers.integrations import get_reporting_integration_callbacks
 
 from trl_ext.data.cache import content_key, processes, write_atomically
 from trl_ext.data.groups import from_groups
@@ -21,7 +22,7 @@ from trl_ext.rounds.log_probs import implicit_rewards, load_model, pair_log_prob
 from trl_ext.rounds.replay import TEMPLATE, load_replay, mix_replay
 from trl_ext.rounds.report import round_metrics
 from trl_ext.rounds.shaping import balance_lengths, drop_truncated, without_empty
-from trl_ext.trainers.arguments import explained
+from trl_ext.trainers.arguments import explained, refuse_liger_without_gpu
 from trl_ext.trainers.dpo import DPOTrainer
 from trl_ext.trainers.dpo_config import DPOConfig
 from trl_ext.trainers.loss_terms import build_losses, resolve_loss_types
@@ -216,7 +217,11 @@ class IterativeDPO:
         if self.config.pairing == "group":
             options["pairing"] = "group"
         try:
-            return DPOConfig(output_dir=str(folder), **options)
+            args = DPOConfig(output_dir=str(folder), **options)
+            get_reporting_integration_callbacks(args.report_to)
+            if args.use_liger_kernel:
+                refuse_liger_without_gpu(args.use_cpu)
+            return args
         except (ValueError, TypeError, ImportError) as error:
             raise ValueError(f"`training` cannot be used: {explained(error)}") from error
 
