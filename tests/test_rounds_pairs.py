@@ -145,6 +145,8 @@ def test_replay():
     assert len({row["chosen"] for row in mixed}) == 12  # none is drawn twice
     assert mixed.to_list() != mix_replay(new, old, 0.5, seed=1).to_list()
     assert any(row in fresh for row in mixed.select(range(6, 12)))  # shuffled
+    drawn = [{row["chosen"] for row in mix_replay(new, old, 0.5, seed)} for seed in (0, 1)]
+    assert drawn[0] != drawn[1] != set(new["chosen"]) | set(old["chosen"][:6])
     assert len(mix_replay(new, old, 0.7, seed=0)) == 20  # 6 * 7 / 3 = 14: all there are
     with pytest.raises(ValueError, match="needs 18 pairs to replay, and there are 14"):
         mix_replay(new, old, 0.75, seed=0)
