@@ -1,5 +1,7 @@
 """Recipes made of data."""
 
+import re
+
 import pytest
 from datasets import Dataset
 
@@ -171,15 +173,13 @@ def test_stages_are_shuffled_each_by_itself():
 def test_token_ids_by_hand():
     """The prompt ends where both completions still agree with it."""
 
-    def tokenizer(text):  # two letters make a token
-        return {"input_ids": [text[at : at + 2] for at in range(0, len(text), 2)]}
+    def tokenizer(text):  # a letter makes a token, and so do `c` and `d` together
+        return {"input_ids": re.findall("cd|.", text)}
 
-    rows = Dataset.from_list(
-        [{"prompt": "abcd", "chosen": "ef", "rejected": "gh"}, {"prompt": "abc", "chosen": "d", "rejected": "ef"}]
-    )
-    first, second = without_eos(rows, tokenizer)
-    assert (first["prompt_ids"], first["chosen_ids"], first["rejected_ids"]) == (["ab", "cd"], ["ef"], ["gh"])
-    assert (second["prompt_ids"], second["chosen_ids"], second["rejected_ids"]) == (["ab"], ["cd"], ["ce", "f"])
+    rows = [{"prompt": "abd", "chosen": "ef", "rejected": "g"}, {"prompt": "abc", "chosen": "d", "rejected": "e"}]
+    first, second = without_eos(Dataset.from_list(rows), tokenizer)
+    assert (first["prompt_ids"], first["chosen_ids"], first["rejected_ids"]) == (["a", "b", "d"], ["e", "f"], ["g"])
+    assert (second["prompt_ids"], second["chosen_ids"], second["rejected_ids"]) == (["a", "b"], ["cd"], ["c", "e"])
 
 
 def test_few_shot_examples_of_other_prompts_only():
