@@ -390,7 +390,7 @@ def test_sampled_completions_may_be_empty(tmp_path, caplog):
         Dataset.from_list(talk), lambda prompts, completions: [len(c[0]["content"]) for c in completions]
     )["scores"] == [[0.0, 1.0]]
     for bad in (None, []):
-        with pytest.raises(ValueError, match="Row 0: the completion .* is empty"):
+        with pytest.raises(ValueError, match=r"Row 0: the completion .* is empty"):
             score_preferences(
                 Dataset.from_list([{"prompt": message("p"), "completions": [message("b"), bad]}]), length
             )
