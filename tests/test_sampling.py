@@ -12,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import trl_ext.data.generators as generators
 from tests.conftest import preference_rows
 from trl_ext.data import pair_traces, sample_completions, score_preferences
 from trl_ext.data.reasoning import completion_text
@@ -35,8 +36,6 @@ def test_samples(tiny_model_dir, tmp_path):
 
 @pytest.mark.parametrize("killed_at", [0, 1, 2])
 def test_killed_and_started_again(killed_at, tiny_model_dir, tmp_path, monkeypatch):
-    import trl_ext.data.generators as generators
-
     whole = draw(tiny_model_dir, tmp_path / "whole")
     calls, real = [], generators.sample
 
@@ -314,6 +313,30 @@ def test_vllm_gets_token_ids_and_no_defaults_of_the_model(vllm, tiny_model_dir, 
     model.save_pretrained(folder)
     sample_completions(Dataset.from_list(rows), str(folder), 2, **options)
     assert len(vllm) == 4
+
+
+def test_vllm_on_a_model_of_the_hub(vllm, tiny_model_dir, tmp_path, monkeypatch):
+    """Its commit says which weights they are."""
+    commit = ["1a2b"]
+    monkeypatch.setattr(generators, "snapshot_download", lambda name, allow_patterns: f"/cache/{name}/{commit[0]}")
+    keys = [generators.weights_key("owner/model")] * 2
+    commit[0] = "3c4d"
+    keys += [generators.weights_key("owner/model"), generators.weights_key("owner/other")]
+    assert keys[0] == keys[1] and len({*keys}) == 3
+
+
+def test_where_a_completion_ends(tiny_model_dir, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    stops = lambda eos: generators.stop_tokens(SimpleNamespace(eos_token_id=eos), tokenizer)  # noqa: E731
+    assert (stops(None), stops(1), stops(3), stops([3, 1]), stops([3, 4])) == ([1], [1], [1, 3], [3, 1], [1, 3, 4])
+    tokenizer.eos_token = None
+    assert (stops(None), stops(3)) == ([], [3])
+    for file in ("config.json", "generation_config.json"):
+        shutil.copy(tiny_model_dir / file, tmp_path)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 9}')
+    assert generators.generation_config_of(str(tmp_path)).eos_token_id == 9
+    (tmp_path / "generation_config.json").unlink()
+    assert generators.generation_config_of(str(tmp_path)).eos_token_id == 1
 
 
 def test_vllm_takes_a_name(vllm, tiny_model_dir, monkeypatch):

@@ -362,6 +362,10 @@ def test_ensembles():
     assert lowest == [-float(len(text)) for text in PAIRS["chosen"]]
     with pytest.raises(ValueError, match="'mean' or 'min'"):
         Ensemble([length], "max")
+    with pytest.raises(ValueError, match="at least one reward"):
+        Ensemble([])
+    with pytest.raises(ValueError, match="a judge of two gives none"):
+        score_preferences(PAIRS, [length, PairFunction(longer)])
 
 
 def longer(prompts, first, second):
@@ -479,6 +483,9 @@ def test_refused_before_the_work():
     for value in (0, -1.0, math.nan, math.inf, "best", True, None):
         with pytest.raises(ValueError, match="must be a positive number"):
             score_preferences(PAIRS, reward, temperature=value)
+    for value in (0, -1, True, 1.5):
+        with pytest.raises(ValueError, match=f"`batch_size={value}` must be a whole number, at least 1"):
+            score_preferences(PAIRS, reward, batch_size=value)
     with pytest.raises(ValueError, match="groups have none"):
         score_preferences(groups, reward, temperature="fit")
     with pytest.raises(ValueError, match="no meaning for a judge of two"):
@@ -609,8 +616,9 @@ def test_eurus_terms(tiny_model_dir, tmp_path):
     chosen, rejected = outputs.logits.squeeze(-1).chunk(2)
     absolute = -(torch.nn.functional.logsigmoid(chosen) + torch.nn.functional.logsigmoid(-rejected)).mean()
     torch.testing.assert_close(losses[1] - losses[0], 0.5 * absolute)
-    with pytest.raises(ValueError, match="at least 0"):
-        RewardConfig(output_dir=str(tmp_path), absolute_coefficient=-1.0, use_cpu=True, bf16=False)
+    for value in (-1.0, math.inf, math.nan):
+        with pytest.raises(ValueError, match="must be finite and at least 0"):
+            RewardConfig(output_dir=str(tmp_path), absolute_coefficient=value, use_cpu=True, bf16=False)
 
 
 def test_scores_survive_json(tmp_path):

@@ -65,6 +65,8 @@ def score_preferences(
     processes()  # the logger asks which process this is
     reward = as_reward(reward)
     grouped = "completions" in dataset.column_names
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"`batch_size={batch_size!r}` must be a whole number, at least 1.")
     check_temperature(temperature, reward, grouped)
     check_texts(dataset, grouped)
     check_renderable(dataset, reward, grouped)
