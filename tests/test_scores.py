@@ -486,6 +486,8 @@ def test_refused_before_the_work():
     for value in (0, -1, True, 1.5):
         with pytest.raises(ValueError, match=f"`batch_size={value}` must be a whole number, at least 1"):
             score_preferences(PAIRS, reward, batch_size=value)
+    with pytest.raises(ValueError, match="has no rows to score"):
+        score_preferences(PAIRS.select([]), reward)
     with pytest.raises(ValueError, match="groups have none"):
         score_preferences(groups, reward, temperature="fit")
     with pytest.raises(ValueError, match="no meaning for a judge of two"):

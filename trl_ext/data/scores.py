@@ -115,6 +115,8 @@ def check_texts(dataset: Dataset, grouped: bool) -> None:
     if missing:
         hint = " `trl.extract_prompt` splits it off." if missing == ["prompt"] else ""
         raise ValueError(f"The dataset lacks {missing}; its columns are {sorted(dataset.column_names)}.{hint}")
+    if not len(dataset):
+        raise ValueError("The dataset is empty: it has no rows to score.")
     empty = 0
     for index, row in enumerate(dataset):
         prompt = row["prompt"]
