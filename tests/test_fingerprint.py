@@ -67,7 +67,7 @@ def package(tmp_path, monkeypatch):
     name = "judges_" + tmp_path.name.replace("-", "_")
     files = {
         name: JUDGE.format(package=name),
-        f"{name}_words": "def count(text):\n    return len(text)\n",
+        f"{name}_words": f"import {name}\n\ndef count(text):\n    return len(text)\n",
         f"{name}_tools": "class Scale:\n    def __call__(self, x):\n        return x\n",
     }
 
@@ -154,6 +154,8 @@ def test_a_file_that_was_edited_but_not_imported_anew(package):
     stale = key(package(*edit, reload=False).reward)
     fresh = key(package().reward)
     assert stale != fresh and old.reward is not package().reward
+    stale = key(package("", "self.weight * len(text)", "self.weight - len(text)", reload=False).Judge(2.0))
+    assert stale != key(package().Judge(2.0))  # a method
 
 
 def test_the_order_of_a_set_is_no_difference(package):
@@ -171,7 +173,8 @@ def test_where_nobody_can_say(package):
     assert key(namespace["typed"]) is None
     judges = package()
     assert key(judges.closure(each for each in ())) is None  # a generator is no value
-    assert key(functools.partial(namespace["typed"])) is None
+    assert key(functools.partial(namespace["typed"])) is key(judges.closure({namespace["typed"]})) is None
+    assert key(judges.closure(torch.nn.Linear(1, 1, device="meta"))) is None
     deep = []
     for _ in range(5000):
         deep = [deep]
