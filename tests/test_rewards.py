@@ -93,6 +93,7 @@ def test_the_length_is_the_models_own_by_default(positions, known, expected):
     reward = RewardModel(model, tokenizer)
     reward.load()
     assert reward.max_length == expected
+    assert RewardModel(model, tokenizer, max_length=1).max_length == 1
     for value in (0, -1, True, 2.5):
         with pytest.raises(ValueError, match=f"`max_length={value}` must be a whole number of tokens"):
             RewardModel(model, tokenizer, max_length=value)
