@@ -19,6 +19,7 @@ JUDGE = """
 import functools
 import math
 import numpy as np
+import torch
 import {package}_words as words
 from {package}_tools import Scale
 
@@ -53,6 +54,15 @@ def closure(weight):
     def inner(prompts, completions):
         return [weight * len(text) for text in completions]
     return inner
+
+class Network(torch.nn.Module):
+    def __init__(self, scale):
+        super().__init__()
+        self.scale, self.layer = scale, torch.nn.Linear(2, 2)
+        torch.nn.init.ones_(self.layer.weight), torch.nn.init.ones_(self.layer.bias)
+
+    def forward(self, prompts, completions):
+        return [self.scale * self.layer(torch.ones(2)).sum().item() - len(text) for text in completions]
 
 @functools.lru_cache
 def cached(prompts, completions):
@@ -101,6 +111,8 @@ EVERYTHING = {
     "static": lambda judges: judges.Judge.plain,
     "closure": lambda judges: judges.closure(2.0),
     "cached": lambda judges: judges.cached,
+    "network": lambda judges: judges.Network(1.0).eval(),
+    "inside": lambda judges: judges.closure(torch.nn.Sequential(judges.Network(1.0))),
     "set": lambda judges: judges.by_word,
 }
 
@@ -128,12 +140,14 @@ def test_different_functions_have_different_keys(package):
     judges = package()
     functions = [make(judges) for make in EVERYTHING.values()]
     functions += [
+        judges.Network(2.0), judges.closure(torch.nn.Sequential(judges.Network(2.0))),
         functools.partial(judges.reward, offset=2.0), judges.Judge(3.0), judges.Judge(3.0).judge, judges.closure(3.0),
         lambda prompts, completions: [1.0], lambda prompts, completions: [2.0], judges.closure({"a": 1}),
         judges.closure({"a": 2}), judges.closure([1, 2]), judges.closure((1, 2)), judges.closure({1, 2}), judges.closure({1}),
         judges.closure(torch.nn.Linear(1, 1)), judges.closure(torch.nn.Linear(1, 1)), judges.closure(judges.helper),
         judges.closure(True), judges.closure(1), judges.closure(torch.tensor([1.0])), judges.closure(torch.tensor([2.0])),
     ]  # fmt: skip
+    assert key(judges.Network(1.0).train()) == key(judges.Network(1.0).eval())
     keys = [key(function) for function in functions]
     assert None not in keys and len({*keys}) == len(keys)
 

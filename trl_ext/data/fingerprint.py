@@ -111,9 +111,15 @@ def _object(value: Any, seen: Seen) -> Any:
 
 def _network(value: nn.Module, seen: Seen) -> Any:
     try:
-        return [_described(type(value), seen), hash_module(value), repr(value)]
-    except (RuntimeError, TypeError) as error:  # weights that are elsewhere, or of an unusual kind
+        weights = hash_module(value)
+    except (RuntimeError, TypeError) as error:  # they are elsewhere, or of an unusual kind
         raise NoSource("the weights of a model cannot be read") from error
+    # Attributes beside weights and submodules, whose names begin with an underscore
+    parts = [
+        [type(part), {name: each for name, each in vars(part).items() if name[0] != "_" and name != "training"}]
+        for part in value.modules()
+    ]
+    return [weights, _described(parts, seen)]
 
 
 def _namespace(kind: type) -> dict[str, Any]:
