@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import trl
 from datasets import Dataset
 from tokenizers.processors import TemplateProcessing
 from transformers import (
@@ -251,17 +252,32 @@ def test_eurus_terms(tiny_model_dir, tmp_path):
     from trl_ext.trainers.reward import RewardConfig, RewardTrainer
 
     losses = []
-    for coefficient in (0.0, 0.5):
+    options = {
+        "output_dir": str(tmp_path),
+        "use_cpu": True,
+        "bf16": False,
+        "report_to": "none",
+        "max_steps": 1,
+        "seed": 3,
+    }
+    for args in (
+        trl.RewardConfig(**options),
+        RewardConfig(**options),
+        RewardConfig(**options, absolute_coefficient=0.5),
+    ):
         torch.manual_seed(0)
-        args = RewardConfig(output_dir=str(tmp_path), absolute_coefficient=coefficient, use_cpu=True, bf16=False,
-                            report_to="none", max_steps=1, seed=3)  # fmt: skip
         trainer = RewardTrainer(model=str(tiny_model_dir), args=args, train_dataset=PAIRS)
         inputs = next(iter(trainer.get_train_dataloader()))
         loss, outputs = trainer.compute_loss(trainer.model, dict(inputs), return_outputs=True)
-        losses.append(loss)
-    chosen, rejected = outputs.logits.squeeze(-1).chunk(2)
-    absolute = -(torch.nn.functional.logsigmoid(chosen) + torch.nn.functional.logsigmoid(-rejected)).mean()
-    torch.testing.assert_close(losses[1] - losses[0], 0.5 * absolute)
+        losses.append(loss.item())
+        trainer.model.eval()
+        assert trainer.compute_loss(trainer.model, dict(inputs)).item() == pytest.approx(loss.item(), rel=1e-5)
+    rewards = outputs.logits.double().flatten().tolist()
+    pairs = list(zip(rewards[: len(rewards) // 2], rewards[len(rewards) // 2 :], strict=True))
+    softplus = lambda x: math.log1p(math.exp(x))  # noqa: E731  (-log sigmoid(-x))
+    plain = sum(softplus(r - c) for c, r in pairs) / len(pairs)
+    absolute = sum(softplus(-c) + softplus(r) for c, r in pairs) / len(pairs)
+    assert losses == pytest.approx([plain, plain, plain + 0.5 * absolute], rel=1e-5)
     for value in (-1.0, math.inf, math.nan):
         with pytest.raises(ValueError, match="must be finite and at least 0"):
             RewardConfig(output_dir=str(tmp_path), absolute_coefficient=value, use_cpu=True, bf16=False)

@@ -117,9 +117,10 @@ def test_a_judge_of_two():
         score_preferences(PAIRS, PairFunction(lambda p, a, b: [2.0] * len(p)))
 
 
-def test_sampled_completions_may_be_empty(tmp_path, caplog):
+def test_sampled_completions_may_be_empty(tmp_path, caplog, monkeypatch):
     """A policy may end at once: that is a completion like any other. In a pair, or as no text at all, it is an error."""
     groups = [{"prompt": "p", "completions": ["", "bbb"]}, {"prompt": "q", "completions": ["cc", " "]}]
+    monkeypatch.setattr(PartialState, "_shared_state", {})  # as in a fresh process, where nothing may be logged yet
     with caplog.at_level(logging.WARNING):
         assert score_preferences(Dataset.from_list(groups), length)["scores"] == [[0.0, 3.0], [2.0, 1.0]]
     assert "2 completions of the dataset are empty" in caplog.text
