@@ -67,7 +67,13 @@ def test_the_table_of_a_calibration():
 
 
 def test_where_no_temperature_fits(tmp_path):
-    for margins, message in (([1.0, 2.0], "no label is contradicted"), ([-1.0, 0.5], "no better than a coin")):
+    for margins, message in (
+        ([1.0, 2.0], "no label is contradicted"),
+        ([0.0, 0.5], "no label is contradicted"),
+        ([-1.0, 0.5], "no better than a coin"),
+        ([-1.0, 1.0], "no better than a coin"),
+        ([-1e-3, 5e-4], "no better than a coin"),
+    ):
         with pytest.raises(ValueError, match=message):
             fit_temperature(margins)
         report = calibrate(margins)
