@@ -19,6 +19,7 @@ JUDGE = """
 import functools
 import math
 import numpy as np
+import torch
 import {package}_words as words
 from {package}_tools import Scale
 
@@ -54,6 +55,15 @@ def closure(weight):
         return [weight * len(text) for text in completions]
     return inner
 
+class Network(torch.nn.Module):
+    def __init__(self, scale):
+        super().__init__()
+        self.scale, self.layer = scale, torch.nn.Linear(2, 2)
+        torch.nn.init.ones_(self.layer.weight), torch.nn.init.ones_(self.layer.bias)
+
+    def forward(self, prompts, completions):
+        return [self.scale * self.layer(torch.ones(2)).sum().item() - len(text) for text in completions]
+
 @functools.lru_cache
 def cached(prompts, completions):
     return [1.0]
@@ -67,7 +77,7 @@ def package(tmp_path, monkeypatch):
     name = "judges_" + tmp_path.name.replace("-", "_")
     files = {
         name: JUDGE.format(package=name),
-        f"{name}_words": "def count(text):\n    return len(text)\n",
+        f"{name}_words": f"import {name}\n\ndef count(text):\n    return len(text)\n",
         f"{name}_tools": "class Scale:\n    def __call__(self, x):\n        return x\n",
     }
 
@@ -101,6 +111,8 @@ EVERYTHING = {
     "static": lambda judges: judges.Judge.plain,
     "closure": lambda judges: judges.closure(2.0),
     "cached": lambda judges: judges.cached,
+    "network": lambda judges: judges.Network(1.0).eval(),
+    "inside": lambda judges: judges.closure(torch.nn.Sequential(judges.Network(1.0))),
     "set": lambda judges: judges.by_word,
 }
 
@@ -128,12 +140,14 @@ def test_different_functions_have_different_keys(package):
     judges = package()
     functions = [make(judges) for make in EVERYTHING.values()]
     functions += [
+        judges.Network(2.0), judges.closure(torch.nn.Sequential(judges.Network(2.0))),
         functools.partial(judges.reward, offset=2.0), judges.Judge(3.0), judges.Judge(3.0).judge, judges.closure(3.0),
         lambda prompts, completions: [1.0], lambda prompts, completions: [2.0], judges.closure({"a": 1}),
         judges.closure({"a": 2}), judges.closure([1, 2]), judges.closure((1, 2)), judges.closure({1, 2}), judges.closure({1}),
         judges.closure(torch.nn.Linear(1, 1)), judges.closure(torch.nn.Linear(1, 1)), judges.closure(judges.helper),
         judges.closure(True), judges.closure(1), judges.closure(torch.tensor([1.0])), judges.closure(torch.tensor([2.0])),
     ]  # fmt: skip
+    assert key(judges.Network(1.0).train()) == key(judges.Network(1.0).eval())
     keys = [key(function) for function in functions]
     assert None not in keys and len({*keys}) == len(keys)
 
@@ -154,6 +168,8 @@ def test_a_file_that_was_edited_but_not_imported_anew(package):
     stale = key(package(*edit, reload=False).reward)
     fresh = key(package().reward)
     assert stale != fresh and old.reward is not package().reward
+    stale = key(package("", "self.weight * len(text)", "self.weight - len(text)", reload=False).Judge(2.0))
+    assert stale != key(package().Judge(2.0))  # a method
 
 
 def test_the_order_of_a_set_is_no_difference(package):
@@ -171,7 +187,8 @@ def test_where_nobody_can_say(package):
     assert key(namespace["typed"]) is None
     judges = package()
     assert key(judges.closure(each for each in ())) is None  # a generator is no value
-    assert key(functools.partial(namespace["typed"])) is None
+    assert key(functools.partial(namespace["typed"])) is key(judges.closure({namespace["typed"]})) is None
+    assert key(judges.closure(torch.nn.Linear(1, 1, device="meta"))) is None
     deep = []
     for _ in range(5000):
         deep = [deep]

@@ -9,6 +9,7 @@ import pytest
 import rich.console
 import trl
 from datasets import Dataset, DatasetDict
+from datasets.utils import logging
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
@@ -16,7 +17,7 @@ from tests.conftest import build_tokenizer, preference_rows
 from tests.helpers import options
 from trl_ext import list_losses
 from trl_ext.cli import main
-from trl_ext.data import inspect_preferences
+from trl_ext.data import inspect_preferences, load_preferences
 from trl_ext.data.tokens import pair_lengths
 
 
@@ -215,7 +216,7 @@ def files(folder):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["./missing.jsonl"], "There is no dataset './missing.jsonl'"),
+        (["./missing.jsonl"], "There is no dataset './missing.jsonl': it looks like a path"),
         (["owner/missing"], "none on the hub or the hub cannot be reached"),
         (["empty.jsonl"], "'empty.jsonl': the file is empty"),
         (["blank.jsonl"], "'blank.jsonl': the file is empty"),
@@ -259,6 +260,19 @@ def test_mistakes_end_in_one_message(arguments, message, tmp_path, monkeypatch, 
     shown = capsys.readouterr()
     assert message in shown.err and "Traceback" not in shown.err
     assert "The data" not in shown.out
+
+
+def test_the_readers_own_complaints_are_not_shown_beside_ours(tmp_path, monkeypatch):
+    seen, before = [], logging.get_verbosity()
+
+    def fails(path, name):
+        seen.append(logging.get_verbosity())
+        raise KeyError("odd")
+
+    monkeypatch.setattr("trl_ext.data.load._load", fails)
+    with pytest.raises(ValueError, match=r"Cannot read '.*': the folder holds no file"):
+        load_preferences(str(tmp_path))
+    assert seen == [logging.CRITICAL] and logging.get_verbosity() == before
 
 
 def test_a_plot_needs_matplotlib(tmp_path, monkeypatch, capsys):

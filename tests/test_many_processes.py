@@ -40,8 +40,8 @@ def test_rounds_in_two_processes(tiny_model_dir, tmp_path):
         assert done.returncode == 0, done.stderr[-3000:]
         folder = tmp_path / f"run-{count}"
         results.append(json.loads((folder / "metrics.json").read_text()))
-        ledgers = sorted(path.name.split("-")[-1] for path in (folder / "round-1" / "scores").glob("*.jsonl"))
-        assert ledgers == [f"{rank}.jsonl" for rank in range(count)]
+        ledgers = list((folder / "round-1" / "scores").glob("*.jsonl"))
+        assert len(ledgers) == count  # each process writes a file of its own
     assert results[0][0] == results[1][0]
     first = [load_from_disk(tmp_path / f"run-{count}" / "round-1" / "pairs") for count in (1, 2)]
     for name in ("initial_chosen_logps", "initial_rejected_logps"):  # each process has computed half of them

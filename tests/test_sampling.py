@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+from collections import Counter
 from types import SimpleNamespace
 from typing import ClassVar
 
@@ -12,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import trl_ext.data.generators as generators
 from tests.conftest import preference_rows
 from trl_ext.data import pair_traces, sample_completions, score_preferences
 from trl_ext.data.reasoning import completion_text
@@ -35,8 +37,6 @@ def test_samples(tiny_model_dir, tmp_path):
 
 @pytest.mark.parametrize("killed_at", [0, 1, 2])
 def test_killed_and_started_again(killed_at, tiny_model_dir, tmp_path, monkeypatch):
-    import trl_ext.data.generators as generators
-
     whole = draw(tiny_model_dir, tmp_path / "whole")
     calls, real = [], generators.sample
 
@@ -171,21 +171,24 @@ def test_no_temperature_takes_the_likeliest_token(tiny_model_dir, tmp_path):
 
 
 def test_draws_follow_the_distribution(tiny_model_dir, tmp_path):
-    """First tokens of many draws against the softmax of the logits."""
+    """First tokens of many draws against the softmax of the logits, the unlikely ones included."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
     model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
-    model.lm_head.weight.data[20:] = 0  # 20 tokens of the vocabulary, and the rest all alike
+    model.lm_head.weight.data *= 0.1  # each of the vocabulary can be drawn
     rows = PROMPTS.select([0])
     with torch.no_grad():
         logits = model(**tokenizer(rows[0]["prompt"], return_tensors="pt")).logits[0, -1].double()
-    expected = torch.softmax(logits / 0.5, 0)
+    expected = Counter()
+    for token, p in enumerate(torch.softmax(logits / 0.5, 0).tolist()):
+        special = token < 4  # <|pad|>, <|eos|> and the marks of a turn are no text
+        expected["" if special else tokenizer.decode([token])] += p
     data = sample_completions(
         rows, model, 4000, tokenizer=tokenizer, temperature=0.5, max_new_tokens=1, cache_dir=tmp_path
     )
-    likeliest = next(token for token in expected.argsort(descending=True).tolist() if token > 5)
-    share = data["completions"][0].count(tokenizer.decode([likeliest])) / 4000
-    p = expected[likeliest].item()
-    assert 0.02 < p < 0.98 and abs(share - p) < 4 * (p * (1 - p) / 4000) ** 0.5
+    drawn = Counter(data["completions"][0])
+    assert set(drawn) <= set(expected) and len(expected) > 200
+    for text, p in expected.items():
+        assert abs(drawn[text] / 4000 - p) < 5 * (p * (1 - p) / 4000) ** 0.5 + 1e-9, text
 
 
 def test_what_is_kept_depends_on_all_that_matters(tiny_model_dir, tmp_path):
@@ -314,6 +317,30 @@ def test_vllm_gets_token_ids_and_no_defaults_of_the_model(vllm, tiny_model_dir, 
     model.save_pretrained(folder)
     sample_completions(Dataset.from_list(rows), str(folder), 2, **options)
     assert len(vllm) == 4
+
+
+def test_vllm_on_a_model_of_the_hub(vllm, tiny_model_dir, tmp_path, monkeypatch):
+    """Its commit says which weights they are."""
+    commit = ["1a2b"]
+    monkeypatch.setattr(generators, "snapshot_download", lambda name, allow_patterns: f"/cache/{name}/{commit[0]}")
+    keys = [generators.weights_key("owner/model")] * 2
+    commit[0] = "3c4d"
+    keys += [generators.weights_key("owner/model"), generators.weights_key("owner/other")]
+    assert keys[0] == keys[1] and len({*keys}) == 3
+
+
+def test_where_a_completion_ends(tiny_model_dir, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    stops = lambda eos: generators.stop_tokens(SimpleNamespace(eos_token_id=eos), tokenizer)  # noqa: E731
+    assert (stops(None), stops(1), stops(3), stops([3, 1]), stops([3, 4])) == ([1], [1], [1, 3], [3, 1], [1, 3, 4])
+    tokenizer.eos_token = None
+    assert (stops(None), stops(3)) == ([], [3])
+    for file in ("config.json", "generation_config.json"):
+        shutil.copy(tiny_model_dir / file, tmp_path)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 9}')
+    assert generators.generation_config_of(str(tmp_path)).eos_token_id == 9
+    (tmp_path / "generation_config.json").unlink()
+    assert generators.generation_config_of(str(tmp_path)).eos_token_id == 1
 
 
 def test_vllm_takes_a_name(vllm, tiny_model_dir, monkeypatch):

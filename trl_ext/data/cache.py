@@ -44,7 +44,7 @@ def model_key(model: nn.Module) -> str:
 def write_atomically(path: Path, text: str) -> None:
     """The whole file or none of it, whenever the process dies."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.tmp")
     temporary.write_text(text)
     os.replace(temporary, path)
 

@@ -7,7 +7,7 @@ sigmoid(m / T). The temperature T that fits best is the unit in which scores are
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -29,7 +29,7 @@ class Calibration:
         nll (`float`): Mean of `-log sigmoid(m)`, in nats: the scores as they are.
         nll_fitted (`float` or `None`): The same at the best temperature.
         remark (`str`): What stands in the way of a fit.
-        margins (`list[float]`): The margins.
+        margins (`list[float]`): The margins, one per pair; left out of `repr`.
     """
 
     pairs: int
@@ -42,7 +42,7 @@ class Calibration:
     nll: float
     nll_fitted: float | None
     remark: str
-    margins: list[float]
+    margins: list[float] = field(repr=False)
 
     def table(self):
         """As a rich table."""
@@ -56,9 +56,9 @@ class Calibration:
             "equal scores": f"{self.ties:.1%}",
             "margin": f"{self.margin_mean:.3f} ± {self.margin_std:.3f}",
             "temperature of best fit": "-" if self.temperature is None else f"{self.temperature:.4g}",
-            "nats a pair, as they are": f"{self.nll:.4f}",
-            "nats a pair, fitted": "-" if self.nll_fitted is None else f"{self.nll_fitted:.4f}",
-            "nats a pair, a coin": f"{math.log(2):.4f}",
+            "nats per pair, as they are": f"{self.nll:.4f}",
+            "nats per pair, fitted": "-" if self.nll_fitted is None else f"{self.nll_fitted:.4f}",
+            "nats per pair, a coin": f"{math.log(2):.4f}",
         }
         for name, value in rows.items():
             table.add_row(name, value)

@@ -51,7 +51,7 @@ def function_key(function: Callable, version: str | None, kind: str) -> str | No
         return f"{kind}-{content_key(getattr(inner, '__qualname__', type(inner).__qualname__), version)}"
     try:
         return f"{kind}-{content_key(_described(function, {}))}"
-    except (NoSource, RecursionError):
+    except (NoSource, RecursionError, OSError):
         return None
 
 
@@ -78,7 +78,7 @@ def _described(value: Any, seen: Seen) -> Any:
         return _module(vars(value), seen)
     if isinstance(value, type):
         return [value.__module__, value.__qualname__, _module(_namespace(value), seen)]
-    return _object(value, seen)
+    return _network(value, seen) if isinstance(value, nn.Module) else _object(value, seen)
 
 
 def _function(function: FunctionType, seen: Seen) -> Any:
@@ -99,8 +99,6 @@ def _content(cell: CellType) -> Any:
 def _object(value: Any, seen: Seen) -> Any:
     kind = type(value)
     described = _described(kind, seen)
-    if isinstance(value, nn.Module):
-        return [described, hash_module(value), repr(value)]
     if hasattr(value, "__wrapped__"):  # as what `functools.lru_cache` makes
         return [described, _described(value.__wrapped__, seen)]
     if not _installed(_namespace(kind)) and hasattr(value, "__dict__"):
@@ -109,6 +107,19 @@ def _object(value: Any, seen: Seen) -> Any:
         return [described, Hasher.hash(value)]
     except Exception as error:  # whatever pickling an unknown object may raise
         raise NoSource(f"{value!r} cannot be pickled") from error
+
+
+def _network(value: nn.Module, seen: Seen) -> Any:
+    try:
+        weights = hash_module(value)
+    except (RuntimeError, TypeError) as error:  # they are elsewhere, or of an unusual kind
+        raise NoSource("the weights of a model cannot be read") from error
+    # Attributes beside weights and submodules, whose names begin with an underscore
+    parts = [
+        [type(part), {name: each for name, each in vars(part).items() if name[0] != "_" and name != "training"}]
+        for part in value.modules()
+    ]
+    return [weights, _described(parts, seen)]
 
 
 def _namespace(kind: type) -> dict[str, Any]:

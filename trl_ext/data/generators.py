@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from torch import nn
 from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 from trl.trainer.utils import pad
@@ -40,8 +41,8 @@ def generation_config_of(name: str) -> Any:
 def weights_key(name: str) -> str:
     """A hash of a model that is not loaded here: of the files in a folder, or of its commit on the hub."""
     folder = Path(name)
-    if not folder.is_dir():
-        return content_key(name, AutoConfig.from_pretrained(name)._commit_hash)
+    if not folder.is_dir():  # the folder of a snapshot has the name of its commit
+        return content_key(name, Path(snapshot_download(name, allow_patterns="config.json")).name)
     files = sorted(path for path in folder.iterdir() if path.suffix in _WEIGHTS or path.name in _CONFIGS)
     digests = []
     for path in files:

@@ -53,7 +53,7 @@ class RewardModel:
     def load(self) -> None:
         """Load model and tokenizer where they are names, and settle how long texts may be."""
         refuse_missing_path(self.model, "reward model")
-        name = self.model if isinstance(self.model, str) else self.model.config._name_or_path
+        name = self.model if isinstance(self.model, str) else self.model.config.name_or_path
         if self.tokenizer is None:
             self.tokenizer = AutoTokenizer.from_pretrained(name)
         if isinstance(self.model, str):
@@ -177,6 +177,10 @@ class Ensemble:
     def __post_init__(self):
         if self.combine not in ("mean", "min") or not self.rewards:
             raise ValueError(f"An ensemble combines at least one reward by 'mean' or 'min'; got {self!r}.")
+        if any(isinstance(reward, PairFunction) for reward in self.rewards):
+            raise ValueError(
+                f"An ensemble combines scores of single completions, and a judge of two gives none: {self!r}."
+            )
 
 
 def as_reward(reward: Any) -> Any:

@@ -66,9 +66,9 @@ def sample_completions(
         top_p (`float`, *optional*, defaults to `1.0`):
             Probability mass that is sampled from.
         max_new_tokens (`int`, *optional*, defaults to `512`):
-            Tokens a completion has at most.
+            Tokens that a completion has at most.
         batch_size (`int`, *optional*, defaults to `8`):
-            Prompts at a time, and in a chunk.
+            Prompts at a time, and in each chunk.
         seed (`int`, *optional*, defaults to `0`):
             The same seed gives the same completions, in however many sittings.
         cache_dir (`str` or `Path`, *optional*):
@@ -87,7 +87,7 @@ def sample_completions(
     if backend == "vllm" and not isinstance(model, str):
         raise ValueError('`backend="vllm"` loads the model itself: give its name or folder.')
     if tokenizer is None:
-        tokenizer = AutoTokenizer.from_pretrained(model if isinstance(model, str) else model.config._name_or_path)
+        tokenizer = AutoTokenizer.from_pretrained(model if isinstance(model, str) else model.config.name_or_path)
     state = processes()
     rows = list(prompts)
     ids = [prompt_ids(_render(row, tokenizer, thinking), tokenizer, isinstance(row["prompt"], list)) for row in rows]

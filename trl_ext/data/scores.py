@@ -65,6 +65,8 @@ def score_preferences(
     processes()  # the logger asks which process this is
     reward = as_reward(reward)
     grouped = "completions" in dataset.column_names
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"`batch_size={batch_size!r}` must be a whole number, at least 1.")
     check_temperature(temperature, reward, grouped)
     check_texts(dataset, grouped)
     check_renderable(dataset, reward, grouped)
@@ -113,6 +115,8 @@ def check_texts(dataset: Dataset, grouped: bool) -> None:
     if missing:
         hint = " `trl.extract_prompt` splits it off." if missing == ["prompt"] else ""
         raise ValueError(f"The dataset lacks {missing}; its columns are {sorted(dataset.column_names)}.{hint}")
+    if not len(dataset):
+        raise ValueError("The dataset is empty: it has no rows to score.")
     empty = 0
     for index, row in enumerate(dataset):
         prompt = row["prompt"]

@@ -45,7 +45,7 @@ def prompt_ids(text: str, tokenizer: PreTrainedTokenizerBase, conversational: bo
     encoded = tokenizer(text, add_special_tokens=not conversational, return_special_tokens_mask=True)
     ids, added = encoded["input_ids"], encoded["special_tokens_mask"]
     if not conversational:
-        while len(ids) > 1 and added[len(ids) - 1] and ids[-1] != tokenizer.bos_token_id:
+        while len(ids) > 1 and added[len(ids) - 1]:
             ids = ids[:-1]
     return ids
 
