@@ -44,15 +44,27 @@ TRAINER_TESTS = [
     "tests/online",
 ]
 DATA_TESTS = [
+    "tests/test_cache.py",
+    "tests/test_calibration.py",
     "tests/test_checks.py",
     "tests/test_columns.py",
+    "tests/test_fingerprint.py",
     "tests/test_groups.py",
     "tests/test_inspection.py",
     "tests/test_paths.py",
     "tests/test_reasoning.py",
     "tests/test_recipes.py",
+    "tests/test_rewards.py",
     "tests/test_sampling.py",
     "tests/test_scores.py",
+    "tests/test_tokens.py",
+]
+ROUNDS_TESTS = [
+    "tests/test_rounds.py",
+    "tests/test_rounds_log_probs.py",
+    "tests/test_rounds_pairs.py",
+    "tests/test_rounds_settings.py",
+    "tests/test_rounds_stages.py",
 ]
 # Room: (files, tests). Tests that start other processes or take long are left out: a mutant may run all of them.
 ROOMS = {
@@ -60,7 +72,7 @@ ROOMS = {
     "logprobs": ("trl_ext/logprobs/*", ["tests/logprobs", "tests/test_scoring.py"]),
     "data": ("trl_ext/data/*", DATA_TESTS),
     "trainers": ("trl_ext/trainers/*", TRAINER_TESTS),
-    "rounds": ("trl_ext/rounds/*", ["tests/test_rounds.py"]),
+    "rounds": ("trl_ext/rounds/*", ROUNDS_TESTS),
     "merging": ("trl_ext/merging.py", ["tests/test_merging.py"]),
 }
 MESSAGES = [r"\braise \w+\(", r"\blogger\.\w+\(", r"\bwarnings\.warn\("]
