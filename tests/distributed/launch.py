@@ -43,7 +43,11 @@ def in_two_processes(module: str, strategy: str, model_dir: Path, folder: Path, 
 
 
 def compare(subtests, module: str, strategy: str, model_dir: Path, folder: Path, tolerance: dict | None = None) -> None:
-    """Each case of a module that knows the strategy: the first process of two against the only one."""
+    """
+    Run each case of a module for the strategy, and compare the first of two processes with the only one.
+
+    What a case returns as "every process" must be the same in both.
+    """
     cases = importlib.import_module(module).CASES[strategy]
     two, error = in_two_processes(module, strategy, model_dir, folder / "two", list(cases))
     for name, case in cases.items():
@@ -51,6 +55,7 @@ def compare(subtests, module: str, strategy: str, model_dir: Path, folder: Path,
             assert name in two, f"no result of {name!r} in two processes:\n{error}"
             one = case(model_dir, folder / "one" / name)
             assert_close(two[name][0], one, tolerance or {"rtol": 1e-4, "atol": 2e-6})
+            assert two[name][1].get("every process") == two[name][0].get("every process")
 
 
 def assert_close(two, one, tolerance: dict, where: str = "") -> None:
