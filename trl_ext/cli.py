@@ -97,6 +97,8 @@ def _is_about_input(error: BaseException) -> bool:
 def _losses(args: argparse.Namespace) -> int:
     from rich.console import Console
 
+    from trl_ext.losses import plugin_errors
+
     console = Console()
     if args.name:
         # Formulas hold square brackets and long lines: no markup, no wrapping
@@ -104,23 +106,32 @@ def _losses(args: argparse.Namespace) -> int:
     else:
         console.print(_all_losses())
         console.print("[dim]trl-ext losses NAME shows one in full. TRL's own loss types work as they do in TRL.[/dim]")
+        for reason in plugin_errors():
+            console.print(reason, markup=False, highlight=False, soft_wrap=True)
     return 0
 
 
 def _all_losses():
-    """A table of all losses."""
+    """A table of all losses; plug-ins that cannot be loaded are left out."""
     from rich import box
+    from rich.markup import escape
     from rich.table import Table
 
-    from trl_ext.losses import list_aliases, list_losses, loss_class
+    from trl_ext.losses import list_aliases, list_losses, loss_class, plugin_errors
 
+    plugin_errors()  # loads the plug-ins, which may register further names
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
     for heading in ("loss_type", "hyper-parameters", "columns", "paper"):
         table.add_column(heading, overflow="fold")
     for name in list_losses():
-        cls = loss_class(name)
+        try:
+            cls = loss_class(name)
+        except ValueError:
+            continue
         aliases = "".join(f"\n[dim]{alias}[/dim]" for alias in list_aliases(name))
-        hyperparameters = [f"{field.name}={_default(field)}" for field in dataclasses.fields(cls)]
+        hyperparameters = [
+            escape(f"{field.name}={_default(field)}") for field in dataclasses.fields(cls) if field.init
+        ]
         columns = [*cls.columns, *(f"({column})" for column in _optional(cls))]
         table.add_row(
             f"[bold]{name}[/bold]{aliases}",
@@ -142,6 +153,8 @@ def _one_loss(name: str) -> str:
     name = resolve_name(name)
     cls = loss_class(name)
     papers = [f"https://huggingface.co/papers/{paper.strip()}" for paper in cls.paper.split(",") if paper]
+    hyperparameters = [f"{field.name}={_default(field)}" for field in dataclasses.fields(cls) if field.init]
+    none = "depend on the hyper-parameters" if isinstance(cls.optional_columns, property) else "none"
     lines = [
         f"{name}  (aliases: {', '.join(list_aliases(name)) or 'none'})",
         *([f"{cls.title}  {' '.join(papers)}"] if papers else []),
@@ -151,9 +164,10 @@ def _one_loss(name: str) -> str:
         "",
         inspect.getdoc(cls) or "",
         "",
-        f"Hyper-parameters: {', '.join(f'{field.name}={_default(field)}' for field in dataclasses.fields(cls)) or 'none'}",
+        f"Hyper-parameters: {', '.join(hyperparameters) or 'none'}",
         f"Columns: {', '.join(cls.columns) or 'none'}",
-        f"Optional columns: {', '.join(_optional(cls)) or 'none'}",
+        f"Optional columns: {', '.join(_optional(cls)) or none}",
+        f"Reads the reference: {'yes' if cls.needs_reference else 'no'}",
         f"Takes groups of completions: {'yes' if cls.takes_groups else 'no'}",
     ]
     return "\n".join(lines)

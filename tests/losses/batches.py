@@ -1,6 +1,12 @@
-"""Batches for the loss tests."""
+"""Batches for the loss tests, and TRL's own formulas on them."""
+
+import inspect
+import textwrap
+from types import SimpleNamespace
 
 import torch
+import torch.nn.functional as F
+import trl
 
 from trl_ext import GroupBatch, PreferenceBatch
 
@@ -49,3 +55,23 @@ def slope(loss, batch) -> torch.Tensor:
     (opposite,) = torch.autograd.grad(loss(batch).sum(), batch.rejected_logps)
     torch.testing.assert_close(gradient, -opposite)
     return gradient
+
+
+def trl_formula(loss_type, batch) -> torch.Tensor:
+    """What the lines of TRL's trainer for one of its loss types give for a batch."""
+    method = inspect.getsource(trl.DPOTrainer._compute_loss)
+    branch = method.split(f'if loss_type == "{loss_type}":\n')[1].split("elif loss_type")[0]
+    lengths = torch.cat([batch.chosen_lengths, batch.rejected_lengths])
+    names = {
+        "torch": torch,
+        "F": F,
+        "self": SimpleNamespace(beta=batch.beta),
+        "chosen_logratios": batch.chosen_logratios,
+        "rejected_logratios": batch.rejected_logratios,
+        "chosen_scores": batch.chosen_logratios,
+        "rejected_scores": batch.rejected_logratios,
+        "delta_score": batch.delta,
+        "completion_mask": torch.arange(int(lengths.max())) < lengths.unsqueeze(1),
+    }
+    exec(textwrap.dedent(branch), names)
+    return names["per_sequence_loss"]

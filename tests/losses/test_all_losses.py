@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from tests.losses.batches import group, pairs
 from trl_ext import get_loss, list_losses
 from trl_ext.losses import loss_class
+from trl_ext.losses.base import refuse_values
 
 
 VARIANTS = [
@@ -25,16 +26,19 @@ VARIANTS = [
     ("bias_variance", {"base": "ipo"}),
     ("length_regularized", {}),
     ("inpo", {}),
+    ("sppo_soft", {}),
     ("sppo_soft", {"target": "score"}),
 ]
 IDS = [f"{name}-{'-'.join(map(str, kwargs.values()))}" for name, kwargs in VARIANTS]
 
 
-def full(deltas, *, dtype=torch.float64, margins=None, lengths=None, requires_grad=False):
-    """A batch that every loss can take: positive margins, positive scores, an empty-trace pair."""
+def full(deltas, *, dtype=torch.float64, margins=None, lengths=None, requires_grad=False, win_rates=False):
+    """A batch that every loss can take: positive margins, positive scores, an empty-trace pair. With `win_rates`, scores lie in [0, 1]."""
     margins = [1.5] * len(deltas) if margins is None else margins
     rejected = torch.full((len(deltas),), 0.25, dtype=torch.float32)
     columns = {"score_chosen": rejected + torch.tensor(margins, dtype=torch.float32), "score_rejected": rejected}
+    if win_rates:
+        columns = {"score_chosen": torch.sigmoid(columns["score_chosen"]), "score_rejected": rejected}
     columns |= {"initial_chosen_logps": rejected - 12, "initial_rejected_logps": rejected - 11}
     kwargs = {"dtype": dtype, "lengths": lengths, "requires_grad": requires_grad, **columns}
     return dataclasses.replace(pairs(deltas, **kwargs), empty_trace=pairs([-delta for delta in deltas], **kwargs))
@@ -48,14 +52,14 @@ def test_every_loss_is_here():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_shape_and_dtype(name, kwargs, dtype):
     for size in (1, 5):
-        loss = get_loss(name, **kwargs)(full([0.5] * size, dtype=dtype))
+        loss = get_loss(name, **kwargs)(full([0.5] * size, dtype=dtype, win_rates=name == "sppo_soft"))
         assert loss.shape == (size,)
         assert loss.dtype == dtype
 
 
 @pytest.mark.parametrize(("name", "kwargs"), VARIANTS, ids=IDS)
 def test_gradient_by_finite_differences(name, kwargs):
-    base = full([-2.0, 0.3, 4.0], lengths=([9, 4, 6], [3, 8, 6]))
+    base = full([-2.0, 0.3, 4.0], lengths=([9, 4, 6], [3, 8, 6]), win_rates=name == "sppo_soft")
     loss = get_loss(name, **kwargs)
 
     def of(chosen, rejected, empty_chosen, empty_rejected):
@@ -74,7 +78,8 @@ def test_finite_at_extremes(name, kwargs, dtype):
     deltas = [1e5, -1e5, 0.0, 1e5, -1e5]
     margins = [1e4, 1e4, 1e4, 1e-3, 1e-3]
     lengths = ([10_000, 1, 7, 1, 7], [1, 10_000, 7, 7, 1])
-    batch = full(deltas, dtype=dtype, margins=margins, lengths=lengths, requires_grad=True)
+    win_rates = kwargs == {} and name == "sppo_soft"
+    batch = full(deltas, dtype=dtype, margins=margins, lengths=lengths, requires_grad=True, win_rates=win_rates)
     loss = get_loss(name, **kwargs)(batch)
     loss.float().sum().backward()
     assert loss.isfinite().all()
@@ -84,7 +89,7 @@ def test_finite_at_extremes(name, kwargs, dtype):
         assert batch.empty_trace.chosen_logps.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("name", ["anchored", "margin_adaptive"])
+@pytest.mark.parametrize("name", ["anchored", "margin_adaptive", "length_regularized", "inpo", "bias_variance"])
 def test_finite_for_contradicted_labels(name):
     margins = [-1e4, -50.0, -1.0, 1e4]
     batch = full([1e5, -1e5, 3.0, -3.0], dtype=torch.float32, margins=margins, requires_grad=True)
@@ -106,17 +111,17 @@ def test_groups_are_finite_at_extremes(dtype):
 
 @pytest.mark.parametrize(("name", "kwargs"), VARIANTS, ids=IDS)
 def test_no_gradient_reaches_columns_or_the_reference(name, kwargs):
-    batch = full([1.0, -2.0], requires_grad=True)
+    batch = full([1.0, -2.0], requires_grad=True, win_rates=name == "sppo_soft")
     scores = [column.requires_grad_() for column in batch.columns.values()]
     references = [batch.ref_chosen_logps.requires_grad_(), batch.ref_rejected_logps]
     loss = get_loss(name, **kwargs)(batch)
     gradients = torch.autograd.grad(loss.sum(), scores, allow_unused=True, retain_graph=True)
     assert all(gradient is None for gradient in gradients)
-    if name == "inpo":  # whose other reference is a column
-        return
     (reference,) = torch.autograd.grad(loss.sum(), references[:1])
     (policy,) = torch.autograd.grad(get_loss(name, **kwargs)(batch).sum(), batch.chosen_logps)
-    torch.testing.assert_close(reference, -policy)  # the reference enters through the log-ratio alone
+    # The reference enters through the log-ratio alone; that of inpo with the share 1 - tau / eta, the rest is a column
+    share = 1 - 0.0025 / 0.0075 if name == "inpo" else 1
+    torch.testing.assert_close(reference, -share * policy)
 
 
 @settings(max_examples=60, deadline=None)
@@ -134,11 +139,12 @@ def test_any_shape_and_any_value(variant, rows):
     """Finite, and each pair's loss its own: a batch gives what its pairs give one by one."""
     deltas, margins, chosen, rejected = (list(column) for column in zip(*rows, strict=True))
     loss = get_loss(variant[0], **variant[1])
-    values = loss(full(deltas, margins=margins, lengths=(chosen, rejected)))
+    win_rates = variant == ("sppo_soft", {})
+    values = loss(full(deltas, margins=margins, lengths=(chosen, rejected), win_rates=win_rates))
     assert values.isfinite().all()
     assert values.shape == (len(rows),)
     for index, (delta, margin, n_chosen, n_rejected) in enumerate(rows):
-        alone = full([delta], margins=[margin], lengths=([n_chosen], [n_rejected]))
+        alone = full([delta], margins=[margin], lengths=([n_chosen], [n_rejected]), win_rates=win_rates)
         # The same reference, so that rounding is the same
         for batch, whole in ((alone, full(deltas)), (alone.empty_trace, full(deltas).empty_trace)):
             shift = whole.ref_chosen_logps[index] - batch.ref_chosen_logps
@@ -148,11 +154,12 @@ def test_any_shape_and_any_value(variant, rows):
 
 
 @pytest.mark.parametrize(("name", "kwargs"), VARIANTS, ids=IDS)
-def test_metrics_are_detached_scalars(name, kwargs):
-    metrics = get_loss(name, **kwargs).metrics(full([1.0, -2.0], requires_grad=True))
+def test_metrics_are_detached_scalars_or_one_value_per_row(name, kwargs):
+    batch = full([1.0, -2.0], requires_grad=True, win_rates=name == "sppo_soft")
+    metrics = get_loss(name, **kwargs).metrics(batch)
     assert metrics
     for key, value in metrics.items():
-        assert value.shape == (), key
+        assert value.shape == ((2,) if name == "bias_variance" else ()), key
         assert not value.requires_grad, key
 
 
@@ -163,7 +170,7 @@ def test_states_what_it_needs(name):
     assert cls.title
     assert cls.citation.startswith("@")
     assert isinstance(cls.columns, tuple)
-    assert cls.needs_reference
+    assert get_loss(name).needs_reference is True
     assert cls.takes_groups == (name == "anchored")
     with pytest.raises(dataclasses.FrozenInstanceError):
         get_loss(name).alpha = 3
@@ -172,3 +179,52 @@ def test_states_what_it_needs(name):
 def test_missing_column_names_what_is_there():
     with pytest.raises(ValueError, match=r"no column 'score_chosen'; its columns are \['weight'\]"):
         get_loss("margin_adaptive")(pairs([0.0], weight=[1.0]))
+
+
+@pytest.mark.parametrize(("name", "kwargs"), VARIANTS, ids=IDS)
+def test_a_batch_without_the_reference_is_refused(name, kwargs):
+    batch = full([1.0, -2.0], win_rates=name == "sppo_soft")
+    batch = dataclasses.replace(batch, ref_chosen_logps=None, ref_rejected_logps=None)
+    with pytest.raises(ValueError, match="loss that states `needs_reference = False` is given none"):
+        get_loss(name, **kwargs)(batch)
+
+
+def test_groups_without_the_reference_are_refused():
+    batch = dataclasses.replace(group([[1.0, 2.0]], [[0.0, 1.0]]), ref_logps=None)
+    with pytest.raises(ValueError, match="loss that states `needs_reference = False` is given none"):
+        get_loss("anchored")(batch)
+
+
+def test_values_that_are_no_numbers_or_probabilities_are_refused():
+    nan = float("nan")
+    scored = {"score_chosen": [1.0, nan], "score_rejected": [0.0, 0.0]}
+    for name, columns, message in [
+        (
+            "anchored",
+            {"preference_prob": [0.5, nan]},
+            r"^1 of 2 rows: anchored: `preference_prob` must lie in \[0, 1\]",
+        ),
+        ("anchored", {"preference_prob": [-0.1, 1.1]}, "^2 of 2 rows: anchored: `preference_prob`"),
+        ("anchored", scored, r"^1 of 2 rows: anchored: \['score_chosen', 'score_rejected'\] must be finite"),
+        ("anchored", {"score_chosen": [0.0] * 2, "score_rejected": [1.0, float("inf")]}, "must be finite"),
+        ("margin_adaptive", scored, "^1 of 2 rows: margin_adaptive: .*must be numbers"),
+        ("offset", scored, "^1 of 2 pairs"),
+        (
+            "inpo",
+            {"initial_chosen_logps": [0.0, nan], "initial_rejected_logps": [0.0, 0.0]},
+            "^1 of 2 rows: inpo: .*finite",
+        ),
+        ("sppo_soft", scored, r"^1 of 2 rows: sppo_soft reads scores as win rates, in \[0, 1\]"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            get_loss(name)(pairs([0.0, 1.0], **columns))
+    for name in ("anchored", "sppo_soft"):  # the bounds themselves are probabilities
+        columns = {"preference_prob": [0.0, 1.0], "score_chosen": [0.0, 1.0], "score_rejected": [1.0, 0.0]}
+        assert get_loss(name)(pairs([0.0, 1.0], **columns)).isfinite().all()
+
+
+def test_values_are_looked_at_on_a_cpu_only():
+    """Elsewhere that would make the host wait."""
+    refuse_values(torch.ones(2, dtype=torch.bool, device="meta"), "no")
+    with pytest.raises(ValueError, match="2 of 2 rows: no"):
+        refuse_values(torch.ones(2, dtype=torch.bool), "no")

@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import pytest
@@ -5,7 +6,7 @@ import torch
 
 from tests.losses.batches import group, pairs, slope
 from trl_ext import get_loss
-from trl_ext.losses.base import sigmoid
+from trl_ext.losses.base import sigmoid, warn_once
 
 
 def test_values_and_gradients():
@@ -119,3 +120,110 @@ def test_standardized_scores():
 def test_label_smoothing_of_groups_is_an_error():
     with pytest.raises(ValueError, match="for pairs only"):
         get_loss("anchored", label_smoothing=0.1)(group([[0.0, 1.0]], [[0.0, 1.0]]))
+
+
+def test_scores_need_both_sides():
+    for name in ("score_chosen", "score_rejected"):
+        with pytest.raises(ValueError, match=f"has '{name}' without the score of the other completion"):
+            get_loss("anchored")(pairs([0.0], **{name: [1.0]}))
+
+
+def test_standardized_pairs():
+    # The z-scores of two are +-1 / sqrt(2), whatever their margin
+    batch = pairs([0.0, 0.0, 0.0], score_chosen=[5.0, 1.0, 2.0], score_rejected=[1.0, 3.0, 2.0])
+    q = 1 / (1 + math.exp(-math.sqrt(2) / 0.5))
+    target = get_loss("anchored", standardize=True, beta_r=0.5).target(batch)
+    assert target.tolist() == pytest.approx([q, 1 - q, 0.5], abs=1e-7)
+
+
+def test_label_smoothing_that_flips(caplog):
+    warn_once.cache_clear()
+    messages = []
+    for e in (0.0, 0.49, 0.5, 0.7, 0.7, 1.0):
+        caplog.clear()
+        loss = get_loss("anchored", label_smoothing=e)
+        messages.append([record.getMessage() for record in caplog.records])
+    assert [len(texts) for texts in messages] == [0, 0, 1, 1, 0, 1]
+    assert "`label_smoothing=0.5` makes every target 1/2" in messages[2][0]
+    assert "`label_smoothing=0.7` flips more labels than it keeps" in messages[3][0]
+    # At 1 every label is flipped: the loss of the swapped pair
+    torch.testing.assert_close(loss(pairs([3.0, -5.0])), get_loss("anchored")(pairs([-3.0, 5.0])))
+
+
+def test_no_gradient_reaches_the_scores_of_a_group():
+    batch = group([[1.0, 2.0]], [[0.0, 1.0]])
+    scores = batch.scores.requires_grad_()
+    loss = get_loss("anchored", standardize=True)(batch)
+    assert torch.autograd.grad(loss.sum(), scores, allow_unused=True) == (None,)
+
+
+@pytest.mark.parametrize("standardize", [False, True])
+def test_float16_groups_with_a_mask(standardize):
+    """Masked entries are -65504 there, and their log-probability is -inf beside 80: it must not reach value or gradient."""
+    mask = [[True, True, False, False], [True, False, True, True]]
+    ratios, scores = [[80.0, -4.0, 0.0, 2.0], [1.0, 9.0, 90.0, 86.0]], [[1.0, 2.0, 9.0, 9.0], [0.5, 9.0, 1.5, 0.0]]
+    loss = get_loss("anchored", tau=1.0, standardize=standardize)
+    half, exact = group(ratios, scores, mask, dtype=torch.float16), group(ratios, scores, mask)
+    values = loss(half)
+    assert values.dtype == torch.float16
+    assert values.tolist() == pytest.approx(loss(exact).tolist(), rel=2e-3)
+    values.sum().backward()
+    loss(exact).sum().backward()
+    for row, expected in zip(half.logps.grad.tolist(), exact.logps.grad.tolist(), strict=True):
+        assert row == pytest.approx(expected, abs=2e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_group_of_none(dtype):
+    """A prompt without completions adds nothing, in value and gradient."""
+    batch = group([[4.0, 1.0], [0.0, 1.0]], [[2.0, 0.0], [0.0, 0.0]], [[False, False], [True, True]], dtype=dtype)
+    loss = get_loss("anchored", tau=1.0)(batch)
+    loss.sum().backward()
+    assert loss.tolist() == pytest.approx([0.0, math.log1p(math.e) - 0.5], rel=2e-3)
+    assert batch.logps.grad[0].tolist() == [0.0, 0.0]
+    assert batch.logps.grad[1].isfinite().all()
+
+
+def test_masked_entries_beside_very_negative_log_ratios():
+    """A masked entry must weigh nothing beside any log-ratio, and nothing of it may be added."""
+    batch = group([[-3e4, -3e4 - 1, 0.0]], [[0.0, 0.0, 0.0]], [[True, True, False]])
+    loss = get_loss("anchored", tau=1.0)(batch)
+    assert loss.item() == pytest.approx(math.log1p(math.exp(-1)) + 0.5)
+
+
+def test_scores_of_a_group_keep_their_precision():
+    # bf16 would make 6.1 and 6.12 a difference of 0.031. The log-ratios are 0 and 1: -q_1 - log(1 / (1 + e))
+    batch = dataclasses.replace(
+        group([[0.0, 1.0]], [[0.0, 0.0]], dtype=torch.bfloat16, beta=1.0), scores=torch.tensor([[6.10, 6.12]])
+    )
+    q = 1 / (1 + math.exp(-0.02 / 0.01))
+    loss = get_loss("anchored", beta_r=0.01)(batch)
+    assert loss.item() == pytest.approx(math.log1p(math.e) - q, abs=4e-3)
+    # float64 is not narrowed to float32, where the difference would be lost
+    fine = group([[0.0, 1.0]], [[1.0, 1.0 + 1e-9]], beta=1.0)
+    q = 1 / (1 + math.exp(-1))
+    assert get_loss("anchored", beta_r=1e-9)(fine).item() == pytest.approx(math.log1p(math.e) - q, abs=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_scores_in_half_precision_are_computed_with_in_float32(dtype):
+    # Squares of 400 overflow float16; standardised, two scores are +-1 / sqrt(2)
+    batch = group([[0.0, 1.0]], [[-400.0, 400.0]], dtype=dtype, beta=1.0)
+    q = 1 / (1 + math.exp(-math.sqrt(2)))
+    loss = get_loss("anchored", standardize=True)(batch)
+    assert loss.item() == pytest.approx(math.log1p(math.e) - q, abs=4e-3)
+    # 1.5 / 1e-5 overflows float16 too; the softmax of it is hard: all of the weight is on the first
+    batch = group([[0.0, 1.0]], [[1.5, 1.0]], dtype=dtype, beta=1.0)
+    assert get_loss("anchored", beta_r=1e-5)(batch).item() == pytest.approx(math.log1p(math.e), abs=8e-3)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_scores_of_a_group_that_are_no_numbers(value):
+    with pytest.raises(ValueError, match="1 of 2 rows: anchored: the scores of a group must be finite"):
+        get_loss("anchored")(group([[0.0, 1.0], [0.0, 1.0]], [[0.0, 1.0], [0.0, value]]))
+
+
+def test_metrics():
+    metrics = get_loss("anchored").metrics(pairs([0.0, 0.0], preference_prob=[0.5, 0.9]))
+    assert metrics["target/mean"].item() == pytest.approx(0.7)
+    assert get_loss("anchored").metrics(group([[0.0, 1.0]], [[0.0, 1.0]])) == {}

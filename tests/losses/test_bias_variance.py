@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from tests.losses.batches import pairs
-from trl_ext import get_loss
+from trl_ext import DPOConfig, PreferenceBatch, get_loss, register_loss
 from trl_ext.losses.base import PLAIN_LOSSES
+from trl_ext.losses.bias_variance import present
 
 
 def both(traced, empty, **kwargs):
@@ -24,26 +25,38 @@ def test_value_and_gradient():
     assert empty.item() == pytest.approx(-0.7 * 0.5 / (1 + math.exp(-1)))
 
 
-@pytest.mark.parametrize("base", ["sigmoid", "ipo", "hinge", "length_regularized", "r_dpo", "anchored"])
-def test_limits(base):
-    batch = both([4.0, -1.0], [-2.0, 3.0])
-    plain = PLAIN_LOSSES[base] if base in PLAIN_LOSSES else get_loss(base)
-    torch.testing.assert_close(get_loss("bias_variance", alpha=1.0, base=base)(batch), plain(batch))
-    torch.testing.assert_close(get_loss("bias_variance", alpha=0.0, base=base)(batch), plain(batch.empty_trace))
-    # The same pair twice: alpha does not matter. In between: linear in alpha
-    twice = both([4.0, -1.0], [4.0, -1.0])
-    torch.testing.assert_close(get_loss("bias_variance", alpha=0.2, base=base)(twice), plain(twice))
-    ends = [get_loss("bias_variance", alpha=alpha, base=base)(batch) for alpha in (0.0, 1.0)]
-    torch.testing.assert_close(
-        get_loss("bias_variance", alpha=0.25, base=base)(batch), 0.75 * ends[0] + 0.25 * ends[1]
-    )
+def softplus(z):
+    return math.log1p(math.exp(z))
 
 
-def test_ipo_by_hand():
-    # log-ratios 1.5 and -0.5 over 7 tokens each: (2 / 7 - 5)^2 at beta 0.1
-    assert get_loss("bias_variance", base="ipo", alpha=1.0)(both([2.0], [0.0])).item() == pytest.approx(
-        (2 / 7 - 5) ** 2
+# Of a pair by hand: its delta, the lengths of its completions; beta is 0.5, scores are 2 and 1
+BASES = {
+    "sigmoid": lambda delta, chosen, rejected: softplus(-0.5 * delta),
+    "hinge": lambda delta, chosen, rejected: max(0.0, 1 - 0.5 * delta),
+    # The log-ratios of `pairs` are delta / 2 + 0.5 and -delta / 2 + 0.5
+    "ipo": lambda delta, chosen, rejected: ((delta / 2 + 0.5) / chosen - (-delta / 2 + 0.5) / rejected - 1) ** 2,
+    "length_regularized": lambda delta, chosen, rejected: softplus(-0.5 * delta - 0.02 * (chosen - rejected)),
+    "r_dpo": lambda delta, chosen, rejected: softplus(-0.5 * delta - 0.02 * (chosen - rejected)),
+    "offset": lambda delta, chosen, rejected: softplus(-0.5 * delta),  # log(2 - 1) = 0
+    "anchored": lambda delta, chosen, rejected: softplus(-0.5 * delta) + 0.5 * delta / (1 + math.e),
+}
+
+
+@pytest.mark.parametrize("alpha", [1.0, 0.0, 0.25])
+@pytest.mark.parametrize("base", BASES)
+def test_values_of_every_base(base, alpha):
+    scores = {"score_chosen": [2.0, 2.0], "score_rejected": [1.0, 1.0]}
+    traced, empty = [4.0, -1.0], [-2.0, 3.0]
+    batch = both(traced, empty, lengths=([6, 3], [4, 12]), beta=0.5, **scores)
+    batch = dataclasses.replace(
+        batch, empty_trace=pairs(empty, lengths=([2, 5], [1, 8]), beta=0.5, requires_grad=True, **scores)
     )
+    lengths = [((6, 4), (2, 1)), ((3, 12), (5, 8))]
+    expected = [
+        alpha * BASES[base](one, *of_one) + (1 - alpha) * BASES[base](other, *of_other)
+        for one, other, (of_one, of_other) in zip(traced, empty, lengths, strict=True)
+    ]
+    assert get_loss("bias_variance", alpha=alpha, base=base)(batch).tolist() == pytest.approx(expected)
 
 
 def test_base_that_reads_columns():
@@ -54,8 +67,88 @@ def test_base_that_reads_columns():
     torch.testing.assert_close(loss(both([4.0], [4.0], **scores)), get_loss("offset")(pairs([4.0], **scores)))
     assert loss.check_columns({name: torch.tensor(value) for name, value in scores.items()}).tolist() == [False]
     assert get_loss("bias_variance").required_columns == loss.columns
-    assert get_loss("bias_variance", base="ipo").divides_by_beta
-    assert not get_loss("bias_variance").divides_by_beta
+    assert loss.column_help == get_loss("offset").column_help
+    assert loss.optional_columns == ()
+    for base in PLAIN_LOSSES:
+        loss = get_loss("bias_variance", base=base)
+        assert (loss.required_columns, loss.optional_columns, loss.column_help) == (loss.columns, (), "")
+        assert loss.check_columns({}) is None
+    assert get_loss("bias_variance", base="adpo").optional_columns == get_loss("anchored").optional_columns
+    # A row that the base cannot take
+    bad = {"score_chosen": torch.tensor([2.0, 1.0]), "score_rejected": torch.tensor([1.0, 1.0])}
+    assert get_loss("bias_variance", base="offset").check_columns(bad).tolist() == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("base", "divides"),
+    [
+        ("sigmoid", False),
+        ("hinge", False),
+        ("ipo", True),
+        ("offset", False),
+        ("anchored", True),
+        ("gpo", True),
+        ("inpo", False),
+    ],
+)
+def test_beta_of_0_where_the_base_divides_by_it(base, divides):
+    assert get_loss("bias_variance", base=base).divides_by_beta is divides
+    if divides:
+        with pytest.raises(ValueError, match=r"`beta=0` has no meaning for \['bias_variance'\]"):
+            DPOConfig(output_dir="unused", loss_type="bias_variance", loss_kwargs={"base": base}, beta=0.0, bf16=False)
+
+
+def test_alpha_is_half_by_default():
+    assert get_loss("bias_variance") == get_loss("bias_variance", alpha=0.5, base="sigmoid")
+
+
+@pytest.mark.parametrize("alpha", ["Auto", "", "half"])
+def test_alpha_that_is_no_number(alpha):
+    with pytest.raises(ValueError, match=rf"`alpha='{alpha}'` is a str; expected float in \[0, 1\], or 'auto'"):
+        get_loss("bias_variance", alpha=alpha)
+
+
+def test_alpha_that_is_not_measured_yet():
+    loss = get_loss("bias_variance", alpha="auto")
+    with pytest.raises(ValueError, match="`alpha='auto'` is measured by the trainer before training"):
+        loss(both([1.0], [1.0]))
+
+
+def test_a_base_that_needs_no_reference():
+    @register_loss("free")
+    @dataclasses.dataclass(frozen=True)
+    class Free:
+        needs_reference = False
+
+        def __call__(self, batch):
+            return -batch.chosen_logps
+
+    loss = get_loss("bias_variance", base="free", alpha=0.25)
+    assert (loss.needs_reference, get_loss("bias_variance").needs_reference) == (False, True)
+    assert get_loss("bias_variance", base="offset").needs_reference is True
+    without = {"ref_chosen_logps": None, "ref_rejected_logps": None}
+    batch = both([4.0], [-2.0])  # chosen log-probs of -20 + 2.5 and -20 - 0.5
+    batch = dataclasses.replace(batch, empty_trace=dataclasses.replace(batch.empty_trace, **without), **without)
+    assert loss(batch).tolist() == pytest.approx([0.25 * 17.5 + 0.75 * 20.5])
+    assert {name: value.tolist() for name, value in loss.metrics(batch).items()} == {"empty_trace/share": [1.0]}
+
+
+@pytest.mark.parametrize("base", ["sigmoid", "ipo", "hinge", "offset"])
+def test_no_nan_where_a_pair_is_missing(base):
+    """Nothing is left of the completions: lengths of 0, log-probs of 0."""
+    zeros, lengths = torch.zeros(2, dtype=torch.float64), torch.tensor([0, 3])
+    columns = {"score_chosen": zeros + 2, "score_rejected": zeros}
+    chosen = [torch.zeros(2, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    batches = [
+        PreferenceBatch(chosen[0], zeros, zeros, zeros, lengths, lengths, columns=columns),
+        PreferenceBatch(chosen[1], zeros, zeros, zeros, lengths.flip(0), lengths.flip(0), columns=columns),
+    ]
+    batch = dataclasses.replace(batches[0], empty_trace=batches[1])
+    get_loss("bias_variance", base=base)(batch).sum().backward()
+    for parameter, missing in zip(chosen, (0, 1), strict=True):
+        assert parameter.grad.isfinite().all()
+        assert parameter.grad[missing] == 0
+        assert parameter.grad[1 - missing] != 0
 
 
 def test_a_row_that_lacks_a_pair_has_the_other_term_alone():
@@ -72,10 +165,22 @@ def test_a_row_that_lacks_a_pair_has_the_other_term_alone():
     loss.sum().backward()
     assert batch.chosen_logps.grad[1] == 0
     assert batch.empty_trace.chosen_logps.grad[2] == 0
+
+
+def test_metrics_have_one_value_per_row():
+    batch = both([4.0] * 4, [-2.0, 3.0, 3.0, 0.0], beta=0.5)
+    lengths = {"chosen_lengths": torch.tensor([7, 1, 0, 7]), "rejected_lengths": torch.tensor([7, 1, 7, 7])}
+    batch = dataclasses.replace(batch, empty_trace=dataclasses.replace(batch.empty_trace, **lengths))
     metrics = get_loss("bias_variance").metrics(batch)
-    assert metrics["empty_trace/share"].item() == pytest.approx(2 / 3)
-    assert metrics["empty_trace/margins"].item() == pytest.approx(-0.2)
-    assert metrics["empty_trace/accuracies"].item() == 0
+    assert metrics["empty_trace/share"].tolist() == [1.0, 1.0, 0.0, 1.0]
+    nan = pytest.approx(float("nan"), nan_ok=True)
+    assert metrics["empty_trace/margins"].tolist() == [pytest.approx(-1.0), pytest.approx(1.5), nan, pytest.approx(0)]
+    assert metrics["empty_trace/accuracies"].tolist() == [0.0, 1.0, nan, 0.0]
+
+
+def test_a_pair_is_missing_where_either_completion_is_empty():
+    batch = pairs([0.0] * 4, lengths=([0, 1, 0, 1], [0, 0, 1, 1]))
+    assert present(batch).tolist() == [False, False, False, True]
 
 
 def test_without_the_empty_trace_pair():

@@ -1,4 +1,4 @@
-import copy
+import dataclasses
 import inspect
 import re
 import sys
@@ -9,20 +9,16 @@ import torch
 import trl
 
 from tests.losses.batches import pairs
+from tests.losses.conftest import PLUGIN, REGISTERED
 from trl_ext import get_loss, list_losses, register_loss
-from trl_ext.losses import TRL_LOSS_TYPES, Loss, list_aliases, loss_class, registry, resolve_name
+from trl_ext.losses import TRL_LOSS_TYPES, Loss, list_aliases, loss_class, plugin_errors, registry, resolve_name
 
 
-@pytest.fixture(autouse=True)
-def clean_registry(monkeypatch):
-    monkeypatch.setattr(registry, "_classes", copy.copy(registry._classes))
-    monkeypatch.setattr(registry, "_aliases", copy.copy(registry._aliases))
+OURS = ["anchored", "bias_variance", "inpo", "length_regularized", "margin_adaptive", "offset", "sppo_soft"]
 
 
 def test_names_and_aliases():
-    assert list_losses() == [
-        "anchored", "bias_variance", "inpo", "length_regularized", "margin_adaptive", "offset", "sppo_soft",
-    ]  # fmt: skip
+    assert list_losses() == OURS
     for alias, name in {
         "odpo": "offset",
         "adpo": "anchored",
@@ -74,24 +70,73 @@ def test_unknown_name(name, message):
         ("offset", {"margin_floor": 0.0}, "`margin_floor=0.0` must be positive"),
         ("offset", {"margin_floor": "0.1"}, "expected float or None"),
         ("anchored", {"tau": 0.0}, "`tau=0.0` must be positive"),
+        ("offset", {"margin_floor": -1.0}, "`margin_floor=-1.0` must be positive, or None for no floor"),
+        ("anchored", {"tau": -1.0}, "`tau=-1.0` must be positive, or None for 1 / beta"),
+        ("anchored", {"beta_r": 0.0}, "`beta_r=0.0` must be positive"),
         ("anchored", {"beta_r": -1.0}, "`beta_r=-1.0` must be positive"),
+        ("anchored", {"label_smoothing": -0.1}, r"`label_smoothing=-0.1` must lie in \[0, 1\]"),
         ("anchored", {"label_smoothing": 1.5}, r"`label_smoothing=1.5` must lie in \[0, 1\]"),
         ("anchored", {"standardize": 1}, "`standardize=1` is a int; expected bool"),
         ("margin_adaptive", {"c_min": 1.0}, r"`c_min=1.0` must lie in \(0, 1\)"),
         ("margin_adaptive", {"c_min": 0.0}, r"`c_min=0.0` must lie in \(0, 1\)"),
         ("margin_adaptive", {"c_max": 1.0}, "`c_max=1.0` must be above 1"),
         ("margin_adaptive", {"lmbda": 0.0}, "`lmbda=0.0` must be positive"),
+        ("margin_adaptive", {"c_max": 0.5}, "`c_max=0.5` must be above 1"),
+        ("margin_adaptive", {"lmbda": -1.0}, "`lmbda=-1.0` must be positive"),
+        ("margin_adaptive", {"tau": 0.0}, "`tau=0.0` must be positive"),
         ("margin_adaptive", {"tau": -1.0}, "`tau=-1.0` must be positive"),
         ("bias_variance", {"alpha": 1.01}, r"`alpha=1.01` must lie in \[0, 1\]"),
+        ("bias_variance", {"alpha": -0.01}, r"`alpha=-0.01` must lie in \[0, 1\]"),
+        ("bias_variance", {"base": "bias_variance"}, "cannot be 'bias_variance' itself"),
         ("bias_variance", {"base": "sigmod"}, "Unknown loss 'sigmod'. Did you mean 'sigmoid'"),
         ("bias_variance", {"base": "bvpo"}, "cannot be 'bias_variance' itself"),
         ("length_regularized", {"alpha": -0.1}, "`alpha=-0.1` must be at least 0"),
+        ("inpo", {"eta": 0.0}, "`eta=0.0` must be positive"),
+        ("inpo", {"eta": -1.0}, "`eta=-1.0` must be positive"),
+        ("inpo", {"tau": 0.0076}, r"`tau=0.0076` must lie in \[0, eta=0.0075\]"),
+        ("inpo", {"tau": -0.1}, r"`tau=-0.1` must lie in \[0, eta=0.0075\]"),
+        ("sppo_soft", {"target": "wins"}, r"`target='wins'` is unknown; choose one of \['win_rate', 'score'\]"),
     ],
     ids=lambda value: str(value)[:40],
 )
 def test_refused_hyperparameters(name, hyperparameters, message):
     with pytest.raises(ValueError, match=message):
         get_loss(name, **hyperparameters)
+
+
+@pytest.mark.parametrize(
+    ("name", "hyperparameters"),
+    [
+        ("offset", {"alpha": 0}),
+        ("offset", {"margin_floor": 1e-9}),
+        ("anchored", {"tau": 1e-9, "beta_r": 1e-9}),
+        ("anchored", {"label_smoothing": 1}),
+        ("margin_adaptive", {"c_min": 1e-9, "c_max": 1 + 1e-9, "lmbda": 1e-9, "tau": 1e-9}),
+        ("margin_adaptive", {"c_min": 1 - 1e-9}),
+        ("bias_variance", {"alpha": 0}),
+        ("bias_variance", {"alpha": 1}),
+        ("bias_variance", {"alpha": "auto"}),
+        ("length_regularized", {"alpha": 0}),
+        ("inpo", {"eta": 1e-9, "tau": 0}),
+        ("inpo", {"eta": 0.1, "tau": 0.1}),
+        ("sppo_soft", {"target": "score"}),
+    ],
+    ids=str,
+)
+def test_bounds_that_are_allowed(name, hyperparameters):
+    assert dataclasses.asdict(get_loss(name, **hyperparameters)).items() >= hyperparameters.items()
+
+
+def test_defaults():
+    assert {name: dataclasses.asdict(get_loss(name)) for name in OURS} == {
+        "offset": {"alpha": 1.0, "scaling": "log", "margin_floor": None},
+        "anchored": {"tau": None, "beta_r": 1.0, "label_smoothing": 0.0, "standardize": False},
+        "margin_adaptive": {"c_min": 0.5, "c_max": 2.0, "lmbda": 1.0, "tau": 2.0},
+        "bias_variance": {"alpha": 0.5, "base": "sigmoid"},
+        "length_regularized": {"alpha": 0.02},
+        "inpo": {"eta": 0.0075, "tau": 0.0025},
+        "sppo_soft": {"target": "win_rate"},
+    }
 
 
 def test_integers_will_do():
@@ -168,37 +213,6 @@ def test_what_is_no_callable_dataclass_is_refused(thing):
         register_loss("thing")(thing)
 
 
-PLUGIN = """
-from dataclasses import dataclass
-
-@dataclass(frozen=True)
-class Plugged:
-    scale: float = 1.0
-
-    def __call__(self, batch):
-        return self.scale * batch.delta
-"""
-
-
-@pytest.fixture
-def plugin(tmp_path, monkeypatch):
-    """Install a package that offers losses: name to entry point."""
-
-    def install(package="plugged", code=PLUGIN, **entries):
-        (tmp_path / f"{package}.py").write_text(code)
-        info = tmp_path / f"{package}-1.0.dist-info"
-        info.mkdir()
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")
-        lines = [f"{name} = {target}" for name, target in entries.items()]
-        (info / "entry_points.txt").write_text("\n".join(["[trl_ext.losses]", *lines]))
-        if str(tmp_path) not in sys.path:
-            monkeypatch.syspath_prepend(str(tmp_path))
-
-    yield install
-    for package in ("plugged", "other"):
-        sys.modules.pop(package, None)
-
-
 def test_plugin(plugin):
     plugin(plugged="plugged:Plugged")
     assert "plugged" not in sys.modules
@@ -214,10 +228,7 @@ def test_plugin(plugin):
 
 
 def test_plugin_that_registers_itself(plugin):
-    code = "from trl_ext import register_loss\n" + PLUGIN.replace(
-        "@dataclass", "@register_loss('plugged', aliases=['pl'])\n@dataclass"
-    )
-    plugin(code=code, plugged="plugged:Plugged")
+    plugin(code=REGISTERED, plugged="plugged:Plugged")
     assert get_loss("plugged").scale == 1.0
     assert get_loss("pl").scale == 1.0
     assert "plugged" in list_losses()
@@ -234,9 +245,17 @@ def test_plugin_that_cannot_be_loaded(plugin):
 @pytest.mark.parametrize(("name", "owner"), [("ipo", "TRL"), ("offset", "trl_ext.losses.offset.OffsetLoss")])
 def test_plugin_whose_name_is_taken(plugin, name, owner):
     plugin(**{name: "plugged:Plugged"})
-    for look_up in (lambda: get_loss("unknown"), list_losses):
-        with pytest.raises(ValueError, match=rf"'{name}' of the plug-in plugged:Plugged is taken: {owner} has it"):
-            look_up()
+    taken = rf"'{name}' of the plug-in plugged:Plugged is taken: {owner} has it"
+    with pytest.raises(ValueError, match=rf"Unknown loss 'unknown'. Known: .*{taken}"):
+        get_loss("unknown")
+    assert len(plugin_errors()) == 1
+    assert re.search(taken, plugin_errors()[0])
+    assert list_losses() == OURS  # the others are there
+    if name == "ipo":
+        with pytest.raises(ValueError, match=taken):
+            get_loss(name)
+    else:
+        assert type(get_loss(name)) is loss_class("odpo")
 
 
 def test_two_plugins_of_one_name(plugin):
@@ -244,6 +263,74 @@ def test_two_plugins_of_one_name(plugin):
     plugin(package="other", mine="other:Plugged")
     with pytest.raises(ValueError, match=r"'mine' is offered twice, by (plugged|other):Plugged and by"):
         get_loss("mine")
+    assert list_losses() == OURS
+    assert [text.split(",")[0] for text in plugin_errors()] == ["The loss name 'mine' is offered twice"]
+
+
+def test_the_same_plugin_found_twice(plugin, tmp_path, monkeypatch):
+    """As where a folder stands on the path twice."""
+    plugin(plugged="plugged:Plugged")
+    entries = list(registry.entry_points(group="trl_ext.losses"))
+    monkeypatch.setattr(registry, "entry_points", lambda group: entries * 2)
+    assert get_loss("plugged").scale == 1.0
+    assert plugin_errors() == []
+
+
+def test_alias_of_a_plugin_before_its_name(plugin):
+    plugin(code=REGISTERED, plugged="plugged:Plugged")
+    plugin(package="other", code="import no_such_module", broken="other:Plugged")
+    assert get_loss("pl", scale=2.0).scale == 2.0
+    assert list_aliases("plugged") == ["pl"]
+    with pytest.raises(
+        ValueError, match=r"Unknown loss 'plg'. Did you mean 'pl'\? .* The plug-in other:Plugged .*No module"
+    ):
+        get_loss("plg")
+
+
+def test_plugin_whose_class_stands_in_another_module(plugin, tmp_path, monkeypatch):
+    plugin(package="other", code=PLUGIN)
+    plugin(plugged="plugged:Plugged", code="from plugged_inner.losses import Plugged")
+    (tmp_path / "plugged_inner").mkdir()
+    (tmp_path / "plugged_inner" / "losses.py").write_text(PLUGIN)
+    (tmp_path / "plugged_inner" / "__init__.py").write_text("from .losses import Plugged")
+    plugin(package="third", inner="plugged_inner:Plugged")
+    assert get_loss("inner").scale == 1.0
+    assert plugin_errors() == []  # the name is its own, although the class calls itself plugged_inner.losses.Plugged
+    assert {"inner", "plugged"} <= set(list_losses())
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        ("import no_such_module", "No module named 'no_such_module'"),
+        ("assert False", r"AssertionError\(\)"),
+        ("Plugged = 3", "needs a dataclass with a `__call__"),
+        ("", "has no attribute 'Plugged'"),
+    ],
+)
+def test_a_broken_plugin_is_named_and_the_others_are_there(plugin, code, reason):
+    plugin(code=code, broken="plugged:Plugged")
+    plugin(package="other", code=PLUGIN, whole="other:Plugged")
+    (error,) = plugin_errors()
+    assert re.search(rf"The plug-in plugged:Plugged that offers the loss 'broken' cannot be loaded: .*{reason}", error)
+    assert get_loss("whole").scale == 1.0
+    with pytest.raises(ValueError, match=f"cannot be loaded: .*{reason}"):
+        get_loss("broken")
+
+
+@pytest.mark.parametrize("name", ["", " ", "my loss", "a,b", "a\n", "\tb", None, 3, object])
+def test_what_is_no_name_is_refused(name):
+    for arguments in ({"name": name}, {"name": "new", "aliases": [name]}):
+        with pytest.raises(ValueError, match="expected a string that is not empty and has no blanks or commas"):
+            register_loss(**arguments)
+    assert list_losses() == OURS
+
+
+def test_names_of_any_other_kind():
+    cls = dataclass(type("Named", (), {"__call__": lambda self, batch: batch.delta}))
+    assert register_loss("my-loss.v2", aliases="Übung")(cls) is cls  # one alias may stand alone
+    assert (resolve_name("my-loss.v2"), resolve_name("Übung")) == ("my-loss.v2", "my-loss.v2")
+    assert list_aliases("my-loss.v2") == ["Übung"]
 
 
 def test_half_precision_columns_are_widened():

@@ -16,8 +16,8 @@ def sum_completions(
 
     Args:
         token_logps (`torch.Tensor` of shape `(N, T')`):
-            Log-probability of each next token, in nats, 0 outside the completion. Virtual tokens that prompt-learning
-            PEFT puts in front make `T'` larger than `T - 1`; they are left out.
+            Log-probability of each next token, in nats. Virtual tokens that prompt-learning PEFT puts in front make `T'`
+            larger than `T - 1`; they are left out. What stands outside the completion is not counted; it must be finite.
         completion_mask (`torch.Tensor` of shape `(N, T)`):
             1 at the tokens of the completion.
         ld_alpha (`float`, *optional*):
@@ -28,12 +28,10 @@ def sum_completions(
         `torch.Tensor` of shape `(N,)`: sums over the completion tokens, in nats.
     """
     mask = completion_mask[:, 1:]
-    token_logps = token_logps[:, -mask.size(1) :]
+    token_logps = token_logps[:, token_logps.size(1) - mask.size(1) :] * mask
     if ld_alpha is None:
         return token_logps.sum(dim=1)
     lengths = mask.sum(dim=1)
     shared = torch.minimum(*lengths.chunk(2)).repeat(2)
-    position = mask.cumsum(dim=1)
-    head = (position > 0) & (position <= shared.unsqueeze(1))
-    tail = position > shared.unsqueeze(1)
-    return (token_logps * head).sum(dim=1) + ld_alpha * (token_logps * tail).sum(dim=1)
+    head = mask.cumsum(dim=1) <= shared.unsqueeze(1)
+    return (token_logps * head).sum(dim=1) + ld_alpha * (token_logps * ~head).sum(dim=1)

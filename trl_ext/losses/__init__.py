@@ -1,4 +1,4 @@
-"""Preference losses: pure tensor maths, one file a paper. `README.md` beside this file is the catalogue."""
+"""Preference losses: pure tensor maths, one file per paper. `README.md` beside this file is the catalogue."""
 
 from .anchored import AnchoredLoss
 from .base import Loss
@@ -7,7 +7,16 @@ from .bias_variance import BiasVarianceLoss
 from .length_regularized import LengthRegularizedLoss
 from .margin_adaptive import MarginAdaptiveLoss
 from .offset import OffsetLoss
-from .registry import TRL_LOSS_TYPES, get_loss, list_aliases, list_losses, loss_class, register_loss, resolve_name
+from .registry import (
+    TRL_LOSS_TYPES,
+    get_loss,
+    list_aliases,
+    list_losses,
+    loss_class,
+    plugin_errors,
+    register_loss,
+    resolve_name,
+)
 
 
 __all__ = [
@@ -24,6 +33,7 @@ __all__ = [
     "list_aliases",
     "list_losses",
     "loss_class",
+    "plugin_errors",
     "register_loss",
     "resolve_name",
 ]

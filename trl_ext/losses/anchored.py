@@ -24,8 +24,8 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 
-from .base import Loss
-from .batch import GroupBatch, PreferenceBatch
+from .base import Loss, refuse_values, warn_once
+from .batch import GroupBatch, PreferenceBatch, widened
 
 
 def standardized(scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -78,6 +78,15 @@ class AnchoredLoss(Loss):
             raise ValueError(f"anchored: `beta_r={self.beta_r}` must be positive.")
         if not 0 <= self.label_smoothing <= 1:
             raise ValueError(f"anchored: `label_smoothing={self.label_smoothing}` must lie in [0, 1].")
+        if self.label_smoothing == 0.5:
+            warn_once(
+                "anchored: `label_smoothing=0.5` makes every target 1/2: nothing is learnt of who was preferred."
+            )
+        elif self.label_smoothing > 0.5:
+            warn_once(
+                f"anchored: `label_smoothing={self.label_smoothing}` flips more labels than it keeps: the rejected completions "
+                "are learnt as the better ones. Values below 0.5 smooth."
+            )
 
     @property
     def divides_by_beta(self) -> bool:
@@ -102,13 +111,21 @@ class AnchoredLoss(Loss):
 
     def target(self, batch: PreferenceBatch) -> torch.Tensor:
         """q, the probability that the chosen completion is the better one, shape `(B,)`."""
+        there = [name for name in ("score_chosen", "score_rejected") if name in batch.columns]
         if "preference_prob" in batch.columns:
             q = batch.column("preference_prob")
-        elif "score_chosen" in batch.columns and "score_rejected" in batch.columns:
-            scores = torch.stack([batch.column("score_chosen"), batch.column("score_rejected")], dim=1)
+            refuse_values(~((q >= 0) & (q <= 1)), "anchored: `preference_prob` must lie in [0, 1].")
+        elif len(there) == 2:
+            scores = torch.stack([batch.column(name) for name in there], dim=1)
+            refuse_values(~scores.isfinite().all(dim=1), f"anchored: {there} must be finite.")
             if self.standardize:
                 scores = standardized(scores, torch.ones_like(scores, dtype=torch.bool))
             q = torch.sigmoid((scores[:, 0] - scores[:, 1]) / self.beta_r)
+        elif there:
+            raise ValueError(
+                f"anchored: the batch has {there[0]!r} without the score of the other completion. Give both "
+                "`score_chosen` and `score_rejected`, or neither."
+            )
         else:
             q = torch.ones_like(batch.delta)
         e = self.label_smoothing
@@ -125,16 +142,18 @@ class AnchoredLoss(Loss):
     def _listwise(self, batch: GroupBatch) -> torch.Tensor:
         if self.label_smoothing:
             raise ValueError("anchored: `label_smoothing` has a meaning for pairs only; set it to 0 for groups.")
-        # The most negative number, not -inf: a masked entry then adds 0 * finite, not 0 * inf = NaN
-        u = self.scale(batch.beta) * (batch.logps - batch.ref_logps)
+        # The most negative number, not -inf, which would make NaN of a group of none. Beside large log-ratios the
+        # log-probability of a masked entry is -inf all the same in float16: it is not multiplied by its 0
+        u = self.scale(batch.beta) * batch.logratios
         log_p = F.log_softmax(u.masked_fill(~batch.mask, torch.finfo(u.dtype).min), dim=1)
-        scores = batch.scores if batch.scores.dtype == torch.float64 else batch.scores.float()
+        scores = widened(batch.scores)
+        refuse_values((~scores.isfinite() & batch.mask).any(dim=1), "anchored: the scores of a group must be finite.")
         if self.standardize:
             scores = standardized(scores, batch.mask)
         q = torch.softmax((scores / self.beta_r).masked_fill(~batch.mask, torch.finfo(scores.dtype).min), dim=1)
         return -(q.detach().to(log_p.dtype) * log_p.masked_fill(~batch.mask, 0)).sum(dim=1)
 
-    def metrics(self, batch: PreferenceBatch | GroupBatch) -> dict[str, torch.Tensor]:
+    def metrics(self, batch: PreferenceBatch | GroupBatch) -> dict[str, float | torch.Tensor]:
         if isinstance(batch, GroupBatch):
             return {}
         return {"target/mean": self.target(batch).mean()}

@@ -1,43 +1,45 @@
 """What every loss shares: checked hyper-parameters, what it states about itself, and the plain pair losses of TRL."""
 
 import dataclasses
-import math
-import typing
+import functools
+import logging
 from collections.abc import Collection, Mapping
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 
-from .batch import PreferenceBatch
+from .batch import GroupBatch, PreferenceBatch
+from .hyperparameters import check_hyperparameters
 
 
-def check_hyperparameters(loss: object) -> None:
-    """Raise a `ValueError` for a hyper-parameter of the wrong type, or one that is NaN or infinite."""
-    hints = typing.get_type_hints(type(loss))
-    for field in dataclasses.fields(loss):
-        value, hint = getattr(loss, field.name), hints[field.name]
-        allowed = typing.get_args(hint) or (hint,)
-        expected = " or ".join(
-            "None" if kind is type(None) else getattr(kind, "__name__", str(kind)) for kind in allowed
-        )
-        where = f"{type(loss).__name__}: `{field.name}={value!r}`"
-        if isinstance(value, bool):
-            if bool not in allowed:
-                raise ValueError(f"{where} is a bool; expected {expected}.")
-        elif isinstance(value, (int, float)) and (float in allowed or int in allowed):
-            if not math.isfinite(value):
-                raise ValueError(f"{where} is not finite; expected a finite {expected}.")
-            if float not in allowed and not isinstance(value, int):
-                raise ValueError(f"{where} is not a whole number; expected {expected}.")
-        elif all(isinstance(kind, type) for kind in allowed) and not isinstance(value, allowed):
-            raise ValueError(f"{where} is a {type(value).__name__}; expected {expected}.")
+logger = logging.getLogger(__name__)
+
+
+@functools.cache
+def warn_once(message: str) -> None:
+    """A warning that a process gives once: a loss is built by the config and again by the trainer."""
+    logger.warning(message)
+
+
+def refuse_values(bad: torch.Tensor, message: str) -> None:
+    """
+    Raise a `ValueError` that counts the rows marked in `bad`, shape `(B,)`, and goes on with `message`.
+
+    On a CPU only: to look at values on another device makes the host wait for it. The trainers have checked their columns
+    before; this is for batches made by hand.
+    """
+    if bad.device.type == "cpu" and bad.any():
+        raise ValueError(f"{int(bad.sum())} of {len(bad)} rows: {message}")
 
 
 @dataclasses.dataclass(frozen=True)
 class Loss:
     """
-    Base of the losses: a frozen dataclass of hyper-parameters that maps a batch to one loss a pair.
+    Base of the losses: a frozen dataclass of hyper-parameters that maps a batch to one loss per pair.
+
+    Hyper-parameters are numbers, strings, or lists, tuples and dicts of them; their values are checked against the types that
+    the dataclass states.
 
     Class attributes:
         paper (`str`): arXiv ids, comma separated.
@@ -45,7 +47,8 @@ class Loss:
         citation (`str`): BibTeX entry for the model card.
         columns (`tuple[str, ...]`): Dataset columns the loss requires.
         optional_columns (`tuple[str, ...]`): Dataset columns it uses where they are there.
-        needs_reference (`bool`): Whether it reads the reference log-probabilities.
+        needs_reference (`bool`): Whether it reads the reference log-probabilities. Where `False`, a batch may hold `None` in
+            their place, and log-ratios then raise a `ValueError`.
         takes_groups (`bool`): Whether it also accepts a [`GroupBatch`].
     """
 
@@ -64,8 +67,19 @@ class Loss:
         """Unreduced loss, shape `(B,)`, in the dtype of the log-probs."""
         raise NotImplementedError
 
-    def metrics(self, batch: PreferenceBatch) -> dict[str, torch.Tensor]:
-        """Detached scalars worth plotting, by name."""
+    def metrics(self, batch: PreferenceBatch | GroupBatch) -> dict[str, float | torch.Tensor]:
+        """
+        What is worth plotting, by name.
+
+        Returns:
+            `dict[str, float | torch.Tensor]`: For each name one of
+
+            - a `float` or a tensor of shape `()`: one value for the batch. The trainers average it over processes;
+            - a tensor of shape `(B,)`: one value per row (pair or group), NaN where a row has none. The trainers average it
+              over the rows of all processes that have one, so that processes with few such rows count little.
+
+            Tensors are detached.
+        """
         return {}
 
     def check_columns(self, columns: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
@@ -117,7 +131,7 @@ def hinge(batch: PreferenceBatch) -> torch.Tensor:
 
 
 def ipo(batch: PreferenceBatch) -> torch.Tensor:
-    """IPO on log-ratios a token (2310.12036, Eq. 17), as TRL's `ipo`: lengths are clamped to 1."""
+    """IPO on log-ratios per token (2310.12036, Eq. 17), as TRL's `ipo`: lengths are clamped to 1."""
     chosen = batch.chosen_logratios / batch.chosen_lengths.clamp(min=1)
     rejected = batch.rejected_logratios / batch.rejected_lengths.clamp(min=1)
     return (chosen - rejected - 1 / (2 * batch.beta)) ** 2
@@ -125,7 +139,7 @@ def ipo(batch: PreferenceBatch) -> torch.Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class SigmoidLoss(Loss):
-    """TRL's `sigmoid` as a loss on a batch, where a `weight` column scales its pairs one at a time."""
+    """TRL's `sigmoid` as a loss on a batch, where a `weight` column scales each pair."""
 
     def __call__(self, batch: PreferenceBatch) -> torch.Tensor:
         return sigmoid(batch)

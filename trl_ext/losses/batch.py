@@ -7,6 +7,26 @@ from functools import cached_property
 import torch
 
 
+def widened(values: torch.Tensor) -> torch.Tensor:
+    """
+    Values in float32 or wider.
+
+    bf16 has 8 bits: scores of 6.1 and 6.12 would be one there. Scores and columns are tiny, so they are never narrowed, and what
+    comes in half precision is at least computed with in float32.
+    """
+    return values if values.dtype in (torch.float32, torch.float64) else values.float()
+
+
+def _there(ref_logps: torch.Tensor | None) -> torch.Tensor:
+    if ref_logps is None:
+        raise ValueError(
+            "The loss asks for the reference (log-ratios and `delta` hold it), but the batch has no log-probabilities of it: a "
+            "loss that states `needs_reference = False` is given none. Take that statement out of the class, or compute from "
+            "the policy's log-probabilities alone."
+        )
+    return ref_logps
+
+
 @dataclass(frozen=True)
 class PreferenceBatch:
     r"""
@@ -17,9 +37,10 @@ class PreferenceBatch:
             Log-probability of the chosen completion under the policy: the sum over its tokens, in nats.
         rejected_logps (`torch.Tensor` of shape `(B,)`):
             The same for the rejected completion.
-        ref_chosen_logps (`torch.Tensor` of shape `(B,)`):
-            Log-probability of the chosen completion under the reference, in nats.
-        ref_rejected_logps (`torch.Tensor` of shape `(B,)`):
+        ref_chosen_logps (`torch.Tensor` of shape `(B,)` or `None`):
+            Log-probability of the chosen completion under the reference, in nats. `None` where no loss in use needs the
+            reference: then `chosen_logratios`, `rejected_logratios` and `delta` raise a `ValueError`.
+        ref_rejected_logps (`torch.Tensor` of shape `(B,)` or `None`):
             The same for the rejected completion.
         chosen_lengths (`torch.Tensor` of shape `(B,)`):
             Number of chosen completion tokens after truncation, the end-of-sequence token included where it is scored.
@@ -35,8 +56,8 @@ class PreferenceBatch:
 
     chosen_logps: torch.Tensor
     rejected_logps: torch.Tensor
-    ref_chosen_logps: torch.Tensor
-    ref_rejected_logps: torch.Tensor
+    ref_chosen_logps: torch.Tensor | None
+    ref_rejected_logps: torch.Tensor | None
     chosen_lengths: torch.Tensor
     rejected_lengths: torch.Tensor
     beta: float = 0.1
@@ -46,12 +67,12 @@ class PreferenceBatch:
     @cached_property
     def chosen_logratios(self) -> torch.Tensor:
         """`log pi(chosen) - log ref(chosen)`, shape `(B,)`, nats."""
-        return self.chosen_logps - self.ref_chosen_logps
+        return self.chosen_logps - _there(self.ref_chosen_logps)
 
     @cached_property
     def rejected_logratios(self) -> torch.Tensor:
         """`log pi(rejected) - log ref(rejected)`, shape `(B,)`, nats."""
-        return self.rejected_logps - self.ref_rejected_logps
+        return self.rejected_logps - _there(self.ref_rejected_logps)
 
     @cached_property
     def delta(self) -> torch.Tensor:
@@ -62,9 +83,7 @@ class PreferenceBatch:
         """The column `name`, shape `(B,)`, in float32 or wider; a `ValueError` that lists what is there if absent."""
         if name not in self.columns:
             raise ValueError(f"The batch has no column {name!r}; its columns are {sorted(self.columns)}.")
-        values = self.columns[name]
-        # bf16 has 8 bits: scores of 6.1 and 6.12 would be one. Columns are tiny, so they are never narrowed.
-        return values if values.dtype in (torch.float32, torch.float64) else values.float()
+        return widened(self.columns[name])
 
 
 @dataclass(frozen=True)
@@ -75,12 +94,12 @@ class GroupBatch:
     Args:
         logps (`torch.Tensor` of shape `(B, K)`):
             Log-probability of each completion under the policy: the sum over its tokens, in nats.
-        ref_logps (`torch.Tensor` of shape `(B, K)`):
-            The same under the reference.
+        ref_logps (`torch.Tensor` of shape `(B, K)` or `None`):
+            The same under the reference. `None` where no loss in use needs it: then `logratios` raises a `ValueError`.
         lengths (`torch.Tensor` of shape `(B, K)`):
             Number of completion tokens after truncation.
         scores (`torch.Tensor` of shape `(B, K)`):
-            Score of each completion; higher is better.
+            Score of each completion; higher is better. Losses compute with them in float32 or wider.
         mask (`torch.Tensor` of shape `(B, K)`):
             `False` where a group has fewer than `K` completions. What stands there is not read.
         beta (`float`, *optional*, defaults to `0.1`):
@@ -90,9 +109,14 @@ class GroupBatch:
     """
 
     logps: torch.Tensor
-    ref_logps: torch.Tensor
+    ref_logps: torch.Tensor | None
     lengths: torch.Tensor
     scores: torch.Tensor
     mask: torch.Tensor
     beta: float = 0.1
     columns: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+    @cached_property
+    def logratios(self) -> torch.Tensor:
+        """`log pi - log ref` of each completion, shape `(B, K)`, nats."""
+        return self.logps - _there(self.ref_logps)

@@ -26,9 +26,10 @@ class BiasVarianceLoss(Loss):
     Mixture of a base loss on the traced pair and on the pair with an empty trace.
 
     Args:
-        alpha (`float`, *optional*, defaults to `0.5`):
+        alpha (`float` or `str`, *optional*, defaults to `0.5`):
             Share of the traced pair, in `[0, 1]`. At 1 the loss is the base loss on the traced pairs, at 0 that on the
-            empty-trace pairs.
+            empty-trace pairs. `"auto"`: [`DPOTrainer`] measures gradients of some rows when `train()` begins and takes the
+            share whose expected error is smallest; the loss itself cannot be called before.
         base (`str`, *optional*, defaults to `"sigmoid"`):
             The base loss: `"sigmoid"`, `"ipo"`, `"hinge"` or the name of a registered pair loss, which then has its
             default hyper-parameters and reads its columns for both pairs.
@@ -82,6 +83,10 @@ class BiasVarianceLoss(Loss):
         return () if self.base in PLAIN_LOSSES else self.base_loss.optional_columns
 
     @property
+    def needs_reference(self) -> bool:
+        return self.base in PLAIN_LOSSES or self.base_loss.needs_reference
+
+    @property
     def divides_by_beta(self) -> bool:
         return self.base == "ipo" or (self.base not in PLAIN_LOSSES and self.base_loss.divides_by_beta)
 
@@ -114,15 +119,17 @@ class BiasVarianceLoss(Loss):
         traced = torch.where(present(batch), self.base_loss(batch), 0)
         return self.alpha * traced + (1 - self.alpha) * torch.where(present(empty), self.base_loss(empty), 0)
 
-    def metrics(self, batch: PreferenceBatch) -> dict[str, torch.Tensor]:
+    def metrics(self, batch: PreferenceBatch) -> dict[str, float | torch.Tensor]:
         empty = batch.empty_trace
         there = present(empty)
-        rows = there.sum().clamp(min=1)
-        delta = torch.where(there, empty.delta.detach(), 0)
+        share = {"empty_trace/share": there.float()}
+        if not self.needs_reference:
+            return share
+        delta = torch.where(there, empty.delta.detach(), torch.nan)
         return {
-            "empty_trace/margins": empty.beta * delta.sum() / rows,
-            "empty_trace/accuracies": (delta > 0).sum() / rows,
-            "empty_trace/share": there.float().mean(),
+            "empty_trace/margins": empty.beta * delta,
+            "empty_trace/accuracies": torch.where(there, (delta > 0).float(), torch.nan),
+            **share,
         }
 
 

@@ -16,7 +16,7 @@ from typing import ClassVar
 
 import torch
 
-from .base import Loss
+from .base import Loss, refuse_values
 from .batch import PreferenceBatch
 
 
@@ -29,7 +29,7 @@ class INPOLoss(Loss):
         eta (`float`, *optional*, defaults to `0.0075`):
             Strength of both references together, positive.
         tau (`float`, *optional*, defaults to `0.0025`):
-            Strength of the first of them, pi_0, in `[0, eta]`.
+            Strength of pi_0, in `[0, eta]`; pi_t has the rest, `eta - tau`.
     """
 
     paper: ClassVar[str] = "2407.00617"
@@ -62,12 +62,14 @@ class INPOLoss(Loss):
     def margin(self, batch: PreferenceBatch) -> torch.Tensor:
         """h, shape `(B,)`, nats."""
         initial = batch.column("initial_chosen_logps") - batch.column("initial_rejected_logps")
+        refuse_values(~initial.isfinite(), f"inpo: {list(self.columns)} must be finite.")
+        delta = batch.delta
         # (pi - pi_t) plus the share tau / eta of (pi_t - pi_0): no difference of large sums
-        moved = batch.ref_chosen_logps - batch.ref_rejected_logps - initial.detach().to(batch.delta.dtype)
-        return batch.delta + self.tau / self.eta * moved
+        moved = batch.ref_chosen_logps - batch.ref_rejected_logps - initial.detach().to(delta.dtype)
+        return delta + self.tau / self.eta * moved
 
     def __call__(self, batch: PreferenceBatch) -> torch.Tensor:
         return (self.margin(batch) - 1 / (2 * self.eta)) ** 2
 
-    def metrics(self, batch: PreferenceBatch) -> dict[str, torch.Tensor]:
+    def metrics(self, batch: PreferenceBatch) -> dict[str, float | torch.Tensor]:
         return {"margin/mean": self.margin(batch).detach().mean()}

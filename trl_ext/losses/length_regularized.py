@@ -28,7 +28,7 @@ class LengthRegularizedLoss(Loss):
 
     Args:
         alpha (`float`, *optional*, defaults to `0.02`):
-            Price of a token, at least 0, in units of the reward. At 0 the loss is DPO.
+            Price of each token, at least 0, in units of the reward. At 0 the loss is DPO.
     """
 
     paper: ClassVar[str] = "2406.11817, 2403.19159"
@@ -54,6 +54,6 @@ class LengthRegularizedLoss(Loss):
         gap = (batch.chosen_lengths - batch.rejected_lengths).to(batch.delta.dtype)
         return -F.logsigmoid(batch.beta * batch.delta + self.alpha * gap)
 
-    def metrics(self, batch: PreferenceBatch) -> dict[str, torch.Tensor]:
+    def metrics(self, batch: PreferenceBatch) -> dict[str, float | torch.Tensor]:
         gap = (batch.chosen_lengths - batch.rejected_lengths).float().mean()
         return {"length_gap/mean": gap, "length_margin/mean": self.alpha * gap}

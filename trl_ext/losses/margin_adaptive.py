@@ -20,20 +20,20 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 
-from .base import Loss, sigmoid
+from .base import Loss, refuse_values, sigmoid
 from .batch import PreferenceBatch
 
 
 @dataclass(frozen=True)
 class MarginAdaptiveLoss(Loss):
     """
-    DPO weighted, a pair at a time, by the margin that a reward model trained on the same preferences gives it.
+    DPO with a weight per pair, from the margin that a reward model trained on the same preferences gives the pair.
 
     Args:
         c_min (`float`, *optional*, defaults to `0.5`):
-            Factor that large margins shrink by, in `(0, 1)`.
+            Limit of the factor that large margins are multiplied by, in `(0, 1)`.
         c_max (`float`, *optional*, defaults to `2.0`):
-            Limit of the factor that small margins grow by, above 1.
+            Limit of the factor that small margins are multiplied by, above 1.
         lmbda (`float`, *optional*, defaults to `1.0`):
             How sharply the factor falls with the margin, positive, in 1 / logits.
         tau (`float`, *optional*, defaults to `2.0`):
@@ -79,11 +79,13 @@ class MarginAdaptiveLoss(Loss):
         return torch.where(margin > -self.tau, weight, torch.ones_like(weight))
 
     def _weight(self, batch: PreferenceBatch) -> torch.Tensor:
-        return self.weight(batch.column("score_chosen") - batch.column("score_rejected"))
+        margin = batch.column("score_chosen") - batch.column("score_rejected")
+        refuse_values(margin.isnan(), f"margin_adaptive: {list(self.columns)} must be numbers.")
+        return self.weight(margin)
 
     def __call__(self, batch: PreferenceBatch) -> torch.Tensor:
         return self._weight(batch).to(batch.delta.dtype) * sigmoid(batch)
 
-    def metrics(self, batch: PreferenceBatch) -> dict[str, torch.Tensor]:
+    def metrics(self, batch: PreferenceBatch) -> dict[str, float | torch.Tensor]:
         weight = self._weight(batch)
         return {"weight/mean": weight.mean(), "weight/min": weight.min(), "weight/max": weight.max()}

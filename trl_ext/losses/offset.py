@@ -109,7 +109,7 @@ class OffsetLoss(Loss):
             logits = logits - offset.to(logits.dtype)
         return -F.logsigmoid(logits)
 
-    def metrics(self, batch: PreferenceBatch) -> dict[str, torch.Tensor]:
+    def metrics(self, batch: PreferenceBatch) -> dict[str, float | torch.Tensor]:
         if self.alpha == 0:
             return {"offset/mean": torch.zeros((), device=batch.delta.device)}
         return {"offset/mean": self.offset({name: batch.column(name) for name in self.columns}).mean()}

@@ -13,13 +13,13 @@ from typing import ClassVar
 
 import torch
 
-from .base import Loss
+from .base import Loss, refuse_values
 from .batch import PreferenceBatch
 
 
 @dataclass(frozen=True)
 class OnlineIPOLoss(Loss):
-    """Squared distance of `delta` to the preference's log-odds in units of `beta`."""
+    """Squared distance of `delta` to the probability of the preference minus 1/2, in units of `beta`."""
 
     paper: ClassVar[str] = "2403.08635"
     title: ClassVar[str] = "Human Alignment of Large Language Models through Online Preference Optimisation"
@@ -28,8 +28,10 @@ class OnlineIPOLoss(Loss):
     def __call__(self, batch: PreferenceBatch) -> torch.Tensor:
         if "preference_prob" not in batch.columns:
             return (batch.delta - 1 / (2 * batch.beta)) ** 2
-        margin = batch.column("preference_prob").to(batch.delta.dtype) - 0.5
-        return (batch.delta - margin / batch.beta) ** 2
+        probability = batch.column("preference_prob")
+        refuse_values(~((probability >= 0) & (probability <= 1)), "ipo: `preference_prob` must lie in [0, 1].")
+        target = (probability.detach() - 0.5) / batch.beta
+        return (batch.delta - target.to(batch.delta.dtype)) ** 2
 
     @property
     def divides_by_beta(self) -> bool:

@@ -1,19 +1,21 @@
 """
 Losses by name: ours, those that users register, and those that installed packages offer.
 
-A plug-in package offers a loss through the entry-point group `trl_ext.losses`; groups are looked up when a name is not
-known here, not at import.
+A plug-in package offers a loss through the entry-point group `trl_ext.losses`; the group is looked up when a name is not
+known here, not at import. A plug-in that cannot be used does not stand in the way of the others.
 """
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Callable, Collection, Iterable
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, TypeVar
 
 from .anchored import AnchoredLoss
-from .base import Loss, check_hyperparameters
+from .base import Loss
 from .bias_variance import BiasVarianceLoss
+from .hyperparameters import check_hyperparameters, checked_hyperparameters
 from .inpo import INPOLoss
 from .length_regularized import LengthRegularizedLoss
 from .margin_adaptive import MarginAdaptiveLoss
@@ -60,18 +62,18 @@ def register_loss(name: str, *, aliases: Iterable[str] = ()) -> Callable[[LossCl
     """
     Class decorator that makes a dataclass of hyper-parameters available as `loss_type=name`.
 
-    The class must be callable with a [`PreferenceBatch`] and return one loss a pair, shape `(B,)`. It may derive from
+    The class must be callable with a [`PreferenceBatch`] and return one loss per pair, shape `(B,)`. It may derive from
     [`losses.Loss`] and state `paper`, `columns` and the other class attributes given there; what it leaves out has
     that class's defaults.
 
     Args:
         name (`str`):
-            The loss type.
+            The loss type: not empty, without blanks and commas.
         aliases (`Iterable[str]`, *optional*, defaults to `()`):
             Other names for it.
 
     Raises:
-        `ValueError`: If TRL or this package already has one of the names.
+        `ValueError`: If one of the names is none, or TRL, this package or another class already has it.
         `TypeError`: If the class is not a callable dataclass.
 
     Example:
@@ -93,6 +95,12 @@ def register_loss(name: str, *, aliases: Iterable[str] = ()) -> Callable[[LossCl
     if isinstance(aliases, str):
         aliases = (aliases,)
     names = (name, *aliases)
+    for given in names:
+        if not isinstance(given, str) or not re.fullmatch(r"[^\s,]+", given):
+            raise ValueError(
+                f"@register_loss was given the name {given!r}; expected a string that is not empty and has no blanks or "
+                'commas, as in @register_loss("my_loss").'
+            )
 
     def register(cls: LossClass) -> LossClass:
         is_class = isinstance(cls, type) and dataclasses.is_dataclass(cls)
@@ -135,36 +143,50 @@ register_loss("inpo")(INPOLoss)
 register_loss("sppo_soft", aliases=["gpo"])(SoftSPPOLoss)
 
 
-def _plugins() -> dict[str, EntryPoint]:
-    """Entry points of the group by name; a name that is taken, or offered twice, is refused."""
+def _plugins() -> tuple[dict[str, EntryPoint], dict[str, str]]:
+    """Entry points of the group by name, and why others are refused: their name is taken, or offered twice."""
     plugins: dict[str, EntryPoint] = {}
+    refused: dict[str, str] = {}
     for entry in entry_points(group=ENTRY_POINT_GROUP):
-        other = plugins.get(entry.name)
+        name, other = entry.name, plugins.get(entry.name)
+        taken = name in TRL_LOSS_TYPES or name in _classes or name in _aliases
         if other is not None and other.value != entry.value:
-            raise ValueError(
-                f"The loss name {entry.name!r} is offered twice, by {other.value} and by {entry.value}. Uninstall one "
-                "of the two packages."
+            refused[name] = (
+                f"The loss name {name!r} is offered twice, by {other.value} and by {entry.value}. Uninstall one of the two "
+                "packages."
             )
-        taken = entry.name in TRL_LOSS_TYPES or entry.name in _classes or entry.name in _aliases
-        # `_load` has registered it, or the package's import did: then the origin is its own module
-        if taken and _origin(entry.name) != entry.value.replace(":", "."):
-            raise ValueError(
-                f"The loss name {entry.name!r} of the plug-in {entry.value} is taken: {_origin(entry.name)} has it. "
-                "Rename it in the plug-in."
+        # `_load` has registered it, or the package's import did: then the origin is its own package
+        elif taken and _origin(name).split(".")[0] != re.split("[.:]", entry.value)[0]:
+            refused[name] = (
+                f"The loss name {name!r} of the plug-in {entry.value} is taken: {_origin(name)} has it. Rename it in the "
+                "plug-in."
             )
-        plugins[entry.name] = entry
-    return plugins
+        else:
+            plugins[name] = entry
+    return {name: entry for name, entry in plugins.items() if name not in refused}, refused
 
 
 def _load(entry: EntryPoint) -> None:
     try:
         cls = entry.load()
+        if entry.name not in _classes and entry.name not in _aliases:
+            register_loss(entry.name)(cls)
     except Exception as error:
         raise ValueError(
-            f"The plug-in {entry.value} that offers the loss {entry.name!r} cannot be loaded: {error}"
+            f"The plug-in {entry.value} that offers the loss {entry.name!r} cannot be loaded: {str(error) or repr(error)}"
         ) from error
-    if entry.name not in _classes and entry.name not in _aliases:
-        register_loss(entry.name)(cls)
+
+
+def plugin_errors() -> list[str]:
+    """Load all plug-ins; why those that cannot be used cannot, one text each."""
+    plugins, refused = _plugins()
+    errors = list(refused.values())
+    for entry in plugins.values():
+        try:
+            _load(entry)
+        except ValueError as error:
+            errors.append(str(error))
+    return errors
 
 
 def resolve_name(name: str, also: Collection[str] = ()) -> str:
@@ -186,16 +208,21 @@ def resolve_name(name: str, also: Collection[str] = ()) -> str:
         return name
     if name in _aliases:
         return _aliases[name]
-    plugins = _plugins()
+    plugins, refused = _plugins()
+    if name in refused:
+        raise ValueError(refused[name])
     if name in plugins:
         _load(plugins[name])
+        return _aliases.get(name, name)
+    errors = plugin_errors()  # loads all plug-ins, which may bring the name as an alias
+    if name in _classes or name in _aliases:
         return _aliases.get(name, name)
     allowed = sorted({*also, *_classes, *_aliases, *plugins})
     near = difflib.get_close_matches(name, allowed, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     if name in TRL_LOSS_TYPES:
         hint = " It is TRL's own loss type: pass it as `loss_type` to the trainer."
-    raise ValueError(f"Unknown loss {name!r}.{hint} Known: {allowed}.")
+    raise ValueError(" ".join([f"Unknown loss {name!r}.{hint} Known: {allowed}.", *errors]))
 
 
 def loss_class(name: str) -> type:
@@ -236,14 +263,26 @@ def get_loss(name: str, **hyperparameters: Any) -> Any:
             near = difflib.get_close_matches(given, allowed, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"The loss {name!r} has no hyper-parameter {given!r}.{hint} It has: {allowed}.")
-    loss = cls(**hyperparameters)
+    missing = [
+        field.name
+        for field in dataclasses.fields(cls)
+        if field.name in allowed
+        and field.name not in hyperparameters
+        and field.default is dataclasses.MISSING
+        and field.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise ValueError(f"The loss {name!r} has no default for {missing}: set them, in a config as `loss_kwargs`.")
+    # Before the class sees them, so that it may compare them; and after, for defaults of a class that checks nothing itself
+    loss = cls(**checked_hyperparameters(cls, hyperparameters))
     check_hyperparameters(loss)
     return loss
 
 
 def list_losses() -> list[str]:
     """Names of all losses: ours, registered ones, and those of installed plug-ins. Aliases are left out."""
-    return sorted({*_classes, *(name for name in _plugins() if name not in _aliases)})
+    plugins, _ = _plugins()
+    return sorted({*_classes, *(name for name in plugins if name not in _aliases)})
 
 
 def list_aliases(name: str) -> list[str]:

@@ -2,12 +2,13 @@
 Self-play preference optimisation with soft win rates (SPPO, Wu et al., https://huggingface.co/papers/2405.00675), and with the
 scores of a general preference model (GPO, Zhang et al., https://huggingface.co/papers/2410.02197).
 
-    L = 1/2 * [(c_w - s_w / beta)^2 + (c_l - s_l / beta)^2]
+    L = (c_w - s_w / beta)^2 + (c_l - s_l / beta)^2
 
 c is a completion's own log-ratio, summed over tokens, in nats; s its win rate against the policy's other completions minus
 1/2 (SPPO: `score_chosen` and `score_rejected` are win rates, in [0, 1]), or its score under the preference model (GPO). The
-reference is the policy that the round began with. The authors train with a small `beta` (0.001), so targets are large. TRL's
-`sppo_hard` is the case of win rates 1 and 0. SPPO: the authors' code; GPO: recalled.
+reference is the policy that the round began with. The authors train with a small `beta` (0.001), so targets are large. With
+win rates 1 and 0 this is TRL's `sppo_hard`, loss and gradient. The authors' code, and GPO, take the mean of the two squares,
+half of this: `loss_weights=[0.5]` gives that. SPPO: the authors' code; GPO: recalled.
 """
 
 from collections.abc import Mapping
@@ -16,7 +17,7 @@ from typing import ClassVar
 
 import torch
 
-from .base import Loss
+from .base import Loss, refuse_values
 from .batch import PreferenceBatch
 
 
@@ -56,7 +57,8 @@ class SoftSPPOLoss(Loss):
         if self.target == "score":
             return None
         chosen, rejected = columns["score_chosen"], columns["score_rejected"]
-        return (chosen < 0) | (chosen > 1) | (rejected < 0) | (rejected > 1)
+        # NaN is in no range
+        return ~((chosen >= 0) & (chosen <= 1) & (rejected >= 0) & (rejected <= 1))
 
     @property
     def column_help(self) -> str:
@@ -67,16 +69,18 @@ class SoftSPPOLoss(Loss):
 
     def targets(self, batch: PreferenceBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """What the two log-ratios are drawn to, shape `(B,)`, nats."""
+        scores = {name: batch.column(name).detach() for name in self.columns}
+        bad = self.check_columns(scores)
+        if bad is not None:
+            refuse_values(bad, self.column_help)
         shift = 0.5 if self.target == "win_rate" else 0.0
-        chosen, rejected = (
-            (batch.column(f"score_{side}").detach() - shift) / batch.beta for side in ("chosen", "rejected")
-        )
-        return chosen.to(batch.delta.dtype), rejected.to(batch.delta.dtype)
+        chosen, rejected = (((score - shift) / batch.beta).to(batch.delta.dtype) for score in scores.values())
+        return chosen, rejected
 
     def __call__(self, batch: PreferenceBatch) -> torch.Tensor:
         chosen, rejected = self.targets(batch)
-        return 0.5 * ((batch.chosen_logratios - chosen) ** 2 + (batch.rejected_logratios - rejected) ** 2)
+        return (batch.chosen_logratios - chosen) ** 2 + (batch.rejected_logratios - rejected) ** 2
 
-    def metrics(self, batch: PreferenceBatch) -> dict[str, torch.Tensor]:
+    def metrics(self, batch: PreferenceBatch) -> dict[str, float | torch.Tensor]:
         chosen, rejected = self.targets(batch)
         return {"target/chosen": chosen.mean(), "target/rejected": rejected.mean()}

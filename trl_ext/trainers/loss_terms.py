@@ -1,15 +1,14 @@
 """From `loss_type`, `loss_weights` and `loss_kwargs` to losses: built once, refused early."""
 
-import logging
+import dataclasses
 import math
 from typing import Any
 
 from transformers import TrainingArguments
 
-from trl_ext.losses import TRL_LOSS_TYPES, get_loss, list_aliases, resolve_name
+from trl_ext.losses import TRL_LOSS_TYPES, get_loss, list_aliases, loss_class, resolve_name
+from trl_ext.losses.base import warn_once
 
-
-logger = logging.getLogger(__name__)
 
 # TRL loss types whose formula divides by beta
 _TRL_DIVIDES_BY_BETA = ("ipo", "sppo_hard")
@@ -37,7 +36,7 @@ def build_losses(names: list[str], loss_kwargs: dict[str, Any] | None) -> dict[s
         names (`list[str]`):
             Canonical loss types, TRL's among them.
         loss_kwargs (`dict[str, Any]` or `None`):
-            Hyper-parameters: flat where one loss of ours is named, else a dict a loss name (or alias).
+            Hyper-parameters: flat where one loss of ours is named, else a dict per loss, by its name or an alias.
 
     Raises:
         `ValueError`: For hyper-parameters that no loss would read, or that their loss refuses.
@@ -52,7 +51,9 @@ def build_losses(names: list[str], loss_kwargs: dict[str, Any] | None) -> dict[s
             f"`loss_kwargs={loss_kwargs}` would be ignored: `loss_type={names}` names TRL's own loss types only, whose "
             "options are fields of `DPOConfig`."
         )
-    if all(isinstance(value, dict) for value in loss_kwargs.values()):
+    # Dicts are those of losses, unless they are hyper-parameters of the only loss
+    fields = {field.name for field in dataclasses.fields(loss_class(ours[0]))} if len(ours) == 1 else set()
+    if all(isinstance(value, dict) for value in loss_kwargs.values()) and not fields.issuperset(loss_kwargs):
         keyed: dict[str, dict] = {}
         for given, values in loss_kwargs.items():
             name = resolve_name(given, also=TRL_LOSS_TYPES)
@@ -71,7 +72,7 @@ def build_losses(names: list[str], loss_kwargs: dict[str, Any] | None) -> dict[s
     else:
         raise ValueError(
             f"`loss_kwargs={loss_kwargs}` is flat, but `loss_type={names}` names {len(ours)} losses that could take "
-            f"it: {ours}. Give one dict a loss: {{{ours[0]!r}: {{...}}, {ours[1]!r}: {{...}}}}."
+            f"it: {ours}. Give one dict per loss: {{{ours[0]!r}: {{...}}, {ours[1]!r}: {{...}}}}."
         )
     return {name: get_loss(name, **keyed.get(name, {})) for name in ours}
 
@@ -89,7 +90,7 @@ def check_combination(args: TrainingArguments, names: list[str], losses: dict[st
             raise ValueError(f"`beta=0` has no meaning for {divided}, which divide by it. Set a positive `beta`.")
         flat = [name for name in names if name not in _WITHOUT_BETA and getattr(losses.get(name), "reads_beta", True)]
         if flat:
-            logger.warning(f"With `beta=0` the losses {flat} do not depend on the policy: they teach nothing.")
+            warn_once(f"With `beta=0` the losses {flat} do not depend on the policy: they teach nothing.")
     weights = args.loss_weights
     if weights is not None:
         if len(weights) != len(names):

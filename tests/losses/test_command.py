@@ -1,0 +1,116 @@
+"""`trl-ext losses` with losses that are not ours."""
+
+from dataclasses import dataclass, field
+
+import pytest
+
+from tests.losses.conftest import PLUGIN, REGISTERED
+from trl_ext import list_losses, register_loss
+from trl_ext.cli import main
+from trl_ext.losses import Loss
+
+
+@pytest.fixture(autouse=True)
+def wide(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+
+
+def test_a_broken_plugin_does_not_empty_the_list(plugin, capsys):
+    plugin(code="import no_such_module", broken="plugged:Plugged")
+    plugin(
+        package="other", code=REGISTERED.replace("'plugged'", "'whole'").replace("'pl'", "'wh'"), whole="other:Plugged"
+    )
+    plugin(package="third", code=PLUGIN, ipo="third:Plugged")
+    names = list_losses()
+    assert main(["losses"]) == 0
+    table, reasons = capsys.readouterr().out.split("trl-ext losses NAME")
+    for name in {*names, "wh"} - {"broken"}:
+        assert f" {name} " in table
+    assert " broken " not in table
+    assert (
+        "plug-in plugged:Plugged that offers the loss 'broken' cannot be loaded: No module named 'no_such_module'"
+        in reasons
+    )
+    assert "'ipo' of the plug-in third:Plugged is taken: TRL has it" in reasons
+
+
+def test_a_broken_plugin_by_name(plugin, capsys):
+    plugin(code="import no_such_module", broken="plugged:Plugged")
+    assert main(["losses", "broken"]) == 2
+    assert "cannot be loaded: No module" in capsys.readouterr().err
+
+
+def test_hyperparameters_of_every_kind_are_shown(capsys):
+    @register_loss("shown", aliases=["shwn"])
+    @dataclass(frozen=True)
+    class Shown(Loss):
+        """Says what it does."""
+
+        columns = ("score_chosen",)
+        optional_columns = ("annotator_id",)
+        needs_reference = False
+        takes_groups = True
+        scale: float
+        names: tuple = (None, "a")
+        rates: list[float] = field(default_factory=lambda: [1.0, 2.0])
+        derived: float = field(default=0.0, init=False)
+
+        def __call__(self, batch):
+            return batch.chosen_logps
+
+    assert main(["losses"]) == 0
+    table = capsys.readouterr().out
+    for text in ("scale=required", "names=(None, 'a')", "rates=[1.0, 2.0]", "shwn", "(annotator_id)"):
+        assert text in table
+    assert "derived" not in table
+    assert main(["losses", "shwn"]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[0] == "shown  (aliases: shwn)"
+    assert "Says what it does." in shown
+    assert shown[-5:] == [
+        "Hyper-parameters: scale=required, names=(None, 'a'), rates=[1.0, 2.0]",
+        "Columns: score_chosen",
+        "Optional columns: annotator_id",
+        "Reads the reference: no",
+        "Takes groups of completions: yes",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "lines"),
+    [
+        (
+            "gpo",
+            [
+                "sppo_soft  (aliases: gpo)",
+                "Hyper-parameters: target='win_rate'",
+                "Columns: score_chosen, score_rejected",
+                "Optional columns: none",
+                "Reads the reference: yes",
+                "Takes groups of completions: no",
+            ],
+        ),
+        (
+            "anchored",
+            [
+                "Hyper-parameters: tau=None, beta_r=1.0, label_smoothing=0.0, standardize=False",
+                "Columns: none",
+                "Optional columns: preference_prob, score_chosen, score_rejected",
+                "Takes groups of completions: yes",
+            ],
+        ),
+        ("inpo", ["inpo  (aliases: none)", "Hyper-parameters: eta=0.0075, tau=0.0025"]),
+        (
+            "bvpo",
+            [
+                "Columns: chosen_empty_trace, rejected_empty_trace",
+                "Optional columns: depend on the hyper-parameters",
+                "Reads the reference: yes",
+            ],
+        ),
+    ],
+)
+def test_what_one_loss_says(name, lines, capsys):
+    assert main(["losses", name]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if line not in shown] == []
