@@ -364,15 +364,6 @@ def test_accumulation_averages(tiny_model_dir, tmp_path):
         assert losses == pytest.approx(runs[0][1], rel=1e-4)
 
 
-def test_two_processes_equal_one(tiny_model_dir, tmp_path):
-    from tests.distributed import run
-
-    one = run(1, tiny_model_dir, tmp_path / "one", batch_size=8, online=True)
-    two = run(2, tiny_model_dir, tmp_path / "two", batch_size=4, online=True)
-    for name, value in one.items():
-        torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-6)
-
-
 @pytest.mark.parametrize("peft", [False, True], ids=["full", "lora"])
 def test_a_reference_that_moves(peft, tiny_model_dir, tmp_path):
     kwargs = {"peft_config": lora() if peft else None}
