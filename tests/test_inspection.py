@@ -1,15 +1,23 @@
 """What `trl-ext inspect` says of a dataset."""
 
+import io
 import json
+import re
+import sys
 
 import pytest
-from datasets import Dataset
+import rich.console
+import trl
+from datasets import Dataset, DatasetDict
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
-from tests.conftest import preference_rows
+from tests.conftest import build_tokenizer, preference_rows
+from tests.helpers import options
 from trl_ext import list_losses
 from trl_ext.cli import main
 from trl_ext.data import inspect_preferences
+from trl_ext.data.tokens import pair_lengths
 
 
 def pairs(**columns):
@@ -40,18 +48,122 @@ def test_losses_and_why_not():
     assert scored.facts["scores contradict the label"] == "4 of 4 (100.0%)"
 
 
-def test_truncation_is_counted_in_tokens(tiny_model_dir):
+def messages(row):
+    message = lambda role, text: [{"role": role, "content": text}]  # noqa: E731
+    return {side: message("user" if side == "prompt" else "assistant", text) for side, text in row.items()}
+
+
+@pytest.mark.parametrize("form", ["text", "conversational"])
+def test_tokens_are_counted_as_training_counts_them(form, tiny_model_dir, tmp_path):
+    """Against the rows that TRL's trainer has prepared, with a tokenizer that adds special tokens to text."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
-    data = Dataset.from_list([{k: row[k] for k in ("prompt", "chosen", "rejected")} for row in preference_rows(6)])
-    longest = max(
-        len(tokenizer(row["prompt"])["input_ids"])
-        + max(len(tokenizer(row[s])["input_ids"]) for s in ("chosen", "rejected"))
-        for row in data
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", 2)]
     )
-    none = inspect_preferences(data, tokenizer=tokenizer, max_length=longest)
-    one = inspect_preferences(data, tokenizer=tokenizer, max_length=longest - 1)
-    assert none.facts[f"longer than max_length={longest}"].startswith("0 of")
-    assert not one.facts[f"longer than max_length={longest - 1}"].startswith("0 of")
+    rows = [{k: row[k] for k in ("prompt", "chosen", "rejected")} for row in preference_rows(6)]
+    rows = rows if form == "text" else [messages(row) for row in rows]
+    trainer = trl.DPOTrainer(
+        model=str(tiny_model_dir), args=trl.DPOConfig(**options(tmp_path, max_length=None)),
+        train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
+    )  # fmt: skip
+    prepared = trainer.train_dataset
+    expected = {side: [len(ids) for ids in prepared[f"{side}_ids"]] for side in ("prompt", "chosen", "rejected")}
+    whole = sorted(p + max(c, r) for p, c, r in zip(*expected.values(), strict=True))
+    longest = max(expected["prompt"])
+    report = inspect_preferences(Dataset.from_list(rows), tokenizer=tokenizer, max_length=whole[-1])
+    assert report.lengths == expected and report.unit == "tokens" and report.facts["form"] == form
+    assert report.facts[f"longer than max_length={whole[-1]}"] == "0 of 6 (0.0%)"
+    report = inspect_preferences(Dataset.from_list(rows), tokenizer=tokenizer, max_length=longest)
+    over = sum(value > longest for value in whole)
+    assert report.facts[f"longer than max_length={longest}"].startswith(f"{over} of 6")
+    fills = sum(value == longest for value in expected["prompt"])
+    assert report.facts["prompt alone fills it (dropped)"].startswith(f"{fills} of 6")
+    report = inspect_preferences(Dataset.from_list(rows), tokenizer=tokenizer, max_length=longest + 1)
+    assert report.facts["prompt alone fills it (dropped)"] == "0 of 6 (0.0%)"
+
+
+def test_tools_reach_the_template(tiny_model_dir):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    tokenizer.chat_template = (
+        "{%- for t in tools or [] %}{{- t.name }}{%- endfor %}{{- mood }}"
+        "{%- for m in messages %}{{- m.content }}{%- endfor %}"
+    )
+    row = messages({"prompt": "p", "chosen": "a", "rejected": "b"})
+    given = {**row, "tools": '[{"name": "clock"}]', "chat_template_kwargs": {"mood": "!"}}
+    assert pair_lengths(given, tokenizer)["prompt"] == len(tokenizer("clock!p")["input_ids"])
+    assert pair_lengths(row, tokenizer) == {"prompt": 1, "chosen": 1, "rejected": 1}
+
+
+def test_pairs_without_a_prompt(tiny_model_dir):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    report = inspect_preferences(Dataset.from_dict({"chosen": [" a"], "rejected": [" the film"]}), tokenizer=tokenizer)
+    expected = [len(tokenizer(text + "<|eos|>")["input_ids"]) for text in (" a", " the film")]
+    assert report.lengths == {"prompt": [0], "chosen": expected[:1], "rejected": expected[1:]}
+
+
+def test_spread_and_bias():
+    rows = [{"prompt": "p q", "chosen": "a " * (n + 1), "rejected": "a"} for n in range(21)]
+    facts = inspect_preferences(Dataset.from_list(rows)).facts
+    assert facts["chosen, words"] == "median 11, 95% 20, most 21" and facts["prompt, words"].startswith("median 2")
+    assert facts["mean length, chosen minus rejected"] == "+10.0"
+    assert facts["the longer answer wins"] == "20 of 20 (100.0%)"
+    same = inspect_preferences(Dataset.from_list([{"prompt": "p", "chosen": "a", "rejected": "b"}])).facts
+    assert same["the longer answer wins"] == "never longer"
+
+
+def test_equal_sides_are_not_there_in_both_orders():
+    rows = [{"prompt": "p", "chosen": "a", "rejected": "a"}, {"prompt": "p", "chosen": "a", "rejected": " "}]
+    facts = inspect_preferences(Dataset.from_list(rows)).facts
+    assert facts["pairs there in both orders"] == "0 of 2 (0.0%)"
+    assert facts["chosen equals rejected"] == "1 of 2 (50.0%)"
+    assert facts["an empty completion"] == "1 of 2 (50.0%)"
+
+
+def scored(margins, low=0.25):
+    return Dataset.from_list(
+        [
+            {"prompt": "p", "chosen": f"a {i}", "rejected": "b", "score_chosen": low + m, "score_rejected": low}
+            for i, m in enumerate(margins)
+        ]
+    )
+
+
+def test_margins_stand_in_the_table():
+    report = inspect_preferences(scored([n / 4 for n in range(-4, 17)]))
+    shown = "5% -0.75, 25% 0.25, 50% 1.5, 75% 2.75, 95% 3.75 (mean 1.5)"
+    assert report.facts["margins of the scores"] == shown
+    assert report.facts["scores contradict the label"].startswith("4 of 21")
+    assert report.facts["scores tie"].startswith("1 of 21")
+    assert "margins of the scores" not in inspect_preferences(pairs()).facts
+
+
+def test_what_to_mind():
+    ratings = inspect_preferences(scored([2.0, 1.0, 3.0], low=4.0))
+    assert ratings.losses["margin_adaptive"] == "" and "look like ratings" in ratings.remarks["margin_adaptive"]
+    assert ratings.remarks["anchored"] == ratings.remarks["margin_adaptive"] and "offset" not in ratings.remarks
+    logits = inspect_preferences(scored([0.5, 0.25, 1.0]))
+    assert logits.losses["offset"] == "" and "2 of 3 (66.7%) pairs have a margin below 1" in logits.remarks["offset"]
+    assert set(logits.remarks) == {"offset"}
+    assert "plain DPO" in inspect_preferences(pairs()).remarks["anchored"]
+    known = scored([2.0], low=4.0).add_column("preference_prob", [0.7])
+    assert "anchored" not in inspect_preferences(known).remarks
+    shown = rich.console.Console(record=True, width=300, file=io.StringIO())
+    shown.print(ratings.tables()[1])
+    text = shown.export_text()
+    assert "look like ratings" in text and text.count("yes") + text.count("no") >= len(ratings.losses)
+
+
+def test_rows_without_a_pair():
+    """As `pair_traces` leaves them, where only the empty-trace pair could be made."""
+    rows = [{"prompt": "p", "chosen": "a", "rejected": "b"}, {"prompt": "p", "chosen": None, "rejected": None}]
+    report = inspect_preferences(Dataset.from_list(rows))
+    assert report.facts["rows without a pair"] == "1 of 2 (50.0%)" and report.lengths["chosen"] == [1]
+    with pytest.raises(ValueError, match="No row of the dataset has a pair"):
+        inspect_preferences(Dataset.from_list(rows[1:]))
+    with pytest.raises(ValueError, match="Row 1: the completions are str 'a' and NoneType"):
+        inspect_preferences(Dataset.from_list([rows[0], {"prompt": "p", "chosen": "a", "rejected": None}]))
+    with pytest.raises(ValueError, match="Row 0: the completions are int"):
+        inspect_preferences(Dataset.from_list([{"prompt": "p", "chosen": 1, "rejected": 2}]))
 
 
 def test_groups_and_conversations(tiny_model_dir):
@@ -67,6 +179,9 @@ def test_groups_and_conversations(tiny_model_dir):
         inspect_preferences(Dataset.from_dict({"text": ["a"]}))
 
 
+PAIR = {"prompt": "p", "chosen": "a b", "rejected": "c"}
+
+
 def test_command(tmp_path, capsys):
     path = tmp_path / "pairs.jsonl"
     path.write_text("\n".join(json.dumps(row) for row in pairs(score_chosen=2.0, score_rejected=1.0)))
@@ -74,4 +189,97 @@ def test_command(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "the longer answer wins" in shown and "offset" in shown
     assert (tmp_path / "plot.png").exists()
-    assert main(["inspect", str(tmp_path / "none.txt")]) != 0
+
+
+def files(folder):
+    """What users have in place of a dataset, by name."""
+    line = json.dumps(PAIR) + "\n"
+    texts = {
+        "empty.jsonl": "", "blank.jsonl": "\n\n", "cut.jsonl": line + line[:20], "list.json": f"[{line},{line[:20]}",
+        "numbers.jsonl": line + "[1]\n", "nothing.json": "[]", "bad.csv": "question,answer\n1,2\n", "empty.csv": "",
+        "ragged.csv": "prompt,chosen,rejected\n1,2,3\n1,2,3,4,5\n", "false.parquet": "no parquet file", "notes.txt": "a", "mixed/a.jsonl": line,
+        "mixed/b.jsonl": '{"text": "a"}\n', "other/readme.md": "a", "saved/dataset_info.json": "{}", "good.jsonl": line,
+        "talk.jsonl": json.dumps(messages(PAIR)) + "\n", "part/a.jsonl": line, "part/b.jsonl": line[:20],
+        "kinds.jsonl": line + json.dumps({**PAIR, "chosen": [{"role": "user", "content": "a"}]}) + "\n",
+    }  # fmt: skip
+    for name, text in texts.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text)
+    (folder / "binary.jsonl").write_bytes(bytes(range(256)))
+    (folder / "none").mkdir()
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(folder / "tokenizer")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["./missing.jsonl"], "There is no dataset './missing.jsonl'"),
+        (["owner/missing"], "none on the hub or the hub cannot be reached"),
+        (["empty.jsonl"], "'empty.jsonl': the file is empty"),
+        (["blank.jsonl"], "'blank.jsonl': the file is empty"),
+        (["empty.csv"], "'empty.csv': the file is empty"),
+        (["nothing.json"], "'nothing.json': the file holds no rows"),
+        (["cut.jsonl"], "'cut.jsonl': line 2 is no JSON (Unterminated string"),
+        (["list.json"], "'list.json': line 2 is no JSON"),
+        (["part"], "b.jsonl': line 1 is no JSON"),
+        (["numbers.jsonl"], "'numbers.jsonl': a row of line 2 is '[1]'; expected an object"),
+        (["binary.jsonl"], "'binary.jsonl': it is no text: the byte at position 128"),
+        (["false.parquet"], "'false.parquet': Parquet magic bytes not found"),
+        (["notes.txt"], "expected a file that ends in"),
+        (["bad.csv"], "Its columns are ['answer', 'question']"),
+        (["ragged.csv"], "'ragged.csv': Error tokenizing data. C error: Expected 3 fields in line 3, saw 5"),
+        (
+            ["mixed"],
+            "its files have different columns. a.jsonl has ['prompt', 'chosen', 'rejected']; b.jsonl has ['text']",
+        ),
+        (["none"], "the folder holds no file that ends in"),
+        (["other"], "the folder holds no file that ends in"),
+        (["saved"], "Cannot read 'saved': Directory saved is neither"),
+        (["kinds.jsonl"], "Row 1: the completions are list"),
+        (["part", "--split", "test"], "line 1 is no JSON"),
+        (["missing.jsonl", "--tokenizer", "./no"], "There is no tokenizer './no'"),
+        (["good.jsonl", "--tokenizer", "none"], "Cannot load the tokenizer 'none'"),
+        (["talk.jsonl", "--tokenizer", "tokenizer"], "has no chat template"),
+        (["missing.jsonl", "--max-length", "-5"], "`--max-length -5` must be at least 1"),
+        (["missing.jsonl", "--max-length", "0"], "`--max-length 0` must be at least 1"),
+        (["missing.jsonl", "--plot", "nowhere/plot.png"], "there is no folder 'nowhere'"),
+        (["missing.jsonl", "--plot", "plot.xyz"], "its name must end in one of"),
+        (["missing.jsonl", "--plot", "plot"], "its name must end in one of"),
+        (["missing.jsonl", "--plot", "folder.png"], "it cannot be written there"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, list) else None,
+)
+def test_mistakes_end_in_one_message(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    files(tmp_path)
+    (tmp_path / "folder.png").mkdir()
+    assert main(["inspect", *arguments]) == 2
+    shown = capsys.readouterr()
+    assert message in shown.err and "Traceback" not in shown.err
+    assert "The data" not in shown.out
+
+
+def test_a_plot_needs_matplotlib(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.backend_bases", None)
+    assert main(["inspect", "missing.jsonl", "--plot", "plot.png"]) == 2
+    assert "A plot needs matplotlib: pip install matplotlib" in capsys.readouterr().err
+
+
+def test_splits(tmp_path, capsys):
+    DatasetDict({"train": pairs(), "test": pairs().select([0])}).save_to_disk(tmp_path / "saved")
+    assert main(["inspect", str(tmp_path / "saved"), "--split", "test"]) == 0
+    assert re.search(r"rows +│ 1 ", capsys.readouterr().out)
+    assert main(["inspect", str(tmp_path / "saved"), "--split", "dev"]) == 2
+    assert "has no split 'dev'; it has ['test', 'train']" in capsys.readouterr().err
+
+
+def test_refused():
+    for value in (0, -5, 1.5, True, None):
+        with pytest.raises(ValueError, match="must be a whole number of tokens, at least 1"):
+            inspect_preferences(pairs(), max_length=value)
+    with pytest.raises(ValueError, match="Row 1 of the inspected dataset has 2 completions and 1 scores"):
+        inspect_preferences(
+            Dataset.from_list([{"prompt": "p", "completions": ["a", "b"], "scores": s} for s in ([1.0, 2.0], [1.0])])
+        )

@@ -8,7 +8,8 @@ from tests.conftest import preference_rows
 from tests.helpers import build, first_batch, loss_and_gradients
 from trl_ext import DPOConfig, DPOTrainer
 from trl_ext.data import EMPTY_TRACE, strip_reasoning_traces
-from trl_ext.data.reasoning import tokenize_empty_trace
+from trl_ext.data.reasoning import answer_text, tokenize_empty_trace, trace_is_open
+from trl_ext.data.sampling import _render
 
 
 # The ways of public templates: a switch; a trace that the generation prompt opens and conversations leave out (as
@@ -103,6 +104,31 @@ def test_template_that_hides_the_completion(tiny_model_dir):
     tokenizer.chat_template = "{{- messages | length }}" + PLAIN.replace("m.content", "m.content | upper")
     with pytest.raises(ValueError, match="cannot be told apart"):
         tokenize_empty_trace(row(), tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("text", "opened", "answer"),
+    [
+        ("good", False, "good"),
+        ("<think>so</think>\n\ngood", False, "good"),
+        ("<think>so</think> a </think> b", False, "a </think> b"),
+        ("so</think> good", False, "good"),
+        ("so</think> good", True, "good"),
+        ("<think>so", False, ""),
+        ("so it is", True, ""),  # cut: the prompt had opened the trace
+    ],
+)
+def test_answer(text, opened, answer):
+    assert answer_text(text, opened) == answer
+
+
+@pytest.mark.parametrize("template", [SWITCH, OPENS, PLAIN, DROPS], ids=["switch", "opens", "plain", "drops"])
+@pytest.mark.parametrize("thinking", [None, True, False])
+def test_which_prompts_leave_a_trace_open(template, thinking, tiny_model_dir):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    tokenizer.chat_template = template or tokenizer.chat_template
+    prompt = _render({"prompt": row()["prompt"]}, tokenizer, thinking)
+    assert trace_is_open(prompt) == (template == OPENS and thinking is not False)
 
 
 @pytest.mark.parametrize("form", ["plain", "conversational"])

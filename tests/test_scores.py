@@ -54,7 +54,8 @@ def test_a_model_from_a_folder(reward_dir):
     for row in scored:
         for side in ("chosen", "rejected"):
             with torch.no_grad():
-                expected = model(**tokenizer(row["prompt"] + row[side], return_tensors="pt")).logits[0, 0].item()
+                text = row["prompt"] + row[side] + tokenizer.eos_token
+                expected = model(**tokenizer(text, return_tensors="pt")).logits[0, 0].item()
             assert row[f"score_{side}"] == pytest.approx(expected, abs=1e-4)
 
 
@@ -64,10 +65,14 @@ def test_conversations_have_the_reward_models_template(reward_dir):
          "rejected": [{"role": "assistant", "content": b}]}
         for a, b in (("good", "bad"), ("great", "dull"))
     ]  # fmt: skip
-    reward = RewardModel(str(reward_dir))
-    scored = score_preferences(Dataset.from_list(rows), reward)
-    assert reward.render(rows[0]["prompt"], rows[0]["chosen"]).startswith("<|im_start|>user\nwhat<|im_end|>")
-    assert len({*scored["score_chosen"], *scored["score_rejected"]}) == 4
+    scored = score_preferences(Dataset.from_list(rows), str(reward_dir))
+    tokenizer = AutoTokenizer.from_pretrained(reward_dir)
+    model = Qwen3ForSequenceClassification.from_pretrained(reward_dir)
+    for row in scored:
+        text = f"<|im_start|>user\nwhat<|im_end|>\n<|im_start|>assistant\n{row['rejected'][0]['content']}<|im_end|>\n"
+        with torch.no_grad():
+            expected = model(**tokenizer(text, return_tensors="pt")).logits[0, 0].item()
+        assert row["score_rejected"] == pytest.approx(expected, abs=1e-4)
 
 
 def test_long_texts_keep_their_end(reward_dir):
@@ -122,7 +127,7 @@ def test_a_torn_line_is_passed_over(tmp_path):
         file.write('["b", 2.')
     assert Ledger(tmp_path, "x").read() == {"a": 1.0}
     Ledger(tmp_path, "x").append({"c": 3.0})
-    assert Ledger(tmp_path, "x", "1").read() == {"a": 1.0, "c": 3.0}
+    assert Ledger(tmp_path, "x").read() == {"a": 1.0, "c": 3.0}
 
 
 def test_atomic_files(tmp_path):

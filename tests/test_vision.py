@@ -126,6 +126,21 @@ def test_online_is_trls_on_the_same_completions(processor, tmp_path):
         torch.testing.assert_close(our_gradients[name], value, rtol=1e-3, atol=2e-5)
 
 
+def test_completions_of_images_are_the_policys_own(processor, tmp_path):
+    """Whatever the model's own `generation_config` would have `generate` do."""
+    drawn = []
+    for own in ({}, {"suppress_tokens": list(range(100, 400)), "no_repeat_ngram_size": 1, "min_new_tokens": 6}):
+        trainer = online(trl_ext.OnlineDPOTrainer, trl_ext.OnlineDPOConfig, processor, tmp_path)
+        for name, value in own.items():
+            setattr(trainer.model.generation_config, name, value)
+        config, inputs = trainer.model.generation_config, next(iter(trainer.get_train_dataloader()))
+        torch.manual_seed(1)
+        completions = trainer.generate(trainer.model, inputs)
+        drawn.append([row.tolist() for row in completions.ids])
+        assert trainer.model.generation_config is config
+    assert drawn[0] == drawn[1]
+
+
 @pytest.mark.parametrize("pairing", ["best_worst", "all"])
 def test_four_completions_of_an_image(pairing, processor, tmp_path):
     trainer = online(
@@ -142,6 +157,7 @@ def test_four_completions_of_an_image(pairing, processor, tmp_path):
         ({"num_generations": 3}, "even `num_generations`"),
         ({"loss_type": "bias_variance"}, "other than bias_variance"),
         ({"use_vllm": True}, "text alone"),
+        ({"mixture_coef": 0.5}, "not sampled from a mixture"),
     ],
 )
 def test_refused(kwargs, message, processor, tmp_path):

@@ -73,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
         "duplicates and truncation.",
     )
     inspect.add_argument("dataset", metavar="DATASET", help="hub name, folder or file (JSON Lines, CSV, Parquet)")
+    inspect.add_argument("--split", default="train", help="of a dataset that has several (default: %(default)s)")
     inspect.add_argument("--tokenizer", metavar="PATH", help="counts tokens with it, not words; hub name or folder")
     inspect.add_argument("--max-length", type=int, default=1024, help="of training, in tokens (default: %(default)s)")
     inspect.add_argument("--plot", metavar="FILE", help="draw lengths and margins here")
@@ -205,14 +206,19 @@ def _iterate(args: argparse.Namespace) -> int:
 
 
 def _inspect(args: argparse.Namespace) -> int:
+    # What can be refused is, before anything is loaded
+    if args.max_length < 1:
+        raise ValueError(f"`--max-length {args.max_length}` must be at least 1.")
     from rich.console import Console
-    from transformers import AutoTokenizer
 
-    from trl_ext.data.inspection import inspect_preferences
-    from trl_ext.data.load import load_preferences
+    from trl_ext.data.inspection import check_plot, inspect_preferences
+    from trl_ext.data.load import load_preferences, load_tokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer) if args.tokenizer else None
-    report = inspect_preferences(load_preferences(args.dataset), tokenizer=tokenizer, max_length=args.max_length)
+    if args.plot:
+        check_plot(args.plot)
+    tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
+    dataset = load_preferences(args.dataset, split=args.split)
+    report = inspect_preferences(dataset, tokenizer=tokenizer, max_length=args.max_length)
     for table in report.tables():
         Console().print(table)
     if args.plot:

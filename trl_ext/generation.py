@@ -1,6 +1,8 @@
-"""Sampling completions: a key-value cache, one prefill a prompt, and the geometric mixture of two models."""
+"""Sampling completions: a key-value cache, one prefill per prompt, and the geometric mixture of two models."""
 
 import contextlib
+import copy
+import functools
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -8,7 +10,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 
 @dataclass
@@ -92,7 +96,11 @@ class DrawToken(LogitsProcessor):
 
 
 def _decode_on_cpu(model, input_ids, logits_processor=None, generation_config=None, **kwargs):
-    """transformers' own loop with [`DrawToken`] in place of its draw."""
+    """
+    transformers' own loop with [`DrawToken`] in place of its draw.
+
+    `generate` hands a loop that is not its own no `synced_gpus`, so [`sample`] does.
+    """
     if generation_config.do_sample:
         generation_config.do_sample = False  # a copy of the caller's
         logits_processor.append(DrawToken())
@@ -113,7 +121,14 @@ def sample(
     `num_samples` completions of each prompt.
 
     Each prompt runs through the model once: its cache is copied for the samples. Where the cache cannot be copied
-    (recurrent layers, a static cache, beams), the prompt runs once a sample.
+    (recurrent layers, a static cache, beams), the prompt runs once per sample.
+
+    The samples follow the model's distribution as `config` alone changes it: nothing is taken from the model's own
+    `generation_config`, and what `config` leaves open changes nothing.
+
+    A model that is sharded over processes runs in all of them until the last has its samples. With a mixture, each process
+    then samples up to `max_new_tokens`, past its end-of-sequence tokens: one that stopped would no longer run the reference.
+    What follows an end-of-sequence token is the caller's to cut off.
 
     Args:
         model (`nn.Module`):
@@ -125,7 +140,7 @@ def sample(
         config ([`~transformers.GenerationConfig`]):
             How to sample.
         num_samples (`int`):
-            Completions a prompt, `K`.
+            Completions per prompt, `K`.
         mixture (`Callable`, *optional*):
             Makes a logits processor from the attention mask of all rows.
 
@@ -133,6 +148,12 @@ def sample(
         `torch.Tensor` of shape `(K B, T)`, in blocks of `B`.
     """
     rows, width = prompt_ids.shape
+    synced = _is_sharded(model)
+    config = copy.deepcopy(config)
+    if config.top_k is None:
+        config.top_k = 0  # `generate` would take 50
+    if synced and mixture is not None:
+        config.eos_token_id = None
     ids, mask = (tensor.repeat_interleave(num_samples, dim=0) for tensor in (prompt_ids, prompt_mask))
     kwargs: dict[str, Any] = {}
     if mixture is not None:
@@ -140,10 +161,21 @@ def sample(
     if num_samples > 1 and width > 1 and _can_copy_cache(model, config):
         kwargs["past_key_values"] = _prefill(model, prompt_ids, prompt_mask, num_samples)
     if ids.device.type == "cpu" and config.do_sample and (config.num_beams or 1) == 1:
-        kwargs["custom_generate"] = _decode_on_cpu
-    output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, **kwargs)
+        kwargs["custom_generate"] = functools.partial(_decode_on_cpu, synced_gpus=synced)
+    with without_defaults(model):
+        output = model.generate(
+            input_ids=ids, attention_mask=mask, generation_config=config, synced_gpus=synced, **kwargs
+        )
     completions = output[:, width:]
     return completions.view(rows, num_samples, -1).transpose(0, 1).flatten(0, 1)
+
+
+def _is_sharded(model: nn.Module) -> bool:
+    """Whether all processes must run the model together, each for as long as any does."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return False
+    sharded = any(isinstance(module, (FSDPModule, FullyShardedDataParallel)) for module in model.modules())
+    return torch.distributed.get_world_size() > 1 and (sharded or is_deepspeed_zero3_enabled())
 
 
 def _positions(mask: torch.Tensor) -> torch.Tensor:
@@ -200,3 +232,22 @@ def evaluating(model: nn.Module, checkpointing_kwargs: dict | None) -> Iterator[
         model.train(training)
         if checkpointing and not model.is_gradient_checkpointing:
             model.gradient_checkpointing_enable(checkpointing_kwargs)
+
+
+@contextlib.contextmanager
+def without_defaults(model: nn.Module) -> Iterator[None]:
+    """
+    The model without its own `generation_config`; as before afterwards.
+
+    `generate` takes from there whatever a config leaves unset: penalties, blocked n-grams, forced tokens. Without it the config
+    alone decides, and samples come from the model's distribution.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    before = [(each, each.generation_config) for each in (model, base)]
+    for each, _ in before:
+        each.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        for each, config in before:
+            each.generation_config = config

@@ -14,6 +14,11 @@ def prompts(rows: int = 8) -> Dataset:
     return Dataset.from_list([{"prompt": row["prompt"]} for row in preference_rows(rows)])
 
 
+def conversations(**columns) -> Dataset:
+    rows = [{"prompt": [{"role": "user", "content": row["prompt"]}], **columns} for row in preference_rows(8)]
+    return Dataset.from_list(rows)
+
+
 def length_reward(completions, **kwargs):
     return [float(len(completion)) for completion in completions]
 
@@ -55,3 +60,16 @@ def online(model_dir, output_dir, *, cls=trl_ext.OnlineDPOTrainer, config=None, 
         train_dataset=trainer_kwargs.pop("train_dataset", prompts()),
         **trainer_kwargs,
     )
+
+
+def batch(trainer):
+    return next(iter(trainer.get_train_dataloader()))
+
+
+def learn(trainer, inputs):
+    """Loss and gradients of one batch, without a training step."""
+    trainer.model.train()
+    trainer.model.zero_grad()
+    loss = trainer.compute_loss(trainer.model, inputs)
+    loss.backward()
+    return loss.detach(), {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}

@@ -1,10 +1,16 @@
 """One prefill for K samples, mixtures, and what generation leaves behind."""
 
+import copy
+
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from trl_ext.generation import DrawToken, GeometricMixture, evaluating, sample
+from tests.online.runs import batch as first_batch
+from tests.online.runs import online
+from trl_ext import generation
+from trl_ext.generation import DrawToken, GeometricMixture, evaluating, sample, without_defaults
 
 
 GREEDY = GenerationConfig(max_new_tokens=12, do_sample=False, use_cache=True, pad_token_id=0)
@@ -122,3 +128,163 @@ def test_samples_of_a_prompt_differ_and_seeds_repeat(model, batch):
         with torch.no_grad():
             runs.append(sample(model, *batch, config, 2))
     assert torch.equal(*runs) and not torch.equal(*runs[0].chunk(2))
+
+
+# The model's own `generation_config` changes nothing
+
+
+STRANGE = {
+    "repetition_penalty": 5.0,
+    "no_repeat_ngram_size": 1,
+    "suppress_tokens": list(range(100, 300)),
+    "min_new_tokens": 12,
+    "top_k": 1,
+    "typical_p": 0.1,
+    "temperature": 0.01,
+    "max_new_tokens": 3,
+}
+
+
+def exact_draws(model, ids, mask, count, steps, temperature):
+    """What sampling gives from the definition: no cache, and inversion of the distribution function at each step."""
+    ids, mask = (tensor.repeat_interleave(count, 0) for tensor in (ids, mask))
+    width = ids.size(1)
+    with torch.no_grad():
+        for _ in range(steps):
+            positions = (mask.cumsum(1) - 1).clamp(min=0)
+            logits = model(input_ids=ids, attention_mask=mask, position_ids=positions).logits[:, -1].float()
+            cumulated = (logits / temperature).softmax(-1).double().cumsum(-1)
+            point = torch.rand(len(ids), 1, dtype=torch.float64) * cumulated[:, -1:]
+            token = (cumulated <= point).sum(dim=1, keepdim=True)
+            ids, mask = torch.cat([ids, token], 1), torch.cat([mask, torch.ones_like(token)], 1)
+    return ids[:, width:].view(-1, count, steps).transpose(0, 1).flatten(0, 1)
+
+
+@pytest.mark.parametrize("peft", [False, True], ids=["full", "lora"])
+def test_samples_are_the_models_own(peft, model, batch):
+    if peft:
+        model = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)).eval()
+    own = GenerationConfig(eos_token_id=1, **STRANGE)
+    (model.get_base_model() if peft else model).generation_config = own
+    config = GenerationConfig(max_new_tokens=8, do_sample=True, temperature=0.7, pad_token_id=0)
+    torch.manual_seed(3)
+    with torch.no_grad():
+        drawn = sample(model, *batch, config, 2)
+    torch.manual_seed(3)
+    assert torch.equal(drawn, exact_draws(model, *batch, 2, 8, 0.7))
+    assert model.generation_config is own and config.top_k is None
+    assert not peft or model.get_base_model().generation_config is own
+
+
+def test_what_the_config_asks_for_is_done(model, batch):
+    config = GenerationConfig(max_new_tokens=8, do_sample=True, suppress_tokens=list(range(20, 600)), pad_token_id=0)
+    with torch.no_grad():
+        assert sample(model, *batch, config, 2).max() < 20
+
+
+def test_the_own_config_is_back_after_an_error(model):
+    own = model.generation_config
+    with pytest.raises(RuntimeError, match="stop"), without_defaults(model):
+        assert model.generation_config is not own
+        raise RuntimeError("stop")
+    assert model.generation_config is own
+
+
+@pytest.mark.parametrize("peft", [False, True], ids=["full", "lora"])
+def test_an_online_run_samples_the_policy_at_its_temperature(peft, tiny_model_dir, tmp_path):
+    lora = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+    trainer = online(
+        tiny_model_dir, tmp_path, temperature=0.8, max_new_tokens=6,
+        trainer_kwargs={"peft_config": lora if peft else None},
+    )  # fmt: skip
+    for name, value in STRANGE.items():
+        setattr(trainer.model.generation_config, name, value)
+    inputs = first_batch(trainer)
+    torch.manual_seed(4)
+    completions = trainer.generate(trainer.model, inputs)
+    rows = completions.prompt_ids
+    width = max(map(len, rows))
+    ids = torch.stack([torch.cat([torch.zeros(width - len(row), dtype=torch.long), row]) for row in rows])
+    mask = torch.stack([torch.tensor([0] * (width - len(row)) + [1] * len(row)) for row in rows])
+    torch.manual_seed(4)
+    expected = exact_draws(trainer.model.eval(), ids, mask, 2, 6, 0.8)
+    for row, wanted in zip(completions.ids, expected.tolist(), strict=True):
+        end = wanted.index(trainer.eos_token_ids[0]) + 1 if trainer.eos_token_ids[0] in wanted else 6
+        assert row.tolist() == wanted[:end]
+
+
+def test_no_top_k_is_all_of_the_vocabulary(tiny_model_dir, tmp_path):
+    assert online(tiny_model_dir, tmp_path, top_k=None)._sampling.top_k is None  # which `sample` takes as all
+
+
+@pytest.mark.parametrize("implementation", [None, "static"])
+def test_a_cache_of_the_users_choice(implementation, tiny_model_dir, tmp_path):
+    trainer = online(
+        tiny_model_dir, tmp_path, cache_implementation=implementation, generation_kwargs={"do_sample": False}
+    )
+    plain = online(tiny_model_dir, tmp_path, generation_kwargs={"do_sample": False})
+    inputs = first_batch(trainer)
+    ours, theirs = (each.generate(each.model, inputs) for each in (trainer, plain))
+    assert [row.tolist() for row in ours.ids] == [row.tolist() for row in theirs.ids]
+    assert trainer.model.generation_config.cache_implementation is None
+
+
+# Models that are sharded over processes
+
+
+class Peers:
+    """The other processes: they still generate for a number of steps after this one has finished."""
+
+    def __init__(self, monkeypatch, steps):
+        self.steps, self.calls = steps, 0
+        monkeypatch.setattr(generation, "_is_sharded", lambda model: True)
+        monkeypatch.setattr(torch.distributed, "all_reduce", self.all_reduce)
+
+    def all_reduce(self, flag, op):
+        self.calls += 1
+        if self.calls <= self.steps:
+            flag += 1
+
+
+def count_calls(module):
+    calls = []
+    module.register_forward_hook(lambda *args: calls.append(1))
+    return calls
+
+
+@pytest.mark.parametrize("do_sample", [True, False])
+def test_a_sharded_model_runs_as_long_as_any_process_samples(do_sample, model, batch, monkeypatch):
+    config = GenerationConfig(max_new_tokens=2, do_sample=do_sample, pad_token_id=0, eos_token_id=1)
+    peers, calls = Peers(monkeypatch, 7), count_calls(model)
+    with torch.no_grad():
+        output = sample(model, *batch, config, 2)
+    assert output.size(1) == 2 and peers.calls == 8
+    assert len(calls) == 1 + 7  # the prefill, and a step whenever another process had one
+
+
+def test_the_reference_of_a_mixture_runs_in_every_step_of_every_process(model, batch, monkeypatch):
+    """All tokens end a completion: without the other processes, this one would stop after its first step."""
+    reference = copy.deepcopy(model)
+    config = GenerationConfig(max_new_tokens=5, do_sample=True, pad_token_id=0, eos_token_id=list(range(512)))
+    Peers(monkeypatch, 0)
+    calls = count_calls(reference)
+    with torch.no_grad():
+        output = sample(
+            model, *batch, config, 2, lambda mask: GeometricMixture(reference, mask, torch.full((6, 1), 0.5))
+        )
+    assert len(calls) == 5 and output.shape == (6, 5)
+    assert config.eos_token_id == list(range(512))  # the caller's own
+
+
+def test_one_process_is_not_sharded(model, monkeypatch):
+    assert not generation._is_sharded(model)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    assert not generation._is_sharded(model)
+    monkeypatch.setattr(generation, "is_deepspeed_zero3_enabled", lambda: True)
+    assert generation._is_sharded(model)
+    monkeypatch.setattr(generation, "is_deepspeed_zero3_enabled", lambda: False)
+    monkeypatch.setattr(generation, "FSDPModule", type(model.model.layers[0]))
+    assert generation._is_sharded(model)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
+    assert not generation._is_sharded(model)

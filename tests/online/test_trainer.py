@@ -2,38 +2,27 @@
 
 import copy
 import logging
+import math
 
 import pytest
 import torch
-from datasets import Dataset
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl.experimental.online_dpo import OnlineDPOConfig as TRLConfig
 from trl.experimental.online_dpo import OnlineDPOTrainer as TRLTrainer
 
 import trl_ext
-from tests.conftest import preference_rows
 from tests.helpers import assert_same_parameters, history, parameters
-from tests.online.runs import Scripted, length_reward, online, prompts, scripted
+from tests.online.runs import Scripted, batch, learn, length_reward, online, prompts, scripted
+from trl_ext.losses.base import Loss
 
 
-OURS = ("offset", "anchored", "margin_adaptive", "bias_variance", "length_regularized")
+# `inpo` reads columns of completions, which nobody has before they are sampled
+OURS = ("offset", "anchored", "margin_adaptive", "bias_variance", "length_regularized", "sppo_soft")
 
 
 def lora():
     return LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
-
-
-def batch(trainer):
-    return next(iter(trainer.get_train_dataloader()))
-
-
-def learn(trainer, inputs):
-    trainer.model.train()
-    trainer.model.zero_grad()
-    loss = trainer.compute_loss(trainer.model, inputs)
-    loss.backward()
-    return loss.detach(), {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}
 
 
 # Against TRL, and by hand
@@ -89,40 +78,11 @@ def padded(trainer, texts):
     return encoded["input_ids"].repeat(2, 1), encoded["attention_mask"].repeat(2, 1), ids, mask, None
 
 
-def test_all_pairs_by_hand(tiny_model_dir, tmp_path):
-    trainer = online(tiny_model_dir, tmp_path, cls=Scripted, num_generations=3, pairing="all", beta=0.5)
-    with torch.no_grad():
-        for parameter in trainer.model.parameters():
-            parameter.mul_(1.05)
-    inputs = batch(trainer)
-    loss, _ = learn(trainer, inputs)
-    completions = trainer.generate(trainer.model, inputs)
-    total = 0.0
-    with torch.no_grad():
-        for row, prompt in enumerate(completions.prompt_ids):
-            ratios = []
-            for k in range(3):
-                answer = completions.ids[k * len(completions.prompts) + row]
-                ids = torch.cat([prompt, answer]).unsqueeze(0)
-                sums = [
-                    network(input_ids=ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
-                    .gather(1, answer.unsqueeze(1)).sum()
-                    for network in (trainer.model, trainer.ref_model)
-                ]  # fmt: skip
-                ratios.append(sums[0] - sums[1])
-            # longer answers score more, and the later ones are longer
-            pairs = [(2, 0), (2, 1), (1, 0)]
-            total += sum(-torch.nn.functional.logsigmoid(0.5 * (ratios[a] - ratios[b])) for a, b in pairs) / 3
-    torch.testing.assert_close(loss, total / len(completions.prompts), rtol=1e-4, atol=1e-5)
-
-
 def test_rewards_are_scores_and_groups_are_groups(tiny_model_dir, tmp_path):
     seen = []
 
-    class Spy:
-        takes_groups, paper, required_columns, optional_columns = True, "", (), ()
-        divides_by_beta = False
-        metrics = staticmethod(lambda batch: {})
+    class Spy(Loss):
+        takes_groups = True
 
         def __call__(self, batch):
             seen.append(batch)
@@ -145,10 +105,11 @@ def test_rewards_are_scores_and_groups_are_groups(tiny_model_dir, tmp_path):
 # Every loss, every pairing
 
 
-@pytest.mark.parametrize("loss_type", ["sigmoid", "ipo", "hinge", *OURS])
-@pytest.mark.parametrize("generations", [2, 4])
-def test_each_loss_trains(loss_type, generations, tiny_model_dir, tmp_path):
-    trainer = online(tiny_model_dir, tmp_path, loss_type=loss_type, num_generations=generations)
+@pytest.mark.parametrize("loss_type", ["sigmoid", *OURS])
+def test_each_loss_trains_on_what_the_policy_writes(loss_type, tiny_model_dir, tmp_path):
+    kwargs = {"loss_type": loss_type, "num_generations": 3, "max_steps": 1}
+    judged = {"reward_funcs": None, "preference_fn": soft} if loss_type == "sppo_soft" else {}
+    trainer = online(tiny_model_dir, tmp_path, trainer_kwargs=judged, **kwargs)
     before = parameters(trainer)
     trainer.train()
     logs = history(trainer)[0]
@@ -200,6 +161,45 @@ def test_penalties_and_weights(tiny_model_dir, tmp_path):
             text = completions.texts[i]
             expected = len(text) + 2.0 * ("a" not in text) - 0.5 * len(completions.ids[i]) - 3.0 * (i == 0)
             assert scores.values[row, k].item() == pytest.approx(expected)
+            given = scores.per_function["<lambda>"][row, k].item()
+            assert given == 1.0 if "a" not in text else math.isnan(given)
+    assert any("a" in text for text in completions.texts) and not all("a" in text for text in completions.texts)
+    assert scores.mask.all()  # one of the two functions has an opinion on each
+
+
+def test_two_functions_of_one_name_are_both_there(tiny_model_dir, tmp_path):
+    both = [lambda completions, **k: [1.0] * len(completions), lambda completions, **k: [2.0] * len(completions)]
+    trainer = online(tiny_model_dir, tmp_path, trainer_kwargs={"reward_funcs": both})
+    scores = trainer.score({"prompt": ["x"]}, Scripted.generate(trainer, trainer.model, {"prompt": ["x"]}))
+    assert scores.values.tolist() == [[3.0, 3.0]] and len(scores.per_function) == 2
+
+
+def test_columns_reach_reward_functions_in_the_order_of_completions(tiny_model_dir, tmp_path):
+    def own(prompts, completions, level, trainer_state, **kwargs):
+        assert trainer_state.global_step == 0 and len(prompts) == len(completions)
+        return level
+
+    trainer = online(tiny_model_dir, tmp_path, num_generations=3, trainer_kwargs={"reward_funcs": own})
+    inputs = {"prompt": ["x", "y"], "level": [4, 9]}
+    scores = trainer.score(inputs, Scripted.generate(trainer, trainer.model, inputs))
+    assert scores.values.tolist() == [[4.0] * 3, [9.0] * 3]
+
+
+@pytest.mark.parametrize("pairing", ["best_worst", "all", "group"])
+def test_a_penalty_makes_no_pair_of_what_nobody_scored(pairing, tiny_model_dir, tmp_path):
+    trainer = online(
+        tiny_model_dir,
+        tmp_path,
+        cls=Scripted,
+        loss_type="anchored",
+        pairing=pairing,
+        length_penalty=0.5,
+        trainer_kwargs={"reward_funcs": lambda completions, **k: [None] * len(completions)},
+    )
+    inputs = batch(trainer)
+    selection = trainer.pair(*[each := trainer.generate(trainer.model, inputs), trainer.score(inputs, each)])
+    assert not len(selection.prompts()) and not selection.scores.mask.any()
+    assert learn(trainer, inputs)[0] == 0
 
 
 def test_a_completion_that_nobody_scores_is_left_out(tiny_model_dir, tmp_path):
@@ -230,23 +230,6 @@ def test_empty_and_endless_completions(tiny_model_dir, tmp_path):
 # Judges
 
 
-def test_a_reward_model_from_a_folder(tiny_model_dir, tmp_path):
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
-    config = Qwen3Config.from_pretrained(tiny_model_dir, num_labels=1, pad_token_id=tokenizer.pad_token_id)
-    Qwen3ForSequenceClassification(config).save_pretrained(tmp_path / "rm")
-    tokenizer.save_pretrained(tmp_path / "rm")
-    trainer = online(tiny_model_dir, tmp_path, trainer_kwargs={"reward_funcs": str(tmp_path / "rm")})
-    inputs = batch(trainer)
-    completions = trainer.generate(trainer.model, inputs)
-    scores = trainer.score(inputs, completions)
-    text = completions.prompts[1] + completions.texts[len(completions.prompts) + 1]
-    with torch.no_grad():
-        expected = trainer.reward_funcs[0](**tokenizer(text, return_tensors="pt")).logits[0, 0]
-    torch.testing.assert_close(scores.values[1, 1], expected, rtol=1e-4, atol=1e-5)
-    trainer.train()
-    assert "rewards/rm/mean" in history(trainer)[0]
-
-
 def soft(prompts, first, second):
     return [0.5 if len(a) == len(b) else 0.7 if len(a) > len(b) else 0.3 for a, b in zip(first, second, strict=True)]
 
@@ -266,6 +249,33 @@ def test_a_preference_oracle(loss_type, tiny_model_dir, tmp_path):
     assert loss.item() == pytest.approx(expected, rel=1e-3)
 
 
+@pytest.mark.parametrize(("loss_type", "loss"), [("anchored", 0.6931), ("ipo", 0.0), ("sppo_soft", 0.0)])
+def test_soft_targets_learn_from_ties(loss_type, loss, tiny_model_dir, tmp_path):
+    trainer = online(
+        tiny_model_dir,
+        tmp_path,
+        loss_type=loss_type,
+        cls=Scripted,
+        trainer_kwargs={"reward_funcs": None, "preference_fn": lambda prompts, a, b: [0.5] * len(a)},
+    )
+    assert learn(trainer, batch(trainer))[0].item() == pytest.approx(loss, abs=1e-4)
+    assert trainer._metrics["train"].over_processes()["pairs/dropped_prompts"] == 0
+
+
+@pytest.mark.parametrize("loss_type", ["sigmoid", ["anchored", "sigmoid"]])
+def test_hard_labels_do_not(loss_type, tiny_model_dir, tmp_path):
+    kwargs = {"reward_funcs": None, "preference_fn": lambda prompts, a, b: [0.5] * len(a)}
+    trainer = online(tiny_model_dir, tmp_path, loss_type=loss_type, cls=Scripted, trainer_kwargs=kwargs)
+    assert learn(trainer, batch(trainer))[0] == 0
+    assert trainer._metrics["train"].over_processes()["pairs/dropped_prompts"] == 1
+
+
+def test_ties_of_rewards_are_no_soft_targets(tiny_model_dir, tmp_path):
+    kwargs = {"reward_funcs": lambda completions, **k: [1.0] * len(completions)}
+    trainer = online(tiny_model_dir, tmp_path, loss_type="anchored", cls=Scripted, trainer_kwargs=kwargs)
+    assert learn(trainer, batch(trainer))[0] == 0
+
+
 @pytest.mark.parametrize("samples", ["all", "half"])
 def test_mixture_with_the_reference(samples, tiny_model_dir, tmp_path):
     trainer = online(
@@ -283,62 +293,6 @@ def test_mixture_with_the_reference(samples, tiny_model_dir, tmp_path):
     reference = [row.tolist() for row in theirs.ids]
     assert [row.tolist() for row in mixed.ids[b:]] == reference
     assert ([row.tolist() for row in mixed.ids[:b]] == reference) == (samples == "all")
-
-
-# Prompts
-
-
-def conversations(**columns):
-    rows = [{"prompt": [{"role": "user", "content": row["prompt"]}], **columns} for row in preference_rows(8)]
-    return Dataset.from_list(rows)
-
-
-def test_conversations_with_thinking_on_and_off(tiny_model_dir, tmp_path):
-    seen = []
-
-    def judge(prompts, completions, **kwargs):
-        seen.append((prompts[0], completions[0]))
-        return [float(len(c[0]["content"])) for c in completions]
-
-    kwargs = {"train_dataset": conversations(), "reward_funcs": judge}
-    trainer = online(tiny_model_dir, tmp_path, loss_type="bias_variance", trainer_kwargs=kwargs)
-    inputs = batch(trainer)
-    on, off = (trainer._render(inputs, 0, thinking) for thinking in (True, False))
-    assert on.endswith("<|im_start|>assistant\n") and off == on + "<think>\n\n</think>\n\n"
-    trainer.train()
-    assert seen[0][0][0]["role"] == "user" and seen[0][1][0]["role"] == "assistant"
-    assert "objective/scores_empty_trace" in history(trainer)[0]
-
-
-def test_a_template_argument_of_the_dataset(tiny_model_dir, tmp_path):
-    data = conversations(chat_template_kwargs={"enable_thinking": False})
-    trainer = online(
-        tiny_model_dir,
-        tmp_path,
-        trainer_kwargs={"train_dataset": data, "reward_funcs": lambda prompts, **k: range(len(prompts))},
-    )
-    assert trainer._render(batch(trainer), 0, True).endswith("</think>\n\n")
-    trainer.train()
-
-
-def test_the_answer_alone_is_scored(tiny_model_dir, tmp_path):
-    trainer = online(tiny_model_dir, tmp_path, loss_type="bias_variance")
-    encode = lambda text: torch.tensor(trainer.processing_class(text)["input_ids"])  # noqa: E731
-    texts = ["<think> so what</think> a film<|eos|>", " a film<|eos|>", "<think> so what"]
-    assert trainer._texts(["p"], [encode(text) for text in texts]) == ["a film", " a film", ""]
-
-
-def test_long_prompts_lose_their_beginning(tiny_model_dir, tmp_path):
-    trainer = online(tiny_model_dir, tmp_path, cls=Scripted, max_length=12)
-    inputs = batch(trainer)
-    completions = trainer.generate(trainer.model, inputs)
-    selection = trainer.pair(completions, trainer.score(inputs, completions))
-    rows, groups, _ = trainer._rows([selection])
-    assert rows["input_ids"].size(1) <= 12
-    assert (
-        rows["completion_mask"].sum(1)
-        == torch.tensor([len(completions.ids[int(m) * 4 + g]) for m in (1, 0) for g in range(groups)])
-    ).all()
 
 
 # Trainers
@@ -369,25 +323,11 @@ def test_a_reference_that_moves(peft, tiny_model_dir, tmp_path):
     kwargs = {"peft_config": lora() if peft else None}
     options = {"sync_ref_model": True, "ref_model_sync_steps": 2, "max_steps": 3, "loss_type": "anchored"}
     trainer = online(tiny_model_dir, tmp_path, ref_model_mixup_alpha=1.0, trainer_kwargs=kwargs, **options)
-    inputs = batch(trainer)
-    seen = []
-
-    class Watch(trl_ext.OnlineDPOTrainer):
-        pass
-
-    trainer.__class__ = Watch
-
-    def compute(self, *args, **kwargs):
-        loss = trl_ext.OnlineDPOTrainer.compute_loss(self, *args, **kwargs)
-        seen.append(self._metrics["train"]["objective/kl"][-1])
-        return loss
-
-    Watch.compute_loss = compute
     trainer.train()
-    assert abs(seen[0]) < 1e-4 and abs(seen[1]) > 1e-3 and abs(seen[2]) < 1e-4  # copied after two steps
+    kl = [entry["objective/kl"] for entry in history(trainer) if "objective/kl" in entry]
+    assert abs(kl[0]) < 1e-4 and abs(kl[1]) > 1e-3 and abs(kl[2]) < 1e-4  # copied after two steps
     with torch.no_grad(), trainer._reference() as reference:
         assert reference(input_ids=torch.tensor([[5, 6]])).logits.isfinite().all()
-    del inputs
 
 
 @pytest.mark.parametrize("peft", [False, True], ids=["full", "lora"])
@@ -422,29 +362,66 @@ def test_evaluation(tiny_model_dir, tmp_path):
     trainer = online(
         tiny_model_dir, tmp_path, trainer_kwargs={"eval_dataset": prompts(6)}, eval_strategy="steps", eval_steps=2
     )
+    before = trainer.evaluate()  # before training too
+    assert before["eval_objective/kl"] == pytest.approx(0, abs=1e-4)
     trainer.train()
-    entries = [entry for entry in history(trainer) if "eval_win_rate" in entry]
-    assert entries
-    metrics = trainer.evaluate()
-    for name in (
-        "eval_loss",
-        "eval_win_rate",
-        "eval_objective/kl",
-        "eval_completions/mean_length",
-        "eval_objective/scores",
-    ):
-        assert name in metrics, name
-    assert metrics["eval_win_rate"] == trainer.evaluate()["eval_win_rate"]  # same seed, same policy
-    state = torch.get_rng_state()
+    assert 2 in [entry["step"] for entry in trainer.state.log_history if "eval_win_rate" in entry]
+    names = {
+        "eval_loss", "eval_win_rate", "eval_objective/kl", "eval_completions/mean_length", "eval_objective/scores",
+        "eval_reference/scores", "eval_reference/mean_length",
+    }  # fmt: skip
+    assert names <= set(trainer.evaluate())
+
+
+def test_evaluations_draw_alike_and_disturb_nothing(tiny_model_dir, tmp_path):
+    drawn = []
+
+    class Watch(trl_ext.OnlineDPOTrainer):
+        def generate(self, *args, **kwargs):
+            completions = super().generate(*args, **kwargs)
+            drawn[-1].append([row.tolist() for row in completions.ids])
+            return completions
+
+    kwargs = {"eval_dataset": prompts(3)}
+    trainer = online(tiny_model_dir, tmp_path, cls=Watch, trainer_kwargs=kwargs)
+    for seed, own in ((1, 3), (2, 3), (1, 4)):
+        torch.manual_seed(seed)
+        trainer.args.seed = own
+        state = torch.get_rng_state()
+        drawn.append([])
+        trainer.evaluate()
+        assert torch.equal(state, torch.get_rng_state())
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_each_process_evaluates_with_draws_of_its_own(tiny_model_dir, tmp_path, monkeypatch):
+    seeds = []
+    trainer = online(tiny_model_dir, tmp_path, cls=Scripted, trainer_kwargs={"eval_dataset": prompts(2)})
+    monkeypatch.setattr(torch, "manual_seed", seeds.append)
     trainer.evaluate()
-    assert torch.equal(state, torch.get_rng_state())
+    trainer.accelerator.state.process_index = 5
+    try:
+        trainer.evaluate()
+    finally:
+        trainer.accelerator.state.process_index = 0
+    assert seeds == [3, 8]
 
 
 def test_win_rate_of_the_policy_against_itself(tiny_model_dir, tmp_path):
     kwargs = {"eval_dataset": prompts(6), "reward_funcs": length_reward}
     trainer = online(tiny_model_dir, tmp_path, cls=Scripted, trainer_kwargs=kwargs, per_device_eval_batch_size=6)
     # its second completion is longer than the first, which is the reference's
-    assert trainer.evaluate()["eval_win_rate"] == pytest.approx(0.75)
+    metrics = trainer.evaluate()
+    assert metrics["eval_win_rate"] == pytest.approx(0.75)
+    texts = [scripted(prompt, 0) for prompt in prompts(6)["prompt"]]
+    assert metrics["eval_reference/scores"] == pytest.approx(sum(map(len, texts)) / 6)
+
+
+def test_win_rate_by_an_oracle(tiny_model_dir, tmp_path):
+    """The longer of two wins with 0.7: the first completions tie with the reference's, the second beat them."""
+    kwargs = {"eval_dataset": prompts(6), "reward_funcs": None, "preference_fn": soft}
+    trainer = online(tiny_model_dir, tmp_path, cls=Scripted, loss_type="anchored", trainer_kwargs=kwargs)
+    assert trainer.evaluate()["eval_win_rate"] == pytest.approx((0.5 + 0.7) / 2)
 
 
 def test_generation_uses_a_cache_and_training_does_not_change(tiny_model_dir, tmp_path):
@@ -502,53 +479,6 @@ def test_without_args(tiny_model_dir, tmp_path, monkeypatch):
     assert trainer.args.output_dir.endswith("-Online-DPO")
 
 
-@pytest.mark.parametrize(
-    ("kwargs", "message"),
-    [
-        ({"reward_funcs": None}, "got neither"),
-        ({"preference_fn": soft}, "got both"),
-        ({"reward_funcs": None, "preference_fn": 3}, "is not callable"),
-        ({"compute_metrics": lambda x: {}}, "would not be called"),
-        ({"train_dataset": Dataset.from_dict({"text": ["a"]})}, "no column 'prompt'"),
-        ({"train_dataset": Dataset.from_dict({"prompt": []})}, "is empty"),
-        ({"train_dataset": None}, "`train_dataset` is required"),
-    ],
-)
-def test_refused_arguments(kwargs, message, tiny_model_dir, tmp_path):
-    with pytest.raises(ValueError, match=message):
-        online(tiny_model_dir, tmp_path, trainer_kwargs=kwargs)
-
-
-@pytest.mark.parametrize(
-    ("kwargs", "message"),
-    [
-        ({"num_generations": 1}, "at least 2"),
-        ({"pairing": "best"}, "choose one of"),
-        ({"pairing": "group"}, r"\['sigmoid'\] take pairs"),
-        ({"loss_type": "exo_pair"}, r"names \['exo_pair'\], which are not defined online"),
-        ({"loss_type": "bias_variance", "pairing": "all"}, "use `pairing='best_worst'`"),
-        ({"mixture_coef": 1.5}, r"must lie in \[0, 1\]"),
-        ({"mixture_coef": 0.5, "use_vllm": True}, "use_vllm=False"),
-        ({"missing_eos_penalty": -1.0}, "must be positive"),
-        ({"length_penalty": float("nan")}, "must be finite"),
-        ({"sync_ref_model": True, "ref_model_mixup_alpha": 0.0}, "must lie in"),
-        ({"beta": [0.1, -1.0]}, "at least 0"),
-        ({"loss_type": "ipo", "beta": 0.0}, "no meaning for"),
-        ({"loss_weights": [1.0, 2.0]}, "2 weights for 1 losses"),
-    ],
-)
-def test_refused_configs(kwargs, message):
-    with pytest.raises(ValueError, match=message):
-        trl_ext.OnlineDPOConfig(output_dir="out", use_cpu=True, bf16=False, **kwargs)
-
-
-def test_scores_need_rewards(tiny_model_dir, tmp_path):
-    with pytest.raises(ValueError, match="which a `preference_fn` has not"):
-        online(
-            tiny_model_dir, tmp_path, loss_type="offset", trainer_kwargs={"reward_funcs": None, "preference_fn": soft}
-        )
-
-
 def test_learning_makes_no_tensor_of_vocabulary_times_length(tiny_model_dir, tmp_path):
     from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -600,34 +530,72 @@ def test_a_deep_copied_model_has_its_own_reference(tiny_model_dir, tmp_path, cap
     assert abs(history(second)[2]["objective/kl"]) > 1e-3
 
 
-@pytest.mark.parametrize("count", [2, 3, 4])
-def test_vllm_gives_blocks_of_k(count, tiny_model_dir, tmp_path):
-    """TRL's method, here a stand-in, gives two completions of each prompt that it is handed."""
-    trainer = online(tiny_model_dir, tmp_path, num_generations=count)
-    calls = []
-
-    def generate(prompts, images=None):
-        calls.append(len(prompts))
-        ids = torch.arange(2 * len(prompts)).unsqueeze(1) + 10
-        mask = torch.ones_like(ids)
-        return ids, mask, ids, mask
-
-    trainer._generate_vllm = generate
-    trainer.use_vllm = True
-    completions = trainer.generate(trainer.model, {"prompt": ["a", "b", "c"]})
-    assert calls == [3 * (1 if count == 2 else 2)]
-    assert [row.item() for row in completions.ids] == [10 + i for i in range(3 * count)]
-    assert [row.item() for row in completions.prompt_ids] == [10, 11, 12]
-
-
 @pytest.mark.parametrize("peft", [False, True], ids=["full", "lora"])
 def test_the_mixture_projects_no_prompt(peft, tiny_model_dir, tmp_path):
     kwargs = {"peft_config": lora() if peft else None}
     trainer = online(tiny_model_dir, tmp_path, mixture_coef=0.5, trainer_kwargs=kwargs)
     widths = []
-    heads = {trainer.model.get_output_embeddings(), (trainer.ref_model or trainer.model).get_output_embeddings()}
+    heads = {
+        trainer.model.get_output_embeddings(),
+        (trainer.model if peft else trainer.ref_model).get_output_embeddings(),
+    }
     hooks = [head.register_forward_hook(lambda module, args, output: widths.append(output.size(1))) for head in heads]
     trainer.generate(trainer.model, batch(trainer))
     for hook in hooks:
         hook.remove()
     assert set(widths) == {1}
+
+
+@pytest.mark.parametrize("peft", [False, True], ids=["full", "lora"])
+@torch._dynamo.config.patch(disable=True)
+def test_a_compiled_model_trains_alike(peft, tiny_model_dir, tmp_path):
+    """With the wrappers of `torch.compile`, but no compiler: that takes a minute."""
+    runs = []
+    for compiled in (True, False):
+        torch.manual_seed(0)
+        trainer = online(
+            tiny_model_dir,
+            tmp_path / str(compiled),
+            torch_compile=compiled,
+            mixture_coef=0.5,
+            max_steps=2,
+            save_strategy="steps",
+            save_steps=2,
+            trainer_kwargs={"peft_config": lora() if peft else None, "eval_dataset": prompts(2)},
+        )
+        before, stops = trainer.model.generation_config, trainer.model.generation_config.eos_token_id
+        trainer.train()
+        metrics = trainer.evaluate()
+        runs.append((parameters(trainer), metrics["eval_loss"], metrics["eval_win_rate"]))
+        if compiled:
+            assert hasattr(trainer.model_wrapped, "_orig_mod")
+        assert trainer.model.generation_config is before and before.eos_token_id == stops
+        assert (tmp_path / str(compiled) / "checkpoint-2").is_dir()
+    assert_same_parameters(runs[0][0], runs[1][0], rtol=1e-4, atol=1e-6)
+    assert runs[0][1:] == pytest.approx(runs[1][1:], rel=1e-4)
+
+
+def test_the_model_card_names_model_and_losses(tiny_model_dir, tmp_path):
+    trainer = online(
+        tiny_model_dir, tmp_path, loss_type=["offset", "sigmoid"], loss_kwargs={"alpha": 0.25}, loss_weights=[1.0, 0.5]
+    )
+    trainer.create_model_card()
+    card = (tmp_path / "README.md").read_text()
+    assert f"fine-tuned version of the local model `{tiny_model_dir.name}`" in card
+    assert "| `offset` | 1.0 |" in card and '"alpha": 0.25' in card and "| `sigmoid` | 0.5 |" in card
+    assert "Direct Preference Optimization with an Offset" in card
+
+
+def test_a_reference_is_the_model_as_it_stands(tiny_model_dir, tmp_path, caplog):
+    first = online(tiny_model_dir, tmp_path, cls=Scripted)
+    assert "differ from those" not in caplog.text
+    with torch.no_grad():
+        for parameter in first.model.parameters():
+            parameter.mul_(1.05)
+    second = trl_ext.OnlineDPOTrainer(
+        first.model, reward_funcs=length_reward, args=first.args, train_dataset=prompts(),
+        processing_class=first.processing_class,
+    )  # fmt: skip
+    assert "differ from those" in caplog.text
+    for name, value in second.ref_model.named_parameters():
+        assert torch.equal(value, second.model.get_parameter(name)) and not value.requires_grad

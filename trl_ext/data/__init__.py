@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 _ORIGIN = {
     "EMPTY_TRACE": "reasoning",
-    "Ensemble": "scores",
-    "PairFunction": "scores",
+    "Ensemble": "rewards",
+    "PairFunction": "rewards",
     "PreferenceCollator": "collator",
-    "RewardFunction": "scores",
-    "RewardModel": "scores",
+    "RewardFunction": "rewards",
+    "RewardModel": "rewards",
     "calibrate": "calibration",
     "fit_temperature": "calibration",
     "from_groups": "groups",
@@ -49,8 +49,9 @@ if TYPE_CHECKING:
     from .inspection import inspect_preferences
     from .load import load_preferences
     from .reasoning import EMPTY_TRACE, strip_reasoning_traces
+    from .rewards import Ensemble, PairFunction, RewardFunction, RewardModel
     from .sampling import pair_traces, sample_completions
-    from .scores import Ensemble, PairFunction, RewardFunction, RewardModel, score_preferences
+    from .scores import score_preferences
 
 
 def __getattr__(name: str):

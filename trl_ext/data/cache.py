@@ -3,12 +3,19 @@
 import hashlib
 import json
 import os
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
+from torch import nn
+from trl.trainer.utils import hash_module
+
+
+# Of a configuration: what changes nothing of what a model computes
+_NAMES = ("_name_or_path", "architectures", "transformers_version", "use_cache")
 
 
 def default_folder() -> Path:
@@ -17,9 +24,21 @@ def default_folder() -> Path:
 
 
 def content_key(*parts: Any) -> str:
-    """A short hash of anything that JSON can write."""
-    text = json.dumps(parts, sort_keys=True, default=str, ensure_ascii=False)
+    """A short hash of anything that JSON can write, and of sets."""
+
+    def plain(value: Any) -> Any:
+        return sorted(value, key=str) if isinstance(value, (set, frozenset)) else str(value)
+
+    text = json.dumps(parts, sort_keys=True, default=plain, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
+def model_key(model: nn.Module) -> str:
+    """A hash of a model's weights, and of the configuration that says what is computed with them."""
+    config = {name: value for name, value in model.config.to_dict().items() if name not in _NAMES}
+    adapters = {name: adapter.to_dict() for name, adapter in getattr(model, "peft_config", {}).items()}
+    active = model.active_adapters if adapters and hasattr(model, "get_base_model") else None
+    return content_key(hash_module(model), config, adapters, active)
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -32,42 +51,40 @@ def write_atomically(path: Path, text: str) -> None:
 
 class Ledger:
     """
-    A file of results, one JSON line each, that is only ever appended to.
+    Results in files of JSON lines that are only ever appended to.
+
+    Each object writes a file of its own, so that processes and runs that share a folder never write into each other's lines.
 
     Args:
         folder (`Path`):
-            Where the files of all processes lie.
+            Where the files of all processes and runs lie.
         name (`str`):
-            What the results were computed with.
-        writer (`str`, *optional*, defaults to `"0"`):
-            Who writes: each process has a file of its own and reads all.
+            What the results depend on, all of it: another name, other results.
     """
 
-    def __init__(self, folder: Path, name: str, writer: str = "0"):
+    def __init__(self, folder: Path, name: str):
         self.folder, self.name = Path(folder), name
-        self.path = self.folder / f"{name}-{writer}.jsonl"
+        self.path = self.folder / f"{name}-{uuid.uuid4().hex[:12]}.jsonl"
 
-    def read(self) -> dict[str, Any]:
-        """All results by key. A line that a killed process left unfinished is passed over."""
+    def read(self) -> dict[str, float]:
+        """All results by key. What a killed process left unfinished, and what is no result, is passed over."""
         return dict(self._lines())
 
-    def _lines(self) -> Iterator[tuple[str, Any]]:
+    def _lines(self) -> Iterator[tuple[str, float]]:
         for path in sorted(self.folder.glob(f"{self.name}-*.jsonl")):
-            for line in path.read_text().split("\n"):
+            for line in path.read_text(errors="replace").split("\n"):
                 try:
-                    key, value = json.loads(line)
+                    entry = json.loads(line)
                 except ValueError:
                     continue
-                yield key, value
+                if isinstance(entry, list) and [type(part) for part in entry] == [str, float]:
+                    yield entry[0], entry[1]
 
-    def append(self, results: dict[str, Any]) -> None:
+    def append(self, results: dict[str, float]) -> None:
         """Write results, on disk when this returns."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        lines = "".join(json.dumps([key, value]) + "\n" for key, value in results.items())
-        # The line that a killed process left must not swallow the next one
-        torn = self.path.exists() and self.path.stat().st_size and not self.path.read_bytes().endswith(b"\n")
         with open(self.path, "a") as file:
-            file.write(("\n" if torn else "") + lines)
+            file.writelines(json.dumps([key, value]) + "\n" for key, value in results.items())
             file.flush()
             os.fsync(file.fileno())
 

@@ -1,18 +1,24 @@
 """What a preference dataset holds, before one trains on it."""
 
 import dataclasses
+import math
+import os
 import statistics
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
-from trl.data_utils import apply_chat_template
 
 from trl_ext.data.cache import content_key
 from trl_ext.data.columns import checked, columns_of, used_columns
-from trl_ext.data.groups import from_groups, is_grouped
+from trl_ext.data.groups import check_group, from_groups, is_grouped
+from trl_ext.data.tokens import pair_lengths, require_chat_template
 from trl_ext.losses import get_loss, list_losses
+
+
+SIDES = ("prompt", "chosen", "rejected")
+SCORES = ("score_chosen", "score_rejected")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,13 +27,15 @@ class Inspection:
     Attributes:
         facts (`dict[str, str]`): What there is, in words.
         losses (`dict[str, str]`): For each loss, `""` if the data can train it, else why not.
-        lengths (`dict[str, list[int]]`): Of prompts, chosen and rejected completions.
+        remarks (`dict[str, str]`): For a loss that the data can train, what to mind: scores in another unit than it expects.
+        lengths (`dict[str, list[int]]`): Of prompts, chosen and rejected completions, in `unit`.
         margins (`list[float]`): Score of the chosen minus that of the rejected completion, where there are scores.
-        unit (`str`): Of lengths: `"tokens"` or `"words"`.
+        unit (`str`): Of lengths: `"tokens"`, as training counts them, or `"words"`.
     """
 
     facts: dict[str, str]
     losses: dict[str, str]
+    remarks: dict[str, str]
     lengths: dict[str, list[int]]
     margins: list[float]
     unit: str
@@ -42,9 +50,9 @@ class Inspection:
         losses = Table(title="Losses that can use it")
         losses.add_column("loss_type", no_wrap=True)
         losses.add_column("can")
-        losses.add_column("why not", overflow="fold")
+        losses.add_column("why not, or what to mind", overflow="fold")
         for name, reason in self.losses.items():
-            losses.add_row(name, "no" if reason else "yes", reason)
+            losses.add_row(name, "no" if reason else "yes", reason or self.remarks.get(name, ""))
         return [facts, losses]
 
     def plot(self, path: str | Path) -> None:
@@ -78,7 +86,8 @@ def inspect_preferences(
         dataset ([`~datasets.Dataset`]):
             Pairs or groups, plain or conversational.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
-            Counts tokens, renders conversations; without it words are counted, and nothing is said of truncation.
+            Counts tokens as training does, special ones included; without it words are counted, and nothing is said of
+            truncation.
         max_length (`int`, *optional*, defaults to `1024`):
             Tokens of prompt and completion that training keeps.
 
@@ -86,12 +95,17 @@ def inspect_preferences(
         [`Inspection`].
 
     Raises:
-        `ValueError`: For data that holds no preferences.
+        `ValueError`: For data that holds no preferences, or completions of different kinds, for a `max_length` below 1, and for
+            conversations where the tokenizer has no chat template.
     """
+    if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 1:
+        raise ValueError(f"`max_length={max_length!r}` must be a whole number of tokens, at least 1.")
     facts = {"rows": f"{len(dataset):,}", "columns": ", ".join(columns_of(dataset, "inspected"))}
     if is_grouped(dataset.column_names):
+        for row, example in enumerate(dataset):
+            check_group(example, row, "inspected")
         sizes = [len(row) for row in dataset["completions"]]
-        facts["completions a group"] = f"{min(sizes)} to {max(sizes)}"
+        facts["completions per group"] = f"{min(sizes)} to {max(sizes)}"
         dataset = from_groups(dataset, "best_worst", "inspected")
         facts["pairs"] = f"{len(dataset):,}, best against worst"
     missing = [name for name in ("chosen", "rejected") if name not in dataset.column_names]
@@ -100,21 +114,25 @@ def inspect_preferences(
             f"The dataset lacks {missing}: it holds no pairs, and no groups (completions, scores). Its columns are "
             f"{sorted(dataset.column_names)}."
         )
-    texts = [_texts(row, tokenizer) for row in dataset]
-    facts["form"] = "conversational" if isinstance(dataset[0]["chosen"], list) else "text"
-
-    def count(text: str) -> int:
-        return len(tokenizer(text, add_special_tokens=False)["input_ids"]) if tokenizer else len(text.split())
-
-    lengths = {side: [count(row[side]) for row in texts] for side in ("prompt", "chosen", "rejected")}
+    rows = _pairs(dataset)
+    if len(rows) < len(dataset):
+        facts["rows without a pair"] = _share(len(dataset) - len(rows), len(dataset))
+    conversational = isinstance(rows[0]["chosen"], list)
+    if tokenizer and conversational:
+        require_chat_template(tokenizer)
+    facts["form"] = "conversational" if conversational else "text"
+    texts = [{side: _plain(row.get(side)) for side in SIDES} for row in rows]
+    if tokenizer:
+        counts = [pair_lengths(row, tokenizer) for row in rows]
+    else:
+        counts = [{side: len(row[side].split()) for side in SIDES} for row in texts]
+    lengths = {side: [row[side] for row in counts] for side in SIDES}
     unit = "tokens" if tokenizer else "words"
     for side, values in lengths.items():
         facts[f"{side}, {unit}"] = _spread(values)
     facts |= _length_bias(lengths)
     if tokenizer:
-        whole = [
-            p + max(c, r) for p, c, r in zip(lengths["prompt"], lengths["chosen"], lengths["rejected"], strict=True)
-        ]
+        whole = [row["prompt"] + max(row["chosen"], row["rejected"]) for row in counts]
         facts[f"longer than max_length={max_length}"] = _share(sum(value > max_length for value in whole), len(whole))
         facts["prompt alone fills it (dropped)"] = _share(
             sum(value >= max_length for value in lengths["prompt"]), len(whole)
@@ -122,18 +140,49 @@ def inspect_preferences(
     facts |= _duplicates(texts)
     margins = _margins(dataset)
     if margins:
+        facts["margins of the scores"] = _quantiles(margins)
         facts["scores contradict the label"] = _share(sum(margin < 0 for margin in margins), len(margins))
         facts["scores tie"] = _share(sum(margin == 0 for margin in margins), len(margins))
     losses = {"sigmoid and TRL's others": ""} | {name: _why_not(name, dataset) for name in list_losses()}
-    return Inspection(facts, losses, lengths, margins, unit)
+    return Inspection(facts, losses, _remarks(dataset, margins), lengths, margins, unit)
 
 
-def _texts(row: dict[str, Any], tokenizer: Any) -> dict[str, str]:
-    parts = {side: row.get(side) for side in ("prompt", "chosen", "rejected")}
-    if tokenizer is not None and isinstance(parts["chosen"], list) and parts["prompt"]:
-        rendered = apply_chat_template(parts, tokenizer)
-        return {side: rendered[side] for side in parts}
-    return {side: _plain(value) for side, value in parts.items()}
+def check_plot(path: str | Path) -> None:
+    """Raise a `ValueError` where a plot could not be written: no matplotlib, no such folder, or an unknown format."""
+    try:
+        from matplotlib.backend_bases import FigureCanvasBase
+    except ImportError as error:
+        raise ValueError("A plot needs matplotlib: pip install matplotlib.") from error
+    path, formats = Path(path), sorted(FigureCanvasBase.get_supported_filetypes())
+    if path.suffix.lower()[1:] not in formats:
+        raise ValueError(f"Cannot draw {str(path)!r}: its name must end in one of {['.' + each for each in formats]}.")
+    if not path.parent.is_dir():
+        raise ValueError(f"Cannot draw {str(path)!r}: there is no folder {str(path.parent)!r}.")
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ValueError(f"Cannot draw {str(path)!r}: it cannot be written there.")
+
+
+def _pairs(dataset: Dataset) -> list[dict[str, Any]]:
+    """The rows that have a pair: both completions text, or both messages, as in all others."""
+    pairs = []
+    for index, row in enumerate(dataset):
+        sides = [row["chosen"], row["rejected"]]
+        if sides == [None, None]:  # an empty-trace pair may stand alone
+            continue
+        pairs.append(row)
+        first = type(pairs[0]["chosen"])
+        if first not in (str, list) or any(type(side) is not first for side in sides):
+            raise ValueError(
+                f"Row {index}: the completions are {_shown(sides[0])} and {_shown(sides[1])}; expected text, or messages, the same "
+                f"in all rows (the first has {_shown(pairs[0]['chosen'])})."
+            )
+    if not pairs:
+        raise ValueError("No row of the dataset has a pair: `chosen` and `rejected` are empty everywhere.")
+    return pairs
+
+
+def _shown(value: Any) -> str:
+    return f"{type(value).__name__} {str(value)[:40]!r}"
 
 
 def _plain(value: Any) -> str:
@@ -143,8 +192,17 @@ def _plain(value: Any) -> str:
 
 
 def _spread(values: list[int]) -> str:
-    ordered = sorted(values)
-    return f"median {statistics.median(values):g}, 95% {ordered[int(0.95 * (len(ordered) - 1))]}, most {ordered[-1]}"
+    return f"median {statistics.median(values):g}, 95% {_quantile(values, 0.95)}, most {max(values)}"
+
+
+def _quantiles(values: list[float]) -> str:
+    shown = ", ".join(f"{share:.0%} {_quantile(values, share):.3g}" for share in (0.05, 0.25, 0.5, 0.75, 0.95))
+    return f"{shown} (mean {statistics.mean(values):.3g})"
+
+
+def _quantile(values: list, share: float) -> Any:
+    """The value below which that share lies, one of those given."""
+    return sorted(values)[int(share * (len(values) - 1))]
 
 
 def _share(count: int, total: int) -> str:
@@ -167,7 +225,10 @@ def _duplicates(texts: list[dict[str, str]]) -> dict[str, str]:
     return {
         "prompts, each once": f"{len(prompts):,}",
         "duplicate pairs": _share(len(pairs) - len(set(pairs)), len(pairs)),
-        "pairs there in both orders": _share(sum(key in swapped for key in pairs), len(pairs)),
+        "pairs there in both orders": _share(
+            sum(key in swapped and row["chosen"] != row["rejected"] for key, row in zip(pairs, texts, strict=True)),
+            len(pairs),
+        ),
         "chosen equals rejected": _share(sum(row["chosen"] == row["rejected"] for row in texts), len(texts)),
         "an empty completion": _share(
             sum(not row["chosen"].strip() or not row["rejected"].strip() for row in texts), len(texts)
@@ -176,11 +237,37 @@ def _duplicates(texts: list[dict[str, str]]) -> dict[str, str]:
 
 
 def _margins(dataset: Dataset) -> list[float]:
-    names = ("score_chosen", "score_rejected")
-    if not all(name in dataset.column_names for name in names):
+    if not set(SCORES) <= set(dataset.column_names):
         return []
-    values = zip(*(dataset[name] for name in names), strict=True)
-    return [a - b for a, b in values if isinstance(a, (int, float)) and isinstance(b, (int, float))]
+    rows = zip(*(dataset[name] for name in SCORES), strict=True)
+    return [a - b for a, b in rows if _finite(a) and _finite(b)]
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _remarks(dataset: Dataset, margins: list[float]) -> dict[str, str]:
+    """What to mind about losses that can use the scores, but expect them in a unit that they may not have."""
+    remarks = {}
+    preferred = "preference_prob" in dataset.column_names
+    if margins:
+        scores = [value for name in SCORES for value in dataset[name] if _finite(value)]
+        if all(value == int(value) for value in scores):
+            ratings = (
+                "The scores are whole numbers: they look like ratings, not Bradley-Terry logits, the unit expected here. "
+                "`trl_ext.data.calibrate` says what to divide them by."
+            )
+            remarks |= {"margin_adaptive": ratings} | ({} if preferred else {"anchored": ratings})
+        relaxed = sum(0 < margin < 1 for margin in margins)
+        if relaxed:
+            remarks["offset"] = (
+                f"{_share(relaxed, len(margins))} pairs have a margin below 1: the logarithm makes their offset negative, so that "
+                'less is asked of them than in DPO. Scale the scores up, or set `scaling="linear"`.'
+            )
+    elif not preferred:
+        remarks["anchored"] = "There are neither scores nor `preference_prob`: all targets are 1, which is plain DPO."
+    return remarks
 
 
 def _why_not(name: str, dataset: Dataset) -> str:

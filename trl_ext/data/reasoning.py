@@ -141,11 +141,31 @@ def _render_text(example: dict, tokenizer: Any) -> tuple[str, dict[str, str]]:
     return example["prompt"] + EMPTY_TRACE, completions
 
 
-def answer_text(text: str) -> str:
-    """What a completion says after its reasoning trace; all of it where it opened none, nothing where none closed."""
+def answer_text(text: str, opened: bool = False) -> str:
+    """
+    What a completion says after its reasoning trace; all of it where there is none, nothing where the trace was cut.
+
+    Args:
+        text (`str`):
+            The completion.
+        opened (`bool`, *optional*, defaults to `False`):
+            Whether the prompt had opened a trace, as [`trace_is_open`] says: then the completion holds no `<think>`.
+    """
     if "</think>" in text:
         return _TRACE.sub("", text, count=1)
-    return "" if "<think>" in text else text
+    return "" if opened or "<think>" in text else text
+
+
+def trace_is_open(prompt: str) -> bool:
+    """Whether a rendered prompt ends inside a reasoning trace that its chat template opened."""
+    return prompt.rstrip().endswith("<think>")
+
+
+def completion_text(ids: list[int], tokenizer: Any) -> str:
+    """A completion without special tokens, but with those that open and close a reasoning trace."""
+    added = tokenizer.added_tokens_decoder.items()
+    left_out = {number for number, token in added if token.special and "think" not in token.content}
+    return tokenizer.decode([number for number in ids if number not in left_out])
 
 
 def empty_trace_prompt(example: dict, tokenizer: Any) -> str:

@@ -6,7 +6,7 @@ was killed goes on with the chunk it was in and ends with the same completions.
 """
 
 import json
-from collections.abc import Callable
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,15 @@ import torch
 from datasets import Dataset
 from torch import nn
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from trl.data_utils import maybe_apply_chat_template
-from trl.trainer.utils import hash_module
 
-from trl_ext.data.cache import content_key, default_folder, processes, write_atomically
+from trl_ext.data.cache import content_key, default_folder, model_key, processes, write_atomically
+from trl_ext.data.generators import generation_config_of, stop_tokens, weights_key, with_transformers, with_vllm
 from trl_ext.data.pairing import pair_up
-from trl_ext.data.reasoning import empty_trace_prompt
-from trl_ext.generation import evaluating, sample
+from trl_ext.data.paths import refuse_missing_path
+from trl_ext.data.reasoning import completion_text, empty_trace_prompt
+from trl_ext.data.tokens import prompt_ids, require_chat_template, template_arguments, tokenizer_key
 
 
 def sample_completions(
@@ -41,7 +42,10 @@ def sample_completions(
     dtype: Any = "auto",
 ) -> Dataset:
     """
-    `n` completions of each prompt.
+    `n` completions of each prompt, drawn from the policy's own distribution.
+
+    Only `temperature` and `top_p` change it: penalties, `top_k` and other defaults of the model's `generation_config` are not
+    applied, its end-of-sequence tokens are. Prompts are tokenized as training tokenizes them.
 
     Args:
         prompts ([`~datasets.Dataset`]):
@@ -50,11 +54,11 @@ def sample_completions(
         model (`str` or [`~transformers.PreTrainedModel`]):
             What is sampled from: hub name, folder or object (vLLM: a name or folder).
         n (`int`, *optional*, defaults to `4`):
-            Completions a prompt.
+            Completions per prompt.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             Loaded from the model's name by default.
         backend (`str`, *optional*, defaults to `"transformers"`):
-            `"transformers"`, with a cache and one prefill a prompt, or `"vllm"`.
+            `"transformers"`, with a cache and one prefill per prompt, or `"vllm"`.
         thinking (`bool`, *optional*):
             `False` switches reasoning off through the template; `True` and `None` leave the prompt as the template has it.
         temperature (`float`, *optional*, defaults to `1.0`):
@@ -78,39 +82,49 @@ def sample_completions(
     Raises:
         `ValueError`: For prompts or options that cannot be used, before the work starts.
     """
-    _check(prompts, n, backend, temperature, max_new_tokens, batch_size)
-    state = processes()
-    name = model if isinstance(model, str) else model.config._name_or_path
+    _check(prompts, n, backend, temperature, top_p, max_new_tokens, batch_size)
+    refuse_missing_path(model, "model")
+    if backend == "vllm" and not isinstance(model, str):
+        raise ValueError('`backend="vllm"` loads the model itself: give its name or folder.')
     if tokenizer is None:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(model if isinstance(model, str) else model.config._name_or_path)
+    state = processes()
+    rows = list(prompts)
+    ids = [prompt_ids(_render(row, tokenizer, thinking), tokenizer, isinstance(row["prompt"], list)) for row in rows]
+    for index, tokens in enumerate(ids):
+        if not tokens:
+            raise ValueError(f"The prompt of row {index} has no tokens: {rows[index]['prompt']!r}.")
+    options = {
+        "n": n,
+        "temperature": temperature,
+        "top_p": top_p,
+        "max_new_tokens": max_new_tokens,
+        "seed": seed,
+    }
     if backend == "vllm":
-        if not isinstance(model, str):
-            raise ValueError('`backend="vllm"` loads the model itself: give its name or folder.')
-        identity, generate = name, _vllm(model, dtype, n, temperature, top_p, max_new_tokens)
+        identity = [weights_key(model), str(dtype)]
+        stops = stop_tokens(generation_config_of(model), tokenizer)
     else:
         if isinstance(model, str):
             model = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
         model = model.to(state.device)
-        identity = hash_module(model)
-        generate = _transformers(model, tokenizer, n, temperature, top_p, max_new_tokens)
-
-    rows = list(prompts)
-    texts = [_render(row, tokenizer, thinking) for row in rows]
-    for index, text in enumerate(texts):
-        if not tokenizer(text, add_special_tokens=False)["input_ids"]:
-            raise ValueError(f"The prompt of row {index} has no tokens: {rows[index]['prompt']!r}.")
-    settings = [identity, backend, n, temperature, top_p, max_new_tokens, seed, batch_size, tokenizer.get_vocab()]
+        identity, stops = model_key(model), stop_tokens(model.generation_config, tokenizer)
     folder = Path(cache_dir) if cache_dir is not None else default_folder() / "samples"
-    folder = folder / content_key(settings, texts)
-    chunks = range(0, len(texts), batch_size)
+    folder = folder / content_key(identity, backend, options, batch_size, stops, tokenizer_key(tokenizer), ids)
+    chunks = range(0, len(ids), batch_size)
     # Shared out before looking what is done: another process may be ahead and have written some
     mine = [
         start
         for start in chunks[state.process_index :: state.num_processes]
         if not (folder / f"{start}.json").exists()
     ]
+    if mine and backend == "vllm":
+        generate = with_vllm(model, dtype, stops, **options)
+    elif mine:
+        generate = with_transformers(model, tokenizer, stops, **options)
     for start in tqdm(mine, desc="sampling", unit="batch", disable=not state.is_main_process or not mine):
-        answers = generate(texts[start : start + batch_size], int(content_key(seed, start), 16) % 2**31)
+        groups = generate(ids[start : start + batch_size], start)
+        answers = [[_answer(tokens, tokenizer, stops) for tokens in group] for group in groups]
         write_atomically(folder / f"{start}.json", json.dumps(answers))
     state.wait_for_everyone()
     answers = [answer for start in chunks for answer in json.loads((folder / f"{start}.json").read_text())]
@@ -129,7 +143,7 @@ def sample_completions(
     )
 
 
-def _check(prompts, n, backend, temperature, max_new_tokens, batch_size) -> None:
+def _check(prompts, n, backend, temperature, top_p, max_new_tokens, batch_size) -> None:
     if not isinstance(prompts, Dataset) or "prompt" not in prompts.column_names or not len(prompts):
         columns = getattr(prompts, "column_names", type(prompts).__name__)
         raise ValueError(f"`prompts` must be a dataset with a column 'prompt' and at least one row; got {columns}.")
@@ -138,70 +152,31 @@ def _check(prompts, n, backend, temperature, max_new_tokens, batch_size) -> None
     for name, value, least in (("n", n, 1), ("max_new_tokens", max_new_tokens, 1), ("batch_size", batch_size, 1)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ValueError(f"`{name}={value!r}` must be a whole number, at least {least}.")
-    if not temperature >= 0:
-        raise ValueError(f"`temperature={temperature!r}` must be at least 0.")
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"`temperature={temperature!r}` must be finite and at least 0.")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"`top_p={top_p!r}` must lie in (0, 1].")
     for index, prompt in enumerate(prompts["prompt"]):
-        if not prompt or not isinstance(prompt, (str, list)):
+        messages = isinstance(prompt, list) and all(isinstance(each, dict) and "role" in each for each in prompt)
+        if not prompt or not (isinstance(prompt, str) or messages):
             raise ValueError(f"Row {index}: the prompt is {prompt!r}; expected text or messages.")
 
 
 def _render(row: dict, tokenizer: PreTrainedTokenizerBase, thinking: bool | None) -> str:
-    example = {name: row[name] for name in ("prompt", "tools", "chat_template_kwargs") if row.get(name)}
+    """The text of a row's prompt as the model sees it, but for what the tokenizer adds to plain text."""
+    if isinstance(row["prompt"], list):
+        require_chat_template(tokenizer)
+    example, given = {"prompt": row["prompt"]}, template_arguments(row)
     if thinking is False:
-        return empty_trace_prompt(example, tokenizer)
-    options, tools = example.pop("chat_template_kwargs", {}), example.pop("tools", None)
-    return maybe_apply_chat_template(example, tokenizer, tools, **options)["prompt"]
+        return empty_trace_prompt(example | given, tokenizer)
+    options = given.get("chat_template_kwargs", {})
+    return maybe_apply_chat_template(example, tokenizer, given.get("tools"), **options)["prompt"]
 
 
-Generate = Callable[[list[str], int], list[list[tuple[str, str]]]]
-
-
-def _transformers(model, tokenizer, n, temperature, top_p, max_new_tokens) -> Generate:
-    stops = model.generation_config.eos_token_id
-    stops = [] if stops is None else [stops] if isinstance(stops, int) else list(stops)
-    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in stops:
-        stops = [tokenizer.eos_token_id, *stops]
-    pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    sampling = {"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature else {}
-    config = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=temperature > 0,
-        pad_token_id=pad_id,
-        eos_token_id=stops,
-        use_cache=True,
-        **sampling,
-    )
-
-    def generate(texts: list[str], seed: int) -> list[list[tuple[str, str]]]:
-        inputs = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
-        inputs = inputs.to(next(model.parameters()).device)
-        devices = [model.device] if model.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices), evaluating(model, None):
-            torch.manual_seed(seed)
-            output = sample(model, inputs["input_ids"], inputs["attention_mask"], config, n)
-        answers: list[list[tuple[str, str]]] = [[] for _ in texts]
-        for index, ids in enumerate(output.tolist()):
-            end = next((at for at, token in enumerate(ids) if token in stops), None)
-            text = tokenizer.decode(ids[:end], skip_special_tokens=True)
-            answers[index % len(texts)].append((text, "length" if end is None else "stop"))
-        return answers
-
-    return generate
-
-
-def _vllm(model, dtype, n, temperature, top_p, max_new_tokens) -> Generate:
-    try:
-        from vllm import LLM, SamplingParams
-    except ImportError as error:
-        raise ValueError('`backend="vllm"` needs vLLM: pip install vllm.') from error
-    llm = LLM(model=model, dtype=dtype)
-
-    def generate(texts: list[str], seed: int) -> list[list[tuple[str, str]]]:
-        parameters = SamplingParams(n=n, temperature=temperature, top_p=top_p, max_tokens=max_new_tokens, seed=seed)
-        outputs = llm.generate(texts, parameters, use_tqdm=False)
-        return [[(each.text, each.finish_reason) for each in output.outputs] for output in outputs]
-
-    return generate
+def _answer(ids: list[int], tokenizer: PreTrainedTokenizerBase, stops: list[int]) -> tuple[str, str]:
+    """Text of a completion up to its end, and why it ended."""
+    end = next((at for at, token in enumerate(ids) if token in stops), None)
+    return completion_text(ids[:end], tokenizer), "length" if end is None else "stop"
 
 
 def pair_traces(traced: Dataset, empty: Dataset) -> Dataset:
@@ -215,7 +190,7 @@ def pair_traces(traced: Dataset, empty: Dataset) -> Dataset:
             Groups of the same prompts, in the same order, sampled with reasoning switched off.
 
     Returns:
-        One row a prompt: `chosen` and `rejected`, the best and the worst with a trace; `chosen_empty_trace` and
+        One row per prompt: `chosen` and `rejected`, the best and the worst with a trace; `chosen_empty_trace` and
         `rejected_empty_trace`, those without. A pair whose completions tie is `None`; a prompt without either is left out.
     """
     if list(traced["prompt"]) != list(empty["prompt"]):

@@ -6,152 +6,24 @@ weights, template, truncation), are written batch by batch, and a run that was k
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
+from accelerate.logging import get_logger
 from accelerate.utils import gather_object
 from datasets import Dataset, concatenate_datasets
-from datasets.fingerprint import Hasher
-from torch import nn
 from tqdm import tqdm
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
-from trl.data_utils import apply_chat_template
-from trl.trainer.utils import hash_module
 
 from trl_ext.data.cache import Ledger, content_key, default_folder, processes
 from trl_ext.data.calibration import fit_temperature
+from trl_ext.data.rewards import Ensemble, PairFunction, RewardFunction, RewardModel, as_reward
+from trl_ext.data.tokens import Text, require_chat_template, template_arguments
 
 
-Text = Any  # a string, or a list of messages
+__all__ = ["Ensemble", "PairFunction", "RewardFunction", "RewardModel", "as_reward", "score_preferences"]
 
-
-@dataclass
-class RewardModel:
-    """
-    A sequence classifier whose first logit is the reward.
-
-    Args:
-        model (`str` or [`~transformers.PreTrainedModel`]):
-            Hub name, folder or object.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
-            Its own tokenizer, whose chat template renders conversations; loaded from the model's name by default.
-        max_length (`int`, *optional*):
-            Tokens that are kept, from the left, so that the end of the completion stays; the model's own limit by default.
-        dtype (`str` or `torch.dtype`, *optional*, defaults to `"auto"`):
-            Of the weights, for a model that is loaded here.
-    """
-
-    model: str | nn.Module
-    tokenizer: PreTrainedTokenizerBase | None = None
-    max_length: int | None = None
-    dtype: Any = "auto"
-
-    def load(self) -> None:
-        name = self.model if isinstance(self.model, str) else self.model.config._name_or_path
-        if self.tokenizer is None:
-            self.tokenizer = AutoTokenizer.from_pretrained(name)
-        if isinstance(self.model, str):
-            self.model = AutoModelForSequenceClassification.from_pretrained(self.model, num_labels=1, dtype=self.dtype)
-        if self.tokenizer.pad_token is None:
-            self.tokenizer.pad_token = self.tokenizer.eos_token
-        self.model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
-        if self.max_length is None:
-            limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-            known = self.tokenizer.model_max_length
-            self.max_length = min(limit or 10**9, known if known < 10**9 else 10**9)
-
-    def key(self) -> str:
-        """What a score depends on beside the text."""
-        self.load()
-        return content_key(
-            hash_module(self.model), self.tokenizer.chat_template, self.tokenizer.get_vocab(), self.max_length
-        )
-
-    def render(self, prompt: Text, completion: Text) -> str:
-        if isinstance(completion, str):
-            return prompt + completion
-        return apply_chat_template({"messages": [*prompt, *completion]}, self.tokenizer)["text"]
-
-    @torch.inference_mode()
-    def __call__(self, prompts: Sequence[Text], completions: Sequence[Text]) -> list[float]:
-        self.model.eval()
-        texts = [self.render(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
-        ids = [self.tokenizer(text, add_special_tokens=False)["input_ids"][-self.max_length :] for text in texts]
-        width = max(map(len, ids))
-        pad_id, device = self.tokenizer.pad_token_id, next(self.model.parameters()).device
-        rows = torch.tensor([row + [pad_id] * (width - len(row)) for row in ids], device=device)
-        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in ids], device=device)
-        return self.model(input_ids=rows, attention_mask=mask).logits[:, 0].float().tolist()
-
-
-@dataclass
-class RewardFunction:
-    """
-    A function of completions, as the reward functions of online training: `function(prompts=, completions=)` gives a number
-    for each.
-    """
-
-    function: Callable[..., Sequence[float]]
-
-    def load(self) -> None:
-        pass
-
-    def key(self) -> str:
-        return f"function-{Hasher.hash(self.function)}"
-
-    def __call__(self, prompts: Sequence[Text], completions: Sequence[Text]) -> list[float]:
-        return list(self.function(prompts=list(prompts), completions=list(completions)))
-
-
-@dataclass
-class PairFunction:
-    """
-    A judge of two completions: `function(prompts, completions_a, completions_b)` gives for each the probability, in
-    [0, 1], that the first is preferred. Gives pairs the column `preference_prob`, and groups the mean probability of winning.
-    """
-
-    function: Callable[[list, list, list], Sequence[float]]
-
-    def key(self) -> str:
-        return f"pair-{Hasher.hash(self.function)}"
-
-
-@dataclass
-class Ensemble:
-    """
-    Several rewards as one.
-
-    Args:
-        rewards (`list`):
-            What [`score_preferences`] takes as `reward`, each.
-        combine (`str`, *optional*, defaults to `"mean"`):
-            `"mean"`, or `"min"`: the most cautious.
-    """
-
-    rewards: list[Any]
-    combine: str = "mean"
-
-    def __post_init__(self):
-        if self.combine not in ("mean", "min") or not self.rewards:
-            raise ValueError(f"An ensemble combines at least one reward by 'mean' or 'min'; got {self!r}.")
-
-
-def as_reward(reward: Any) -> Any:
-    """A path, a model or a function as one of the classes of this module."""
-    if isinstance(reward, (RewardModel, RewardFunction, PairFunction, Ensemble)):
-        return reward
-    if isinstance(reward, (list, tuple)):
-        return Ensemble(list(reward))
-    if isinstance(reward, (str, nn.Module)):
-        return RewardModel(reward)
-    if callable(reward):
-        return RewardFunction(reward)
-    raise ValueError(
-        f"`reward={reward!r}` is none of: a model's name, folder or object, a function, a PairFunction, an Ensemble."
-    )
+logger = get_logger(__name__)
 
 
 def score_preferences(
@@ -167,7 +39,8 @@ def score_preferences(
 
     Args:
         dataset ([`~datasets.Dataset`]):
-            Pairs (`prompt`, `chosen`, `rejected`) or groups (`prompt`, `completions`), plain or conversational.
+            Pairs (`prompt`, `chosen`, `rejected`) or groups (`prompt`, `completions`), plain or conversational. `tools` and
+            `chat_template_kwargs`, where they are there, reach a reward model's chat template.
         reward:
             A sequence classifier by name, folder or object ([`RewardModel`] for its own tokenizer or length), a function
             ([`RewardFunction`]), a judge of two ([`PairFunction`]), or several ([`Ensemble`]).
@@ -177,49 +50,60 @@ def score_preferences(
             What pointwise scores are divided by. `"fit"` takes the temperature at which they explain the labels of the pairs
             best under Bradley-Terry, so that differences are logits: the unit of `margin_adaptive` and `anchored`.
         cache_dir (`str` or `Path`, *optional*):
-            Where results are kept; `$TRL_EXT_CACHE` or `~/.cache/trl_ext` by default.
+            Where results are kept; `$TRL_EXT_CACHE` or `~/.cache/trl_ext` by default. Those of a function are kept under its
+            source (see [`RewardFunction`]).
 
     Returns:
-        The dataset with `score_chosen` and `score_rejected` (`preference_prob` from a judge of two), or with `scores`.
+        The dataset with `score_chosen` and `score_rejected` (`preference_prob` from a judge of two), or with `scores`. Columns
+        of these names that were there are replaced, with a warning.
 
     Raises:
         `ValueError`: For rows that cannot be scored, before the work starts, and for scores that are not finite. What was
-            scored by then stays on disk.
+            scored by then stays on disk. A sampled completion may be empty, and is scored like any other; in a pair an empty
+            completion is an error.
     """
+    processes()  # the logger asks which process this is
     reward = as_reward(reward)
     grouped = "completions" in dataset.column_names
+    check_temperature(temperature, reward, grouped)
     check_texts(dataset, grouped)
+    check_renderable(dataset, reward, grouped)
     folder = Path(cache_dir) if cache_dir is not None else default_folder() / "scores"
     if isinstance(reward, PairFunction):
-        if temperature != 1.0:
-            raise ValueError("`temperature` has no meaning for a judge of two, whose answers are probabilities.")
         return _add_preferences(dataset, reward, grouped, batch_size, folder)
-    pairs = [
-        (row["prompt"], completion)
+    texts = [
+        (row["prompt"], completion, template_arguments(row))
         for row in dataset
         for completion in (row["completions"] if grouped else (row["chosen"], row["rejected"]))
     ]
-    scores = iter(_scores(pairs, reward, batch_size, folder))
+    scores = iter(_scores(texts, reward, batch_size, folder))
     if grouped:
         columns = {"scores": [[next(scores) for _ in row] for row in dataset["completions"]]}
     else:
         values = [(next(scores), next(scores)) for _ in range(len(dataset))]
         columns = {"score_chosen": [a for a, _ in values], "score_rejected": [b for _, b in values]}
     if temperature == "fit":
-        if grouped:
-            raise ValueError(
-                '`temperature="fit"` needs labelled pairs, and groups have none. Fit it on pairs, give the number.'
-            )
         temperature = fit_temperature(
             [a - b for a, b in zip(columns["score_chosen"], columns["score_rejected"], strict=True)]
         )
-    if not isinstance(temperature, (int, float)) or not temperature > 0:
-        raise ValueError(f'`temperature={temperature!r}` must be a positive number or "fit".')
 
     def scaled(value: Any) -> Any:
         return [scaled(each) for each in value] if isinstance(value, list) else value / temperature
 
     return _with_columns(dataset, {name: scaled(values) for name, values in columns.items()})
+
+
+def check_temperature(temperature: float | str, reward: Any, grouped: bool) -> None:
+    """Raise a `ValueError` for a temperature that is none, or that has no meaning for this reward or this data."""
+    number = isinstance(temperature, (int, float)) and not isinstance(temperature, bool)
+    if temperature != "fit" and not (number and 0 < temperature < math.inf):
+        raise ValueError(f'`temperature={temperature!r}` must be a positive number or "fit".')
+    if isinstance(reward, PairFunction) and temperature != 1.0:
+        raise ValueError("`temperature` has no meaning for a judge of two, whose answers are probabilities.")
+    if temperature == "fit" and grouped:
+        raise ValueError(
+            '`temperature="fit"` needs labelled pairs, and groups have none. Fit it on pairs, give the number.'
+        )
 
 
 def check_texts(dataset: Dataset, grouped: bool) -> None:
@@ -229,6 +113,7 @@ def check_texts(dataset: Dataset, grouped: bool) -> None:
     if missing:
         hint = " `trl.extract_prompt` splits it off." if missing == ["prompt"] else ""
         raise ValueError(f"The dataset lacks {missing}; its columns are {sorted(dataset.column_names)}.{hint}")
+    empty = 0
     for index, row in enumerate(dataset):
         prompt = row["prompt"]
         if not isinstance(prompt, (str, list)) or (isinstance(prompt, list) and not prompt):
@@ -237,32 +122,56 @@ def check_texts(dataset: Dataset, grouped: bool) -> None:
         if not isinstance(completions, list) or not completions:
             raise ValueError(f"Row {index}: `completions` is {completions!r}; expected a list of at least one.")
         for completion in completions:
-            empty = completion is None or not completion
-            if isinstance(completion, list) and completion:
-                empty = not str(completion[-1].get("content") or "").strip()
-            if empty or type(completion) is not type(prompt):
-                raise ValueError(
-                    f"Row {index}: the completion {completion!r} is {'empty' if empty else 'of another kind than its prompt'}. "
-                    "Remove the row, or give text for a text prompt and messages for messages."
-                )
+            empty += _check_completion(completion, prompt, index, grouped)
+    if empty:
+        logger.warning(
+            f"{empty} completions of the dataset are empty: the policy ended at once. They are scored as they are."
+        )
 
 
-def _scores(pairs: list[tuple[Text, Text]], reward: Any, batch_size: int, folder: Path) -> list[float]:
-    """Score of each (prompt, completion), in their order."""
+def _check_completion(completion: Any, prompt: Text, index: int, grouped: bool) -> bool:
+    """Whether a completion is empty, which a sampled one may be; one of a pair, and what is no completion, is an error."""
+    where, way_out = f"Row {index}: the completion {completion!r} is", "Remove the row, or give text."
+    if completion is None or completion == []:
+        raise ValueError(f"{where} empty. {way_out}")
+    if type(completion) is not type(prompt):
+        raise ValueError(
+            f"{where} of another kind than its prompt. Give text for a text prompt and messages for messages."
+        )
+    last = completion[-1] if isinstance(completion, list) else {"content": completion}
+    empty = not str(last.get("content") or "").strip() and not last.get("tool_calls")
+    if empty and not grouped:
+        raise ValueError(f"{where} empty. {way_out}")
+    return empty
+
+
+def check_renderable(dataset: Dataset, reward: Any, grouped: bool) -> None:
+    """Raise a `ValueError` for conversations that a reward model's tokenizer cannot render, before anything is scored."""
+    for each in reward.rewards if isinstance(reward, Ensemble) else [reward]:
+        each = as_reward(each)
+        if isinstance(each, Ensemble):
+            check_renderable(dataset, each, grouped)
+        if isinstance(each, RewardModel) and isinstance(dataset[0]["prompt"], list):
+            each.load()
+            require_chat_template(each.tokenizer)
+
+
+def _scores(texts: list[tuple[Text, Text, dict]], reward: Any, batch_size: int, folder: Path) -> list[float]:
+    """Score of each (prompt, completion, arguments of the chat template), in their order."""
     if isinstance(reward, Ensemble):
-        members = [_scores(pairs, as_reward(each), batch_size, folder) for each in reward.rewards]
+        members = [_scores(texts, as_reward(each), batch_size, folder) for each in reward.rewards]
         combine = min if reward.combine == "min" else lambda values: sum(values) / len(values)
         return [combine(values) for values in zip(*members, strict=True)]
-    state = processes()
     name = reward.key()
     if isinstance(reward, RewardModel):
-        reward.model.to(state.device)
-    keys = [content_key(*pair) for pair in pairs]
+        reward.model.to(processes().device)
+    else:
+        texts = [text[:2] for text in texts]  # a function sees no template
+    keys = [content_key(*text) for text in texts]
     known = _computed(
         name,
-        dict(zip(keys, pairs, strict=True)),
-        lambda batch: reward([prompt for prompt, _ in batch], [completion for _, completion in batch]),
-        size=lambda pair: len(str(pair[0])) + len(str(pair[1])),
+        dict(zip(keys, texts, strict=True)),
+        lambda batch: reward(*(list(column) for column in zip(*batch, strict=True))),
         batch_size=batch_size,
         folder=folder,
     )
@@ -270,33 +179,34 @@ def _scores(pairs: list[tuple[Text, Text]], reward: Any, batch_size: int, folder
 
 
 def _computed(
-    name: str, work: dict[str, Any], function: Callable, size: Callable, batch_size: int, folder: Path
+    name: str | None, work: dict[str, tuple], function: Callable, batch_size: int, folder: Path
 ) -> dict[str, float]:
-    """`function` of each item that is not on disk yet, shared among processes, longest first."""
+    """`function` of each item, shared among processes, longest first; what is on disk already is taken from there."""
     state = processes()
-    ledger = Ledger(folder, name, str(state.process_index))
-    known = ledger.read()
-    todo = sorted((key for key in work if key not in known), key=lambda key: -size(work[key]))
-    state.wait_for_everyone()
-    mine = todo[state.process_index :: state.num_processes]
-    done: dict[str, float] = {}
-    bar = tqdm(total=len(mine), desc="scoring", unit="text", disable=not state.is_main_process or not mine)
-    with bar:
-        for start in range(0, len(mine), batch_size):
-            batch = mine[start : start + batch_size]
+    ledger = None if name is None else Ledger(folder, name)
+    if ledger is None:
+        logger.warning(
+            "The source of the reward function cannot be had, so its scores are not kept: a later run computes them anew. Put the "
+            "function into a file, or name what it computes: RewardFunction(function, version=...) or PairFunction(...)."
+        )
+    # Shared out before looking what is done: another run may write to the same folder meanwhile
+    order = sorted(work, key=lambda key: -len(str(work[key])))
+    mine = order[state.process_index :: state.num_processes]
+    known = {} if ledger is None else ledger.read()
+    done = {key: known[key] for key in mine if key in known}
+    todo = [key for key in mine if key not in known]
+    with tqdm(total=len(todo), desc="scoring", unit="text", disable=not state.is_main_process or not todo) as bar:
+        for start in range(0, len(todo), batch_size):
+            batch = todo[start : start + batch_size]
             values = function([work[key] for key in batch])
-            if len(values) != len(batch):
-                raise ValueError(f"The reward returned {len(values)} scores for {len(batch)} texts.")
-            for key, value in zip(batch, values, strict=True):
-                if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-                    raise ValueError(f"The reward returned {value!r} for {work[key]!r}; expected a finite number.")
-            fresh = {key: float(value) for key, value in zip(batch, values, strict=True)}
-            ledger.append(fresh)
+            fresh = dict(zip(batch, values, strict=True))
+            if ledger is not None:
+                ledger.append(fresh)
             done |= fresh
             bar.update(len(batch))
     for part in gather_object([done]):
-        known |= part
-    return known
+        done |= part
+    return done
 
 
 def _add_preferences(dataset: Dataset, reward: PairFunction, grouped: bool, batch_size: int, folder: Path) -> Dataset:
@@ -312,19 +222,10 @@ def _add_preferences(dataset: Dataset, reward: PairFunction, grouped: bool, batc
     triples = [(row["prompt"], texts(row)[i], texts(row)[j]) for row in dataset for i, j in twos(row)]
     keys = [content_key(*triple) for triple in triples]
 
-    def compare(batch: list[tuple[Text, Text, Text]]) -> list[float]:
-        prompts, first, second = (list(column) for column in zip(*batch, strict=True))
-        values = [float(value) for value in reward.function(prompts, first, second)]
-        bad = [value for value in values if not 0 <= value <= 1]
-        if bad:
-            raise ValueError(f"The judge returned {bad[0]!r}; expected probabilities in [0, 1].")
-        return values
-
     known = _computed(
         reward.key(),
         dict(zip(keys, triples, strict=True)),
-        compare,
-        lambda triple: len(str(triple)),
+        lambda batch: reward(*zip(*batch, strict=True)),
         batch_size,
         folder,
     )
@@ -344,4 +245,6 @@ def _add_preferences(dataset: Dataset, reward: PairFunction, grouped: bool, batc
 
 def _with_columns(dataset: Dataset, columns: dict[str, list]) -> Dataset:
     there = [name for name in columns if name in dataset.column_names]
+    if there:
+        logger.warning(f"The dataset has {there} already; these columns are replaced by the new scores.")
     return concatenate_datasets([dataset.remove_columns(there), Dataset.from_dict(columns)], axis=1)

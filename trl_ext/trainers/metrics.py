@@ -6,7 +6,7 @@ import torch
 from accelerate import Accelerator
 
 
-EXTREMES = {"min": min, "max": max}
+EXTREMES = {"min": torch.amin, "max": torch.amax}
 
 
 def means_over_processes(accelerator: Accelerator, metrics: Mapping[str, float | torch.Tensor]) -> dict[str, float]:
@@ -14,7 +14,7 @@ def means_over_processes(accelerator: Accelerator, metrics: Mapping[str, float |
     The mean of each metric over the rows of all processes, with one gather and one transfer for all of them.
 
     Sums and counts are added up over processes before they are divided, so that processes with fewer rows count less. Of a
-    metric whose name ends with `/min` or `/max`, a number per process, the smallest or largest is taken.
+    metric whose name ends with `/min` or `/max`, the smallest or largest value is taken.
 
     Args:
         accelerator ([`~accelerate.Accelerator`]):
@@ -24,20 +24,20 @@ def means_over_processes(accelerator: Accelerator, metrics: Mapping[str, float |
             of shape `(B,)`, one value per row, NaN where a row has none.
 
     Returns:
-        `dict[str, float]`: the means; a metric for which no row of any process has a value is left out.
+        `dict[str, float]`: the means (smallest, largest values); a metric for which no row of any process has a value is left out.
     """
     if not metrics:
         return {}
+    extremes = [EXTREMES.get(name.rpartition("/")[2]) for name in metrics]
     rows = []
-    for value in metrics.values():
+    for extreme, value in zip(extremes, metrics.values(), strict=True):
         value = torch.as_tensor(value, dtype=torch.float32, device=accelerator.device).detach().flatten()
+        value = extreme(value, dim=0, keepdim=True) if extreme else value
         rows.append(torch.stack([value.nansum(), (~value.isnan()).sum()]))
-    gathered = accelerator.gather(torch.stack(rows).unsqueeze(0))
-    means = {}
-    for name, (totals, counts) in zip(metrics, gathered.permute(1, 2, 0).tolist(), strict=True):
-        extreme = EXTREMES.get(name.rpartition("/")[2])
-        if extreme:
-            means[name] = extreme(totals)
-        elif sum(counts):
-            means[name] = sum(totals) / sum(counts)
-    return means
+    gathered = accelerator.gather(torch.stack(rows).unsqueeze(0)).cpu()
+    values = {}
+    for name, extreme, (totals, counts) in zip(metrics, extremes, gathered.permute(1, 2, 0), strict=True):
+        if counts.any():
+            total = extreme(totals[counts > 0]) if extreme else totals.sum() / counts.sum()
+            values[name] = total.item()
+    return values

@@ -35,8 +35,8 @@ from trl_ext.logprobs.substitute import Substitute
 DPO_METHODS = (
     "_prepare_dataset",
     "_set_signature_columns_if_needed",
-    "_load_optimizer_and_scheduler",
     "_get_output_dir",
+    "_load_optimizer_and_scheduler",
     "_precompute_ref_logps",
     "_prepare_inputs",
     "_save_checkpoint",
@@ -72,6 +72,8 @@ ONLINE_METHODS = (
     "_maybe_log_save_evaluate",
     "_prepare_inputs",
     "_save_checkpoint",
+    "create_accelerator_and_postprocess",
+    "create_model_card",
     "evaluate",
 )
 ONLINE_ATTRIBUTES = (
@@ -89,19 +91,21 @@ ONLINE_ATTRIBUTES = (
     "reward_processing_classes",
     "reward_weights",
     "use_vllm",
+    "vllm_mode",
 )
 
 # Set by TRL where vLLM generates, and nowhere else
 VLLM_ATTRIBUTES = ("_last_loaded_step",)
 
-# Of transformers and datasets, by the class that has them
+# Of transformers, datasets and torch, by what has them
 LIBRARY_NAMES = {
     "transformers.GenerationMixin": ("_sample",),  # transformers' own decoding loop, which the CPU's draw runs in
-    "transformers.PreTrainedConfig": ("_attn_implementation", "_name_or_path"),
+    "transformers.PreTrainedConfig": ("_attn_implementation", "_commit_hash", "_name_or_path"),
     "transformers.PreTrainedModel": ("_is_stateful",),
     "transformers.TrainingArguments": ("_VALID_DICT_FIELDS",),
     "transformers.masking_utils.AttentionMaskInterface": ("_local_mapping",),
-    "datasets.Dataset": ("_fingerprint",),
+    "datasets.Dataset": ("_fingerprint", "_get_cache_file_path"),
+    "torch.compile": ("_orig_mod",),
 }
 # Of `trl.trainer.utils`: what its fused forward looks up
 FORWARD_NAMES = ("_ChunkedLogProbFunction", "_use_triton")

@@ -11,6 +11,7 @@ from trl_ext.losses.base import Loss, SigmoidLoss, hinge
 from trl_ext.losses.online_ipo import OnlineIPOLoss
 from trl_ext.trainers.arguments import LossArguments
 from trl_ext.trainers.loss_terms import build_losses, check_combination, resolve_loss_types
+from trl_ext.trainers.online.checks import check_losses, check_reference
 
 
 @dataclass(frozen=True)
@@ -26,15 +27,16 @@ ONLINE_TRL_LOSSES = {"sigmoid": SigmoidLoss, "ipo": OnlineIPOLoss, "hinge": Hing
 
 
 def build_online_losses(args: Any) -> dict[str, Any]:
-    """All losses of an online run by name; a TRL loss type that is not defined online is a `ValueError`."""
+    """All losses of an online run by name; one that cannot be had online is a `ValueError`."""
     names = resolve_loss_types(args.loss_type)
     ours = build_losses(names, getattr(args, "loss_kwargs", None))
     undefined = [name for name in names if name not in ours and name not in ONLINE_TRL_LOSSES]
     if undefined:
         raise ValueError(
             f"`loss_type={args.loss_type!r}` names {undefined}, which are not defined online. Of TRL's loss types "
-            f"{sorted(ONLINE_TRL_LOSSES)} are, and all of trl_ext's (`trl-ext losses`)."
+            f"{sorted(ONLINE_TRL_LOSSES)} are, and those of trl_ext (`trl-ext losses`) but `inpo`."
         )
+    check_losses(ours)
     return {name: ours[name] if name in ours else ONLINE_TRL_LOSSES[name]() for name in names}
 
 
@@ -45,9 +47,11 @@ class OnlineDPOConfig(LossArguments, TRLOnlineDPOConfig):
 
     Parameters:
         loss_type (`str` or `list[str]`, *optional*, defaults to `"sigmoid"`):
-            `"sigmoid"`, `"ipo"` or `"hinge"` on summed log-probabilities, and every loss of `trl-ext losses`, by name or
-            alias; several are combined with `loss_weights`. Rewards reach the losses as `score_chosen` and
-            `score_rejected`, a preference oracle's answers as `preference_prob`.
+            `"sigmoid"`, `"ipo"` or `"hinge"` on summed log-probabilities, and every loss of `trl-ext losses` but `inpo` (which
+            reads the first model's log-probabilities of each completion), by name or alias; several are combined with
+            `loss_weights`. Rewards reach the losses as `score_chosen` and `score_rejected`; a preference oracle's answers reach
+            them as `preference_prob`, and a loss that takes scores as win rates (`sppo_soft`) is given each completion's mean
+            probability of winning against the prompt's other completions.
         loss_weights (`list[float]`, *optional*):
             Weight of each loss.
         num_generations (`int`, *optional*, defaults to `2`):
@@ -60,7 +64,7 @@ class OnlineDPOConfig(LossArguments, TRLOnlineDPOConfig):
             What each completion token takes off the reward, in the reward's unit.
         mixture_coef (`float`, *optional*, defaults to `0.0`):
             Completions are sampled from `policy^(1 - c) reference^c`, token by token (IPO-MD; its paper has 0.125). Not
-            with vLLM.
+            with vLLM, with images, or where no loss needs the reference.
         mixture_samples (`str`, *optional*, defaults to `"all"`):
             Which completions come from the mixture: `"all"` (IPO-MD), or `"half"`, the second half of each prompt's,
             against those of the policy itself (the sampling of Nash-MD).
@@ -84,7 +88,7 @@ class OnlineDPOConfig(LossArguments, TRLOnlineDPOConfig):
         default_factory=lambda: ["sigmoid"],
         metadata={
             "help": "Type of loss to use: 'sigmoid', 'ipo', 'hinge' on summed log-probabilities, those of trl_ext "
-            "('offset', 'anchored', 'margin_adaptive', 'bias_variance', 'length_regularized', 'inpo', 'sppo_soft') and registered ones. "
+            "('offset', 'anchored', 'margin_adaptive', 'bias_variance', 'length_regularized', 'sppo_soft') and registered ones. "
             "Several are combined with `loss_weights`."
         },
     )
@@ -122,6 +126,7 @@ class OnlineDPOConfig(LossArguments, TRLOnlineDPOConfig):
         self.check_shared_arguments()
         losses = build_online_losses(self)
         check_combination(self, self.loss_type, losses)
+        check_reference(losses, self)
         super().__post_init__()
         self._check_groups(losses)
         self._check_sampling()
@@ -150,6 +155,10 @@ class OnlineDPOConfig(LossArguments, TRLOnlineDPOConfig):
             raise ValueError("`mixture_coef` needs the logits of both models at each token; set `use_vllm=False`.")
         if self.missing_eos_penalty is not None and not self.missing_eos_penalty > 0:
             raise ValueError(f"`missing_eos_penalty={self.missing_eos_penalty!r}` must be positive, or None.")
+        if self.reward_weights is not None and not all(math.isfinite(weight) for weight in self.reward_weights):
+            raise ValueError(
+                f"`reward_weights={self.reward_weights!r}` must be finite numbers, one per reward function."
+            )
         if not math.isfinite(self.length_penalty):
             raise ValueError(f"`length_penalty={self.length_penalty!r}` must be finite.")
         if self.sync_ref_model and not (0 < self.ref_model_mixup_alpha <= 1 and self.ref_model_sync_steps > 0):

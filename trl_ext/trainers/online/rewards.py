@@ -1,5 +1,6 @@
 """Scores of completions: reward functions, reward models and preference oracles, with every answer checked."""
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -7,7 +8,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from trl.data_utils import apply_chat_template, is_conversational
+from trl.trainer.utils import pad
+
+from trl_ext.data.tokens import reward_ids
 
 
 @dataclass
@@ -74,20 +77,61 @@ def call_reward_function(
     return torch.tensor(rewards, dtype=torch.float32)
 
 
-def call_reward_model(model: nn.Module, tokenizer: Any, prompts: list, completions: list, device: Any) -> torch.Tensor:
-    """First logit of a sequence classifier on prompt and completion, shape `(N,)`."""
-    if is_conversational({"prompt": prompts[0]}):
-        pairs = [{"messages": prompt + completion} for prompt, completion in zip(prompts, completions, strict=True)]
-        texts = [apply_chat_template(pair, tokenizer)["text"] for pair in pairs]
-    else:
-        texts = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
-    inputs = tokenizer(text=texts, return_tensors="pt", padding=True, padding_side="right", add_special_tokens=False)
+def call_reward_model(
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: list,
+    completions: list,
+    device: Any,
+    tools: list | None = None,
+    chat_template_kwargs: list | None = None,
+) -> torch.Tensor:
+    """
+    First logit of a sequence classifier on prompt and completion, shape `(N,)`.
+
+    It reads the tokens that `RewardTrainer` trains on: plain text has the tokenizer's special tokens and ends with the
+    end-of-sequence token; a conversation is as the reward model's own chat template writes it.
+
+    Args:
+        model (`nn.Module`):
+            The classifier.
+        tokenizer (`PreTrainedTokenizerBase`):
+            Its own.
+        prompts (`list`):
+            `N` prompts, as text or messages.
+        completions (`list`):
+            Their completions.
+        device (`torch.device`):
+            Where the model is.
+        tools (`list`, *optional*):
+            The dataset's column of that name, one entry per prompt.
+        chat_template_kwargs (`list`, *optional*):
+            The dataset's column of that name, one entry per prompt.
+
+    Raises:
+        `ValueError`: If an answer is NaN or infinite.
+    """
+    nothing = [None] * len(prompts)
+    rows = zip(prompts, completions, tools or nothing, chat_template_kwargs or nothing, strict=True)
+    ids = [
+        torch.tensor(reward_ids(prompt, completion, tokenizer, tools=_loaded(tool), chat_template_kwargs=options))
+        for prompt, completion, tool, options in rows
+    ]
+    mask = pad([torch.ones_like(row) for row in ids], padding_value=0, padding_side="right")
+    ids = pad(ids, padding_value=tokenizer.pad_token_id, padding_side="right")
     with torch.inference_mode():
-        rewards = model(**{name: value.to(device) for name, value in inputs.items()}).logits[:, 0].float()
+        rewards = model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits[:, 0].float()
     if not rewards.isfinite().all():
         row = int((~rewards.isfinite()).nonzero()[0])
-        raise ValueError(f"The reward model returned {rewards[row].item()} for {texts[row]!r}.")
+        raise ValueError(
+            f"The reward model returned {rewards[row].item()} for the completion {completions[row]!r} of the prompt "
+            f"{prompts[row]!r}."
+        )
     return rewards.clone()  # an inference tensor takes no part in autograd
+
+
+def _loaded(tools: Any) -> Any:
+    return json.loads(tools) if isinstance(tools, str) else tools
 
 
 def call_preference_fn(

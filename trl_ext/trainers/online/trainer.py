@@ -6,8 +6,7 @@ Online DPO in four steps: generate, score, pair, learn.
 
 import contextlib
 import dataclasses
-import math
-from collections import defaultdict
+import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -16,7 +15,8 @@ from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from torch.distributed.fsdp import FullyShardedDataParallel
-from transformers import PreTrainedModel, Trainer
+from transformers import GenerationConfig, PreTrainedModel, Trainer
+from transformers.integrations import is_deepspeed_zero3_enabled
 from trl.data_utils import is_conversational, maybe_apply_chat_template
 from trl.experimental.online_dpo import OnlineDPOTrainer as TRLOnlineDPOTrainer
 from trl.experimental.utils import create_reference_model, truncate_right
@@ -24,13 +24,32 @@ from trl.models.utils import unwrap_model_for_generation
 from trl.trainer.callbacks import SyncRefModelCallback
 from trl.trainer.utils import add_fused_lm_head, create_model_from_path, pad, use_adapter
 
-from trl_ext.data.columns import TEXT_COLUMNS, columns_of
-from trl_ext.data.pairing import Pairs, pair_up
-from trl_ext.data.reasoning import answer_text, empty_trace_prompt
-from trl_ext.generation import Completions, GeometricMixture, evaluating, last_logits, sample
+from trl_ext.data.columns import WEIGHT, columns_of
+from trl_ext.data.reasoning import answer_text, empty_trace_prompt, trace_is_open
+from trl_ext.data.tokens import prompt_ids
+from trl_ext.generation import (
+    Completions,
+    GeometricMixture,
+    evaluating,
+    last_logits,
+    sample,
+    without_defaults,
+)
 from trl_ext.logprobs import completion_lengths, sum_completions
 from trl_ext.losses import GroupBatch, PreferenceBatch
+from trl_ext.trainers.model_card import complete_model_card, describe_losses
+from trl_ext.trainers.online.checks import (
+    check_arguments,
+    check_images,
+    check_prompts,
+    check_reference,
+    check_rewards,
+    needs_reference,
+    read_columns,
+    reads_win_rates,
+)
 from trl_ext.trainers.online.config import OnlineDPOConfig, build_online_losses
+from trl_ext.trainers.online.metrics import Means, of_completions, of_learnt
 from trl_ext.trainers.online.rewards import (
     Scores,
     call_preference_fn,
@@ -38,6 +57,8 @@ from trl_ext.trainers.online.rewards import (
     call_reward_model,
     preference_scores,
 )
+from trl_ext.trainers.online.selection import Selection, build_batch, join_traces, padded_rows, select, take
+from trl_ext.trainers.policy_copy import frozen_copy
 from trl_ext.trainers.reference import (
     ADAPTER,
     SyncReferenceAdapter,
@@ -51,32 +72,28 @@ from trl_ext.trainers.trl_seam import base_model, bind_forward, fused_forward, u
 
 logger = get_logger(__name__)
 
-SCORE_COLUMNS = ("score_chosen", "score_rejected")
-
-
-@dataclasses.dataclass
-class Selection:
-    """
-    What is learnt from: `M` completions of each of `G` prompts, and the pairs among them.
-
-    Attributes:
-        completions ([`Completions`]): What was generated.
-        scores ([`Scores`]): What it is worth.
-        rows (`torch.Tensor` of shape `(G,)`): Which prompts.
-        members (`torch.Tensor` of shape `(G, M)`): Which completions of each.
-        pairs ([`Pairs`] or `None`): Indices into `(G, M)`; `None` where whole groups are learnt from.
-    """
-
-    completions: Completions
-    scores: Scores
-    rows: torch.Tensor
-    members: torch.Tensor
-    pairs: Pairs | None
+# Batches of a process in a row of which nothing was learnt, after which the run says so
+TIED_BATCHES = 10
 
 
 class OnlineDPOTrainer(TRLOnlineDPOTrainer):
     """
-    TRL's `OnlineDPOTrainer` with every loss of this package, `K` completions a prompt, and generation at full speed.
+    TRL's `OnlineDPOTrainer` with the losses of this package, `K` completions per prompt, and generation at full speed.
+
+    Plain-text prompts get the tokenizer's special tokens, as in offline training; a chat template writes its own. (Prompts with
+    images get none in either, as in TRL.) Completions follow the policy's distribution as the config changes it; the model's own
+    `generation_config` gives nothing but its end-of-sequence tokens.
+
+    Where none of the losses reads the reference, there is no reference model: nothing is logged that compares with it, and
+    `rewards/*` are `beta` times the policy's log-probabilities.
+
+    Metrics, each a mean over all processes and micro-batches: `objective/scores`, `objective/kl`, `objective/entropy`,
+    `objective/non_score_reward` and `objective/rlhf_reward` are over the same completions, those that are learnt from;
+    `rlhf_reward` is the sum of `scores` and `non_score_reward`. `objective/scores_margin`, `rewards/chosen`, `rewards/rejected`,
+    `rewards/margins`, `rewards/accuracies` and `logps/*` are over the pairs that are learnt from (for groups: the best completion
+    against the worst). `completions/*`, `val/contain_eos_token`, `rewards/unscored` and each reward function's
+    `rewards/NAME/mean` are over all sampled completions; `pairs/dropped_prompts` is the share of prompts of which nothing is
+    learnt.
 
     Example:
 
@@ -102,7 +119,10 @@ class OnlineDPOTrainer(TRLOnlineDPOTrainer):
         preference_fn (`Callable`, *optional*):
             Preference oracle in place of `reward_funcs`: `preference_fn(prompts, completions_a, completions_b)` gives for
             each the probability, in [0, 1], that the first completion is preferred. Reaches `ipo` and `anchored` as a
-            soft target.
+            soft target, and `sppo_soft` as win rates against the prompt's other completions.
+        train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            Prompts in a column `prompt`, as text or as messages. All columns are handed to reward functions. A numeric column
+            `weight`, at least 0, scales the loss of each prompt.
         kwargs:
             All other arguments of TRL's `OnlineDPOTrainer`, with their meaning there.
 
@@ -137,17 +157,33 @@ class OnlineDPOTrainer(TRLOnlineDPOTrainer):
         for field in dataclasses.fields(OnlineDPOConfig):  # a plain config of TRL's
             if not hasattr(args, field.name):
                 setattr(args, field.name, field.default)
-        losses = build_online_losses(args)
-        self._check_arguments(reward_funcs, preference_fn, processing_class, compute_metrics, ref_model, model)
-        reward_funcs = [] if reward_funcs is None else reward_funcs
-        reward_funcs = list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
-        self._extra_columns = self._check_dataset(train_dataset, "train", losses, preference_fn is not None)
-        for name, split in eval_dataset.items() if isinstance(eval_dataset, Mapping) else [("eval", eval_dataset)]:
-            if split is not None:
-                self._check_dataset(split, name, losses, preference_fn is not None)
-
-        if isinstance(train_dataset, Dataset) and "image" in train_dataset.column_names:
-            self._check_images(args, losses)
+        self._losses = losses = build_online_losses(args)
+        check_reference(losses, args)
+        reward_funcs = check_arguments(
+            model,
+            ref_model,
+            reward_funcs,
+            reward_processing_classes,
+            preference_fn,
+            processing_class,
+            compute_metrics,
+            args,
+        )
+        self.preference_fn = preference_fn
+        self.processing_class = processing_class  # which the checks of the prompts read
+        if train_dataset is None:
+            raise ValueError("`train_dataset` is required: a dataset with a column `prompt`.")
+        self._columns: list[str] = []
+        if args.accelerator_config.dispatch_batches is None:  # of streams
+            args.accelerator_config.dispatch_batches = (
+                False  # texts are no tensors that one process could send to others
+            )
+        if isinstance(train_dataset, (Dataset, IterableDataset)):
+            available = columns_of(train_dataset, "train")
+            check_images(available, args, losses)
+            self._columns = read_columns(available, "train", losses, preference_fn is not None)
+            train_dataset = check_prompts(train_dataset, self._columns, "train", processing_class)
+        eval_dataset = self._checked_eval(eval_dataset)
 
         model_init_kwargs = args.model_init_kwargs
         if isinstance(model, str):
@@ -158,8 +194,15 @@ class OnlineDPOTrainer(TRLOnlineDPOTrainer):
         for given in (model, ref_model):
             if given is not None:
                 unbind_forward(base_model(given))
-        if ref_model is None and peft_config is None and not (args.sync_ref_model and is_peft_model(model)):
-            ref_model = create_reference_model(model)
+        self._needs_reference = needs_reference(losses)
+        if ref_model is not None and not self._needs_reference:
+            logger.warning(f"`ref_model` is not used: none of the losses {list(losses)} reads a reference.")
+            ref_model = None
+        elif ref_model is None and self._needs_reference and peft_config is None:
+            if not (args.sync_ref_model and is_peft_model(model)):
+                # TRL's says what ZeRO-3 needs in place of a copy
+                ref_model = create_reference_model(model) if is_deepspeed_zero3_enabled() else frozen_copy(model)
+        self._has_ref_model = ref_model is not None
         for given in (model, ref_model):
             if given is not None:
                 add_fused_lm_head(base_model(given))
@@ -167,7 +210,8 @@ class OnlineDPOTrainer(TRLOnlineDPOTrainer):
         try:
             super().__init__(
                 model=model,
-                ref_model=ref_model,
+                # Given none, TRL copies the model
+                ref_model=ref_model if self._has_ref_model else torch.nn.Identity(),
                 reward_funcs=reward_funcs,
                 args=args,
                 data_collator=data_collator,
@@ -182,21 +226,24 @@ class OnlineDPOTrainer(TRLOnlineDPOTrainer):
             )
         finally:
             args.model_init_kwargs = model_init_kwargs
-        if ref_model is None:
-            self.ref_model = None  # the adapter switched off; TRL copies a `PeftModel` it is given
         self.num_generations = args.num_generations
-        self.preference_fn = preference_fn
-        self._losses = losses
         weights = args.loss_weights or [1.0] * len(losses)
         self._weights = dict(zip(losses, weights, strict=True))
         self._thinking = (True, False) if "bias_variance" in losses else (True,)
-        self._soft = all("preference_prob" in loss.optional_columns for loss in losses.values())
+        self._win_rates = preference_fn is not None and any(reads_win_rates(loss) for loss in losses.values())
+        # Whether equal completions are learnt from: soft targets have something to say about them
+        self._keep_ties = preference_fn is not None and all(
+            "preference_prob" in loss.optional_columns or reads_win_rates(loss) for loss in losses.values()
+        )
         self._scorer = build_scorer(self.model, args, aux_loss=False)
-        self._metrics: dict[str, dict[str, list[float]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
+        self._metrics = {"train": Means(), "eval": Means()}
+        self._tied_batches, self._said_tied = 0, False
+        self._sampling = self._sampling_config()
         if self.use_vllm:
             self._last_loaded_step = -1
-        elif "use_cache" not in (args.generation_kwargs or {}):
-            self.generation_config.use_cache = self.generation_kwargs["use_cache"] = True
+        else:
+            self.generation_config = self._sampling
+            self.generation_kwargs["use_cache"] = self._sampling.use_cache
         if args.sync_ref_model:
             if self.ref_model is None:
                 add_reference_adapter(self.model)
@@ -209,66 +256,49 @@ class OnlineDPOTrainer(TRLOnlineDPOTrainer):
             first = described[0]
             self._paper = {"title": first.title, "id": first.paper.split(",")[0], "citation": first.citation}
 
-    # What can be said before training
+    def create_accelerator_and_postprocess(self):
+        if not self._has_ref_model:
+            self.ref_model = None  # no stand-in is to be moved, wrapped or sharded
+        super().create_accelerator_and_postprocess()
 
-    @staticmethod
-    def _check_arguments(reward_funcs, preference_fn, processing_class, compute_metrics, ref_model, model) -> None:
-        if (reward_funcs is None or reward_funcs == []) == (preference_fn is None):
-            given = "neither" if preference_fn is None else "both"
-            raise ValueError(
-                f"Completions are judged by `reward_funcs` or by a `preference_fn`; got {given}. Give one of the two."
-            )
-        if preference_fn is not None and not callable(preference_fn):
-            raise ValueError(f"`preference_fn={preference_fn!r}` is not callable.")
-        if processing_class is None:
-            raise ValueError("`processing_class` must be provided: the tokenizer or processor of the model.")
-        if compute_metrics is not None:
-            raise ValueError(
-                "`compute_metrics` would not be called: evaluation generates completions. Give a reward function; each "
-                "one's mean is reported."
-            )
-        if ref_model is not None and ref_model is model:
-            raise ValueError(
-                "`model` and `ref_model` are the same object. Leave `ref_model` out to start from a copy of the model."
-            )
+    def _checked_eval(self, dataset: Any) -> Any:
+        """Evaluation data, one dataset or a dict of them, with the columns that are read from the training data, checked."""
+        if isinstance(dataset, Mapping):
+            return type(dataset)({name: self._checked_split(split, name) for name, split in dataset.items()})
+        return self._checked_split(dataset, "eval")
 
-    @staticmethod
-    def _check_images(args: OnlineDPOConfig, losses: Mapping[str, Any]) -> None:
-        if args.num_generations % 2 or "bias_variance" in losses:
-            raise ValueError("Prompts with images need an even `num_generations` and a loss other than bias_variance.")
-        if args.use_vllm:
-            raise ValueError(
-                "Prompts with images cannot be sampled with vLLM: TRL's method gives back no image tensors, so log-probabilities "
-                "would be those of the text alone. Set `use_vllm=False`."
-            )
-
-    def _check_dataset(self, dataset, split: str, losses: Mapping[str, Any], oracle: bool) -> list[str]:
-        """The columns beside scores that the losses read from the prompts' dataset."""
-        if dataset is None:
-            raise ValueError("`train_dataset` is required: a dataset with a column `prompt`.")
+    def _checked_split(self, dataset: Any, split: str) -> Any:
         if not isinstance(dataset, (Dataset, IterableDataset)):
-            return []
+            return dataset
         available = columns_of(dataset, split)
-        if "prompt" not in available:
+        read_columns(available, split, self._losses, self.preference_fn is not None)
+        missing = [column for column in self._columns if column not in available]
+        if missing:
             raise ValueError(
-                f"The {split} dataset has no column 'prompt'; its columns are {sorted(available)}. Online training "
-                "reads prompts and generates completions itself."
+                f"The {split} dataset lacks the columns {missing}, which are read from the train dataset. Its columns are "
+                f"{sorted(available)}."
             )
-        given = ("preference_prob",) if oracle else SCORE_COLUMNS
-        extra = []
-        for name, loss in losses.items():
-            for column in loss.required_columns:
-                if column in (*given, *TEXT_COLUMNS):
-                    continue
-                if column in SCORE_COLUMNS:
-                    raise ValueError(f"The loss {name!r} needs {column!r}: rewards, which a `preference_fn` has not.")
-                if column not in available:
-                    raise ValueError(
-                        f"The loss {name!r} needs the column {column!r}, which the {split} dataset does not have. Its "
-                        f"columns are {sorted(available)}."
-                    )
-                extra.append(column)
-        return extra
+        return check_prompts(dataset, self._columns, split, self.processing_class)
+
+    def _sampling_config(self) -> GenerationConfig:
+        """How transformers samples: all that the config says, and nothing of the model's own."""
+        args = self.args
+        options = {
+            "max_new_tokens": args.max_new_tokens,
+            "do_sample": True,
+            "temperature": args.temperature,
+            "top_k": args.top_k,
+            "top_p": args.top_p,
+            "min_p": args.min_p,
+            "repetition_penalty": args.repetition_penalty,
+            "cache_implementation": args.cache_implementation,
+            "pad_token_id": self._tokenizer.pad_token_id,
+            "bos_token_id": self._tokenizer.bos_token_id,
+            "eos_token_id": self.eos_token_ids,
+            "use_cache": True,
+            **((not self.use_vllm and args.generation_kwargs) or {}),  # with vLLM, these are arguments of its own
+        }
+        return GenerationConfig(**{name: value for name, value in options.items() if value is not None})
 
     @property
     def beta(self) -> float:
@@ -289,7 +319,7 @@ class OnlineDPOTrainer(TRLOnlineDPOTrainer):
             completions = self.generate(model, inputs, thinking)
             scores = self.score(inputs, completions)
             selections.append(self.pair(completions, scores))
-            if not self.model.training:
+            if not self.model.training and self._needs_reference:
                 self._compare_with_reference(model, inputs, completions, scores, thinking)
         loss = self.learn(model, inputs, selections)
         return (loss, {}) if return_outputs else loss
@@ -308,29 +338,33 @@ class OnlineDPOTrainer(TRLOnlineDPOTrainer):
             thinking (`bool`, *optional*, defaults to `True`):
                 Whether reasoning is left as the template has it, or switched off.
             reference (`bool`, *optional*, defaults to `False`):
-                Whether the reference generates, one completion a prompt.
+                Whether the reference generates, one completion per prompt.
         """
         count = 1 if reference else self.num_generations
         prompts, images = inputs["prompt"], inputs.get("image")
         vision = None
-        if (self.use_vllm and not reference) or images is not None:
-            texts = prompts if thinking else [self._render(inputs, row, thinking) for row in range(len(prompts))]
-            if images is not None:
-                texts = [_with_image(prompt) for prompt in texts]
-            times = -(-count // 2)  # TRL's methods give two completions a prompt, in blocks
-            generate = self._generate_vllm if self.use_vllm else lambda *args: self._generate(model, *args)
-            prompt_ids, prompt_mask, ids, mask, *vision = generate(texts * times, images and images * times)
-            vision = vision[0] if vision else None
+        if images is not None:
+            texts, times = [_with_image(prompt) for prompt in prompts], -(-count // 2)  # as TRL gives two per prompt
+            with without_defaults(self.accelerator.unwrap_model(model)):
+                prompt_rows, prompt_mask, ids, mask, vision = self._generate(model, texts * times, images * times)
             ids, mask = ids[: count * len(prompts)], mask[: count * len(prompts)]
+            prompt_rows = [row[keep.bool()] for row, keep in zip(prompt_rows, prompt_mask, strict=True)][
+                : len(prompts)
+            ]
         else:
-            prompt_ids, prompt_mask, ids, mask = self._sample(model, inputs, thinking, reference, count)
+            texts = [self._render(inputs, row, thinking) for row in range(len(prompts))]
+            prompt_rows = self._prompt_ids(prompts, texts)
+            if self.use_vllm and not reference:
+                ids, mask = self._sample_vllm(texts, prompt_rows, count)
+            else:
+                ids, mask = self._sample(model, prompt_rows, reference, count)
         lengths = mask.sum(dim=1).tolist()
         ids = [row[:length] for row, length in zip(ids, lengths, strict=True)]
         stops = torch.tensor(self.eos_token_ids, device=self.accelerator.device)
         return Completions(
             prompts=prompts,
-            texts=self._texts(prompts, ids),
-            prompt_ids=[row[keep.bool()] for row, keep in zip(prompt_ids, prompt_mask, strict=True)][: len(prompts)],
+            texts=self._texts(prompts, prompt_rows, ids),
+            prompt_ids=prompt_rows,
             ids=ids,
             ended=torch.stack([torch.isin(row, stops).any() for row in ids]),
             vision=vision,
@@ -362,7 +396,8 @@ class OnlineDPOTrainer(TRLOnlineDPOTrainer):
             self.reward_func_names, self.reward_funcs, self.reward_processing_classes, strict=True
         ):
             if isinstance(function, torch.nn.Module):
-                values = call_reward_model(function, tokenizer, prompts * k, completions.texts, device)
+                rendering = {name: columns[name] for name in ("tools", "chat_template_kwargs") if name in columns}
+                values = call_reward_model(function, tokenizer, prompts * k, completions.texts, device, **rendering)
             else:
                 values = call_reward_function(
                     name, function, prompts * k, completions.texts, ids, trainer_state=self.state, **columns
@@ -389,35 +424,11 @@ class OnlineDPOTrainer(TRLOnlineDPOTrainer):
 
     def pair(self, completions: Completions, scores: Scores) -> Selection:
         """Third step: which completions are learnt from, and which are preferred to which."""
-        b, k = scores.values.shape
-        everything = torch.arange(b, device=scores.values.device), torch.arange(k, device=scores.values.device)
-        if self.args.pairing == "group":
-            pairs = pair_up(scores.values, scores.mask, "best_worst")  # those with anything to learn
-            rows, pairs = pairs.group, None
-            members = everything[1].expand(len(rows), k)
-        else:
-            pairs = pair_up(scores.values, scores.mask, self.args.pairing, scores.probabilities, self._soft_ties)
-            if self.args.pairing == "best_worst":
-                rows, members = pairs.group, torch.stack([pairs.chosen, pairs.rejected], dim=1)
-                at = torch.arange(len(rows), device=rows.device)
-                pairs = Pairs(at, torch.zeros_like(at), torch.ones_like(at))
-            else:
-                rows, at = pairs.group.unique(return_inverse=True)
-                members, pairs = everything[1].expand(len(rows), k), dataclasses.replace(pairs, group=at)
-        if completions.vision is not None and pairs is not None:
-            # Image tensors have no row a completion in some models: all rows stay, in their order
-            pairs = Pairs(rows[pairs.group], members[pairs.group, pairs.chosen], members[pairs.group, pairs.rejected])
-            rows, members = everything[0], everything[1].expand(b, k)
-        return Selection(completions, scores, rows, members, pairs)
-
-    @property
-    def _soft_ties(self) -> bool:
-        """Whether equal completions are learnt from: soft targets have something to say about them."""
-        return self._soft and self.preference_fn is not None
+        return select(completions, scores, self.args.pairing, self._keep_ties)
 
     def learn(self, model: torch.nn.Module, inputs: dict[str, Any], selections: list[Selection]) -> torch.Tensor:
         """Fourth step: the mean loss over the prompts of the batch; a prompt without a pair adds 0."""
-        batch, groups, members = self._rows(selections)
+        batch, groups, members = padded_rows(selections, self.max_length, self._tokenizer.pad_token_id)
         layout = None if self._scorer is None else self._scorer.layout(batch, groups)
 
         def log_probs(network) -> torch.Tensor:
@@ -428,19 +439,26 @@ class OnlineDPOTrainer(TRLOnlineDPOTrainer):
             return sum_completions(outputs.log_probs, batch["completion_mask"]).view(members, groups).T
 
         logps = log_probs(model)
-        with torch.no_grad(), self._reference() as reference, self.accelerator.autocast():
-            ref_logps = log_probs(reference)
+        ref_logps = None
+        if self._needs_reference:
+            with torch.no_grad(), self._reference() as reference, self.accelerator.autocast():
+                ref_logps = log_probs(reference)
         lengths = completion_lengths(batch["completion_mask"]).view(members, groups).T
+        # Of each selection; one without a prompt stands there with one row, of which nothing is learnt
         counts = [max(len(selection.rows), 1) for selection in selections]
-        parts = list(zip(*(tensor.split(counts) for tensor in (logps, ref_logps, lengths)), strict=True))
+        nothing = [(None,) * len(counts)] if ref_logps is None else []
+        split = [tensor.split(counts) for tensor in (logps, ref_logps, lengths) if tensor is not None]
+        parts = [
+            tuple(part if part is None else part[: len(selection.rows)] for part in each)
+            for selection, each in zip(selections, zip(*split[:1], *nothing, *split[1:], strict=True), strict=True)
+        ]
+        columns = {
+            name: torch.tensor([float(value) for value in inputs[name]], device=logps.device) for name in self._columns
+        }
         # A batch without a pair still runs, so that all processes take part; it adds nothing
-        nothing = 0.0 * logps.sum()
-        if len(selections) == 2:
-            loss = self._learn_two_traces(inputs, selections, parts)
-        else:
-            loss = self._learn_groups(inputs, selections[0], *parts[0])
-        self._log_step(selections, parts)
-        return loss + nothing
+        loss = self._total(selections, parts, columns) + 0.0 * logps.sum()
+        self._log_step(selections, parts, columns.get(WEIGHT))
+        return loss
 
     # What the steps are made of
 
@@ -450,17 +468,43 @@ class OnlineDPOTrainer(TRLOnlineDPOTrainer):
             return empty_trace_prompt(example, self._tokenizer)
         options = example.pop("chat_template_kwargs", None) or {}
         tools = example.pop("tools", None)
+        tools = json.loads(tools) if isinstance(tools, str) else tools
         return maybe_apply_chat_template(example, self.processing_class, tools, **options)["prompt"]
 
-    def _sample(self, model, inputs, thinking: bool, reference: bool, count: int):
-        """Prompts and completions of transformers' generation, padded, with their masks; completions in blocks."""
-        texts = [self._render(inputs, row, thinking) for row in range(len(inputs["prompt"]))]
-        encoded = self.processing_class(
-            text=texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False
-        ).to(self.accelerator.device)
-        ids, mask = encoded["input_ids"], encoded["attention_mask"]
-        if ids.size(1) == 0 or not mask.any(dim=1).all():
-            raise ValueError(f"The prompt {texts[int((~mask.any(dim=1)).int().argmax())]!r} has no tokens.")
+    def _prompt_ids(self, prompts: list, texts: list[str]) -> list[torch.Tensor]:
+        """Tokens of rendered prompts."""
+        conversational = is_conversational({"prompt": prompts[0]})
+        rows = [prompt_ids(text, self._tokenizer, conversational) for text in texts]
+        for text, row in zip(texts, rows, strict=True):
+            if not row:
+                raise ValueError(f"The prompt {text!r} has no tokens.")
+        return [torch.tensor(row, device=self.accelerator.device) for row in rows]
+
+    def _sample_vllm(
+        self, texts: list[str], rows: list[torch.Tensor], count: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Completions of vLLM, padded, and their mask, in blocks.
+
+        TRL's method samples two completions per prompt. It is handed rendered prompts, as it knows neither `tools` nor
+        `chat_template_kwargs`: token ids where vLLM runs in this process, and text for a server.
+        """
+        ids = [row.tolist() for row in rows]
+        if self.vllm_mode == "server":
+            prompts = [server_text(text, row, self._tokenizer) for text, row in zip(texts, ids, strict=True)]
+        else:
+            prompts = [{"prompt_token_ids": row} for row in ids]
+        self.num_generations = 2  # what TRL's method asks a server for, and counts by
+        try:
+            _, _, output, mask = self._generate_vllm(prompts * -(-count // 2))
+        finally:
+            self.num_generations = self.args.num_generations
+        return output[: count * len(rows)], mask[: count * len(rows)]
+
+    def _sample(self, model, rows: list[torch.Tensor], reference: bool, count: int):
+        """Completions of transformers' generation, padded, and their mask; in blocks."""
+        ids = pad(rows, padding_value=self._tokenizer.pad_token_id, padding_side="left")
+        mask = pad([torch.ones_like(row) for row in rows], padding_value=0, padding_side="left")
         checkpointing = self.args.gradient_checkpointing_kwargs
         with contextlib.ExitStack() as stack:
             if reference:
@@ -481,20 +525,19 @@ class OnlineDPOTrainer(TRLOnlineDPOTrainer):
             if self.is_fsdp_enabled:
                 stack.enter_context(FullyShardedDataParallel.summon_full_params(self.model_wrapped, recurse=False))
             stack.enter_context(torch.no_grad())
-            if self.args.cache_implementation is not None:
-                policy.generation_config.cache_implementation = self.args.cache_implementation
             mixture = None
             if self.args.mixture_coef and not reference:
                 mixture = self._mixture(count)
-            output = sample(policy, ids, mask, self.generation_config, count, mixture)
-        output, output_mask = truncate_right(output, self.eos_token_ids, self._tokenizer.pad_token_id)
-        return ids, mask, output, output_mask
+            policy = eager(policy)
+            output = sample(policy, ids, mask, self._sampling, count, mixture)
+        return truncate_right(output, self.eos_token_ids, self._tokenizer.pad_token_id)
 
     def _mixture(self, count: int) -> Callable[[torch.Tensor], GeometricMixture]:
         """What makes the mixture with the reference for a batch of prompts, each repeated `count` times in a row."""
 
         def reference(**kwargs):
             with self._reference() as network:
+                network = eager(network)
                 # Of a prompt too: its other logits would be the largest tensor of the run
                 return network(**kwargs, **last_logits(self.accelerator.unwrap_model(network)))
 
@@ -519,7 +562,7 @@ class OnlineDPOTrainer(TRLOnlineDPOTrainer):
         with evaluating(inner, self.args.gradient_checkpointing_kwargs), use_adapter(inner, adapter_name=adapter):
             yield self.model
 
-    def _texts(self, prompts: list, ids: list[torch.Tensor]) -> list:
+    def _texts(self, prompts: list, prompt_ids: list[torch.Tensor], ids: list[torch.Tensor]) -> list:
         """Completions as reward functions see them; for two traces, the answer alone."""
         skip = len(self._thinking) == 1
         texts = self.processing_class.batch_decode(ids, skip_special_tokens=skip)
@@ -527,183 +570,111 @@ class OnlineDPOTrainer(TRLOnlineDPOTrainer):
             special = [token for token in self._tokenizer.all_special_tokens if "think" not in token]
             for token in special:
                 texts = [text.replace(token, "") for text in texts]
-            texts = [answer_text(text) for text in texts]
+            opened = [trace_is_open(text) for text in self.processing_class.batch_decode(prompt_ids)]
+            texts = [answer_text(text, opened[i % len(prompts)]) for i, text in enumerate(texts)]
         if is_conversational({"prompt": prompts[0]}):
             return [[{"role": "assistant", "content": text}] for text in texts]
         return texts
 
-    def _rows(self, selections: list[Selection]) -> tuple[dict[str, torch.Tensor], int, int]:
-        """One padded batch of all selected completions, member by member, with the numbers of groups and members."""
-        columns = []
-        for selection in selections:
-            rows, members = selection.rows, selection.members
-            if not len(rows):  # one group, of which nothing is learnt
-                rows = torch.zeros(1, dtype=torch.long, device=rows.device)
-                members = torch.arange(2 if len(selections) == 2 else members.size(1), device=rows.device).unsqueeze(0)
-            columns.append([(selection.completions, row, m) for row, m in zip(rows.tolist(), members.tolist())])  # noqa: B905
-        groups = [group for column in columns for group in column]
-        count = len(groups[0][2])
-        ids, masks = [], []
-        for member in range(count):
-            for completions, row, members in groups:
-                answers = [completions.ids[m * len(completions.prompts) + row] for m in members]
-                prompt = completions.prompt_ids[row]
-                if completions.vision is None:
-                    # From the left, as TRL does, and alike for all completions of a prompt
-                    room = max(self.max_length - max(len(answer) for answer in answers), 0)
-                    prompt = prompt[max(len(prompt) - room, 0) :]
-                answer = answers[member]
-                if completions.vision is None:
-                    answer = answer[: self.max_length]
-                ids.append(torch.cat([prompt, answer]))
-                masks.append(torch.cat([torch.zeros_like(prompt), torch.ones_like(answer)]))
-        batch = {
-            "input_ids": pad(ids, padding_value=self._tokenizer.pad_token_id, padding_side="right"),
-            "attention_mask": pad([torch.ones_like(row) for row in ids], padding_value=0, padding_side="right"),
-            "completion_mask": pad(masks, padding_value=0, padding_side="right"),
-            **(selections[0].completions.vision or {}),
-        }
-        return batch, len(groups), count
-
-    def _batch(self, inputs, selection: Selection, logps, ref_logps, lengths) -> PreferenceBatch | GroupBatch:
-        """What the losses are given."""
-        rows, members, pairs = selection.rows, selection.members, selection.pairs
-        scores = selection.scores.values[rows].gather(1, members)
-        if pairs is None:
-            mask = selection.scores.mask[rows].gather(1, members)
-            return GroupBatch(logps, ref_logps, lengths, scores, mask, beta=self.beta)
-        g, chosen, rejected = pairs.group, pairs.chosen, pairs.rejected
-        if selection.scores.probabilities is None:
-            columns = {"score_chosen": scores[g, chosen], "score_rejected": scores[g, rejected]}
+    def _total(
+        self, selections: list[Selection], parts: list[tuple], columns: Mapping[str, torch.Tensor]
+    ) -> torch.Tensor:
+        """Weighted sum of the losses: a mean over the prompts of the batch, times each prompt's `weight`."""
+        extra = {name: values for name, values in columns.items() if name != WEIGHT}
+        batches = [
+            build_batch(selection, extra, *tensors, beta=self.beta, win_rates=self._win_rates)
+            for selection, tensors in zip(selections, parts, strict=True)
+        ]
+        for selection, batch in zip(selections, batches, strict=True):
+            given = _checkable(selection, batch)
+            for name, loss in self._losses.items():
+                check_rewards(name, loss, given)
+        if len(selections) == 2:
+            batch, prompts = join_traces(selections, batches)
+            share = torch.ones_like(prompts, dtype=torch.float32)
         else:
-            probabilities = selection.scores.probabilities[rows[g], members[g, chosen], members[g, rejected]]
-            columns = {"preference_prob": probabilities}
-        for name in self._extra_columns:
-            columns[name] = torch.tensor([float(value) for value in inputs[name]], device=logps.device)[rows[g]]
-        sides = [tensor[g, side] for tensor in (logps, ref_logps, lengths) for side in (chosen, rejected)]
-        return PreferenceBatch(*sides, beta=self.beta, columns=columns)
-
-    def _learn_groups(self, inputs, selection: Selection, logps, ref_logps, lengths) -> torch.Tensor:
-        prompts = len(selection.completions.prompts)
-        if not len(selection.rows):
-            return torch.zeros((), device=logps.device)
-        batch = self._batch(inputs, selection, logps, ref_logps, lengths)
-        if selection.pairs is None:
-            share = torch.ones(len(selection.rows), device=logps.device)
-        else:
-            counts = selection.pairs.group.bincount(minlength=len(selection.rows))
-            share = 1 / counts[selection.pairs.group]  # each prompt counts once, whatever its number of pairs
-        return self._total(batch, share / prompts)
-
-    def _learn_two_traces(self, inputs, selections: list[Selection], parts: list[tuple]) -> torch.Tensor:
-        """`bias_variance`: each prompt's pair with a trace beside its pair without; either may be missing."""
-        prompts = len(selections[0].completions.prompts)
-        halves, there = [], torch.zeros(prompts, dtype=torch.bool, device=parts[0][0].device)
-        for selection, tensors in zip(selections, parts, strict=True):
-            there[selection.rows] = True
-            batch = self._batch(inputs, selection, *tensors)
-
-            def spread(value: torch.Tensor, rows=selection.rows) -> torch.Tensor:
-                return value.new_zeros(prompts).index_put((rows,), value)
-
-            fields = {
-                field.name: spread(getattr(batch, field.name))
-                for field in dataclasses.fields(batch)
-                if isinstance(getattr(batch, field.name), torch.Tensor)
-            }
-            columns = {name: spread(value) for name, value in batch.columns.items()}
-            halves.append(dataclasses.replace(batch, **fields, columns=columns))
-        if not there.any():
-            return torch.zeros((), device=there.device)
-        batch = dataclasses.replace(halves[0], empty_trace=halves[1])
-        return self._total(batch, there.float() / prompts)
-
-    def _total(self, batch: PreferenceBatch | GroupBatch, share: torch.Tensor) -> torch.Tensor:
-        """Weighted sum of the losses; `share` is what each pair or group counts."""
-        total = torch.zeros((), device=share.device)
+            batch, prompts, share = batches[0], selections[0].prompts(), selections[0].share()
+        share = share / len(selections[0].completions.prompts)
+        if WEIGHT in columns:
+            share = share * columns[WEIGHT][prompts]
         used = share > 0
+        return self._sum_of_losses(take(batch, used), share[used])
+
+    def _sum_of_losses(self, batch: PreferenceBatch | GroupBatch, share: torch.Tensor) -> torch.Tensor:
+        """The losses of the rows of `batch`, each times its `share`, shape `(N,)`; their metrics are noted on the way."""
+        total = torch.zeros((), device=share.device)
+        if not len(share):
+            return total
         for name, loss in self._losses.items():
             values = loss(batch)
             if values.shape != share.shape:
                 raise ValueError(
                     f"The loss {name!r} returned shape {tuple(values.shape)}; expected {tuple(share.shape)}, one value "
-                    "a pair or group."
+                    "per pair or group."
                 )
             total = total + self._weights[name] * (values * share.to(values.dtype)).sum()
             if len(self._losses) > 1:
-                self._note(f"loss/{name}", values[used].mean())
+                self._note(f"loss/{name}", values)
             for key, value in loss.metrics(batch).items():
-                self._note(key, value)
+                if isinstance(value, torch.Tensor) and value.shape not in ((), share.shape):
+                    raise ValueError(
+                        f"The metric {key!r} of the loss {name!r} has shape {tuple(value.shape)}; expected a number, or "
+                        f"{tuple(share.shape)}, one value per pair or group."
+                    )
+                self._note(key, value, len(share))
         return total
 
     # Metrics
 
-    def _note(self, name: str, value: torch.Tensor | float) -> None:
-        mode = "train" if self.model.training else "eval"
-        value = value.item() if isinstance(value, torch.Tensor) else value
-        if not math.isnan(value):  # a mean over nothing says nothing
-            self._metrics[mode][name].append(value)
+    def _note(self, name: str, value: torch.Tensor | float, rows: int = 1) -> None:
+        self._metrics["train" if self.model.training else "eval"].add(name, value, rows)
 
-    def _log_step(self, selections: list[Selection], parts: list[tuple]) -> None:
-        """Means over the completions of the step, by their real tokens. TRL's names where TRL has one."""
+    def _log_step(self, selections: list[Selection], parts: list[tuple], weight: torch.Tensor | None) -> None:
+        """What this batch adds to the metrics. TRL's names where TRL has one."""
         self._note("beta", self.beta)
+        learnt = 0
         for selection, (logps, ref_logps, _), suffix in zip(selections, parts, ("", "_empty_trace"), strict=False):
-            completions, scores = selection.completions, selection.scores
-            lengths = torch.tensor([float(len(row)) for row in completions.ids])
-            self._note(f"completions/mean_length{suffix}", lengths.mean())
-            self._note(f"completions/truncated{suffix}", 1 - completions.ended.float().mean())
-            self._note(f"val/contain_eos_token{suffix}", completions.ended.float().mean())
-            values = scores.values.masked_fill(~scores.mask, math.nan)
-            self._note(f"objective/scores{suffix}", values.nanmean())
-            for name, rewards in scores.per_function.items():
-                self._note(f"rewards/{name}/mean{suffix}", rewards.nanmean())
-            if scores.per_function:
-                self._note(f"rewards/unscored{suffix}", 1 - scores.mask.float().mean())
-            learnt = len(selection.rows if selection.pairs is None else selection.pairs.group.unique())
-            self._note(f"pairs/dropped_prompts{suffix}", 1 - learnt / len(completions.prompts))
-            if not learnt:
-                continue
-            self._log_pairs(selection, logps.detach(), ref_logps, suffix)
+            values = of_completions(selection.completions, selection.scores)
+            prompts = selection.prompts()
+            dropped = torch.ones(len(selection.completions.prompts))
+            dropped[prompts.cpu()] = 0
+            values["pairs/dropped_prompts"] = dropped
+            if weight is not None:
+                values["pair_weight/mean"] = weight[prompts]
+            counted = torch.ones_like(prompts, dtype=torch.bool) if weight is None else weight[prompts] > 0
+            values |= of_learnt(selection, counted, logps, ref_logps, self.beta)
+            for name, value in values.items():
+                self._note(name + suffix, value)
+            learnt += len(prompts)
+        if self.model.training:
+            self._tied_batches = 0 if learnt else self._tied_batches + 1
+            if self._tied_batches == TIED_BATCHES:
+                self._say_tied(f"{TIED_BATCHES} batches in a row")
 
-    def _log_pairs(self, selection: Selection, logps: torch.Tensor, ref_logps: torch.Tensor, suffix: str) -> None:
-        kl = logps - ref_logps
-        scores = selection.scores.values[selection.rows].gather(1, selection.members)
-        self._note(f"objective/kl{suffix}", kl.mean())
-        self._note(f"objective/entropy{suffix}", -logps.mean())
-        self._note(f"objective/non_score_reward{suffix}", -self.beta * kl.mean())
-        self._note(f"objective/rlhf_reward{suffix}", (scores - self.beta * kl).mean())
-        pairs = selection.pairs
-        if pairs is None:
-            pairs = Pairs(torch.arange(len(scores), device=scores.device), scores.argmax(dim=1), scores.argmin(dim=1))
-        g, chosen, rejected = pairs.group, pairs.chosen, pairs.rejected
-        rewards = self.beta * kl
-        margins = rewards[g, chosen] - rewards[g, rejected]
-        self._note(f"objective/scores_margin{suffix}", (scores[g, chosen] - scores[g, rejected]).mean())
-        self._note(f"logps/chosen{suffix}", logps[g, chosen].mean())
-        self._note(f"logps/rejected{suffix}", logps[g, rejected].mean())
-        self._note(f"rewards/chosen{suffix}", rewards[g, chosen].mean())
-        self._note(f"rewards/rejected{suffix}", rewards[g, rejected].mean())
-        self._note(f"rewards/margins{suffix}", margins.mean())
-        self._note(f"rewards/accuracies{suffix}", (margins > 0).float().mean())
+    def _say_tied(self, since: str) -> None:
+        """Once in a run: nothing is being learnt."""
+        if self._said_tied:
+            return
+        self._said_tied = True
+        logger.warning(
+            f"Nothing was learnt in {since}: all prompts were dropped, because no two of a prompt's completions have different "
+            "scores. Likely causes: the reward function gives the same value to every completion, or None (metric "
+            "`rewards/unscored`); it looks at something that the completions do not have, such as another form of answer; the "
+            "completions of a prompt are alike (a low `temperature`, greedy decoding, a small `max_new_tokens`). Look at some "
+            "completions and their scores."
+        )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = "train" if self.model.training else "eval"
-        own = {name: (sum(values), len(values)) for name, values in self._metrics[mode].items()}
-        if self.accelerator.num_processes > 1:
-            # Once a logged step; a process may lack a metric that another has
-            everyone = [None] * self.accelerator.num_processes
-            torch.distributed.all_gather_object(everyone, own)
-            names = dict.fromkeys(name for each in everyone for name in each)
-            own = {
-                name: tuple(
-                    sum(column) for column in zip(*(each.get(name, (0.0, 0)) for each in everyone), strict=True)
-                )
-                for name in names
-            }
+        own = self._metrics[mode].over_processes()
+        self._metrics[mode] = Means()
+        if mode == "train" and own.get("pairs/dropped_prompts") == 1 == own.get(
+            "pairs/dropped_prompts_empty_trace", 1
+        ):
+            self._say_tied("the steps that were just logged")
         prefix = "eval_" if mode == "eval" else ""
-        logs.update({prefix + name: total / count for name, (total, count) in own.items()})
+        logs.update({prefix + name: value for name, value in own.items()})
         Trainer.log(self, logs, start_time)
-        self._metrics[mode].clear()
 
     # transformers' own: TRL's rounds the loss and divides by the number of its statistics, which may be none
     _maybe_log_save_evaluate = Trainer._maybe_log_save_evaluate
@@ -713,10 +684,13 @@ class OnlineDPOTrainer(TRLOnlineDPOTrainer):
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """
         Generates on the evaluation prompts. Beside the loss and the metrics of training, each with the prefix `eval_`:
-        `eval_win_rate`, the share of the policy's completions that are better than the reference's own (ties are half).
+        `eval_win_rate`, the share of the policy's completions that are better than the reference's own (ties are half), where
+        the losses have a reference.
 
         The same seed each time, so that two evaluations differ by the policy alone and training is not disturbed.
         """
+        if eval_dataset is not None and not isinstance(eval_dataset, str):
+            eval_dataset = self._checked_eval(eval_dataset)
         devices = [self.accelerator.device] if self.accelerator.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(self.args.seed + self.accelerator.process_index)
@@ -731,6 +705,7 @@ class OnlineDPOTrainer(TRLOnlineDPOTrainer):
     def _compare_with_reference(self, model, inputs, completions: Completions, scores: Scores, thinking: bool) -> None:
         if completions.vision is not None:
             return
+        suffix = "" if thinking else "_empty_trace"
         baseline = self.generate(model, inputs, thinking, reference=True)
         prompts = completions.prompts
         k = len(completions.ids) // len(prompts)
@@ -740,10 +715,9 @@ class OnlineDPOTrainer(TRLOnlineDPOTrainer):
             theirs = self.score(inputs, baseline)
             difference = scores.values - theirs.values
             wins = ((difference > 0) + 0.5 * (difference == 0))[scores.mask & theirs.mask]
-            self._note("reference/scores", theirs.values[theirs.mask].mean())
-        suffix = "" if thinking else "_empty_trace"
-        self._note(f"win_rate{suffix}", wins.float().mean())
-        self._note(f"reference/mean_length{suffix}", sum(len(row) for row in baseline.ids) / max(len(baseline.ids), 1))
+            self._note(f"reference/scores{suffix}", theirs.values[theirs.mask])
+        self._note(f"win_rate{suffix}", wins.float())
+        self._note(f"reference/mean_length{suffix}", torch.tensor([float(len(row)) for row in baseline.ids]))
 
     # Checkpoints
 
@@ -753,12 +727,17 @@ class OnlineDPOTrainer(TRLOnlineDPOTrainer):
             folder = f"{self._get_output_dir(trial=trial)}/checkpoint-{self.state.global_step}"
             save_reference(self.accelerator.unwrap_model(self.ref_model), folder)
 
-    def _load_optimizer_and_scheduler(
-        self, checkpoint
-    ):  # which DeepSpeed resumes by too, unlike `_load_from_checkpoint`
+    def _load_optimizer_and_scheduler(self, checkpoint):  # DeepSpeed never calls `_load_from_checkpoint`
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and self.args.sync_ref_model and self.ref_model is not None:
             load_reference(self.accelerator.unwrap_model(self.ref_model), checkpoint)
+
+    def create_model_card(self, *args, **kwargs):
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            described = any(loss.paper for loss in self._losses.values())
+            table = describe_losses(self._weights, self._losses, self.beta) if described else ""
+            complete_model_card(self.args.output_dir, self.model, table)
 
 
 def _with_image(prompt: Any) -> Any:
@@ -769,3 +748,32 @@ def _with_image(prompt: Any) -> Any:
     first = next((message for message in parts if message["role"] == "user"), parts[0])
     first["content"].insert(0, {"type": "image"})
     return parts
+
+
+def eager(model: torch.nn.Module) -> torch.nn.Module:
+    """The model without `torch.compile`, which would compile it anew for each length of a completion."""
+    return getattr(model, "_orig_mod", model)
+
+
+def server_text(text: str, ids: list[int], tokenizer: Any) -> str:
+    """
+    A text that becomes exactly `ids` in a vLLM server, which adds the tokenizer's special tokens itself.
+
+    Raises:
+        `ValueError`: If there is none.
+    """
+    for candidate in (text, text.removeprefix(tokenizer.bos_token or "")):
+        if tokenizer(candidate)["input_ids"] == ids:
+            return candidate
+    raise ValueError(
+        f"A vLLM server would read the prompt {text!r} with other special tokens than training: it adds the tokenizer's own. "
+        "Set `vllm_mode='colocate'`, where token ids are handed over."
+    )
+
+
+def _checkable(selection: Selection, batch: PreferenceBatch | GroupBatch) -> dict[str, torch.Tensor]:
+    """The columns of a batch; of groups, with the scores of the best and the worst completion."""
+    if isinstance(batch, PreferenceBatch):
+        return dict(batch.columns)
+    scores = [batch.scores.gather(1, end.unsqueeze(1)).squeeze(1) for end in selection.ends()]
+    return {**batch.columns, "score_chosen": scores[0], "score_rejected": scores[1]}

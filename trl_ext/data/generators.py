@@ -1,0 +1,125 @@
+"""What draws completions: transformers or vLLM, from the same token ids and both from the policy's own distribution."""
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
+from trl.trainer.utils import pad
+
+from trl_ext.data.cache import content_key
+from trl_ext.generation import evaluating, sample, without_defaults
+
+
+# From the ids of some prompts, and the number of the first among all, to the ids of the completions of each
+Generate = Callable[[list[list[int]], int], list[list[list[int]]]]
+
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+_CONFIGS = ("config.json", "adapter_config.json")
+
+
+def stop_tokens(config: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens that end a completion: the model's, from its generation config, and the tokenizer's."""
+    stops = config.eos_token_id
+    stops = [] if stops is None else [stops] if isinstance(stops, int) else list(stops)
+    own = tokenizer.eos_token_id
+    return stops if own is None or own in stops else [own, *stops]
+
+
+def generation_config_of(name: str) -> Any:
+    """What says how completions of a model end, for a model that is not loaded here."""
+    try:
+        return GenerationConfig.from_pretrained(name)
+    except OSError:  # no such file: the model's configuration says it
+        return AutoConfig.from_pretrained(name).get_text_config()
+
+
+def weights_key(name: str) -> str:
+    """A hash of a model that is not loaded here: of the files in a folder, or of its commit on the hub."""
+    folder = Path(name)
+    if not folder.is_dir():
+        return content_key(name, AutoConfig.from_pretrained(name)._commit_hash)
+    files = sorted(path for path in folder.iterdir() if path.suffix in _WEIGHTS or path.name in _CONFIGS)
+    digests = []
+    for path in files:
+        with open(path, "rb") as file:
+            digests.append((path.name, hashlib.file_digest(file, "sha256").hexdigest()))
+    return content_key(digests)
+
+
+def with_transformers(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    stops: list[int],
+    *,
+    n: int,
+    temperature: float,
+    top_p: float,
+    max_new_tokens: int,
+    seed: int,
+) -> Generate:
+    """Sampling with a cache and one prefill per prompt."""
+    pad_id = next((each for each in (tokenizer.pad_token_id, *stops) if each is not None), 0)
+    sampling = {"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature else {}
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=temperature > 0,
+        pad_token_id=pad_id,
+        eos_token_id=stops or None,
+        use_cache=True,
+        **sampling,
+    )
+
+    def generate(ids: list[list[int]], start: int) -> list[list[list[int]]]:
+        device = next(model.parameters()).device
+        rows = [torch.tensor(row, device=device) for row in ids]
+        inputs = pad(rows, padding_value=pad_id, padding_side="left")
+        mask = pad([torch.ones_like(row) for row in rows], padding_value=0, padding_side="left")
+        devices = [device] if device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices), evaluating(model, None), without_defaults(model):
+            torch.manual_seed(int(content_key(seed, start), 16) % 2**31)
+            output = sample(model, inputs, mask, config, n).tolist()
+        return [output[row :: len(ids)] for row in range(len(ids))]
+
+    return generate
+
+
+def with_vllm(
+    model: str,
+    dtype: Any,
+    stops: list[int],
+    *,
+    n: int,
+    temperature: float,
+    top_p: float,
+    max_new_tokens: int,
+    seed: int,
+) -> Generate:
+    """Sampling with vLLM, which loads the model itself."""
+    try:
+        from vllm import LLM, SamplingParams
+    except ImportError as error:
+        raise ValueError('`backend="vllm"` needs vLLM: pip install vllm.') from error
+    # "vllm" stands for vLLM's own defaults: none of the model's penalties and limits
+    llm = LLM(model=model, dtype=dtype, generation_config="vllm")
+
+    def generate(ids: list[list[int]], start: int) -> list[list[list[int]]]:
+        # One seed per prompt: with the same one, equal prompts would get equal completions
+        parameters = [
+            SamplingParams(
+                n=n,
+                temperature=temperature,
+                top_p=top_p,
+                max_tokens=max_new_tokens,
+                stop_token_ids=stops,
+                seed=int(content_key(seed, start, row), 16) % 2**31,
+            )
+            for row in range(len(ids))
+        ]
+        outputs = llm.generate([{"prompt_token_ids": row} for row in ids], parameters, use_tqdm=False)
+        return [[list(each.token_ids) for each in output.outputs] for output in outputs]
+
+    return generate
