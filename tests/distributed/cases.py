@@ -199,7 +199,7 @@ def generated(model_dir: Path, folder: Path, **options) -> dict[str, Any]:
     return outcome(trained)
 
 
-ADAPTER = partial(scripted, peft=lora(), loss_type="anchored", **{**MOVES, "max_steps": 3})
+ADAPTER = partial(scripted, peft=lora(), loss_type="anchored", **MOVES, max_steps=3, learning_rate=1.0)
 HEAD = partial(train, peft=lora(modules_to_save=["lm_head"]), loss_type="offset")
 CASES = {
     "ddp": {
