@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import load_from_disk
 from safetensors.torch import load_file
 
 from tests.conftest import preference_rows
@@ -26,7 +27,8 @@ def test_rounds_in_two_processes(tiny_model_dir, tmp_path):
         config = {
             "model": str(tiny_model_dir), "prompts": str(prompts), "judge": "tests.test_rounds:length", "rounds": 1,
             "output_dir": str(tmp_path / f"run-{count}"), "sampling": {"max_new_tokens": 5, "batch_size": 2}, "n": 2,
-            "training": {**TRAINING, "per_device_train_batch_size": 4 // count, "max_steps": 1, "optim": "sgd"},
+            "training": {**TRAINING, "per_device_train_batch_size": 4 // count, "max_steps": 1, "optim": "sgd",
+                         "loss_type": "inpo", "loss_kwargs": {"eta": 0.5, "tau": 0.25}},
         }  # fmt: skip
         path = tmp_path / f"{count}.yaml"
         path.write_text(json.dumps(config))  # which YAML reads
@@ -41,6 +43,9 @@ def test_rounds_in_two_processes(tiny_model_dir, tmp_path):
         ledgers = sorted(path.name.split("-")[-1] for path in (folder / "round-1" / "scores").glob("*.jsonl"))
         assert ledgers == [f"{rank}.jsonl" for rank in range(count)]
     assert results[0][0] == results[1][0]
+    first = [load_from_disk(tmp_path / f"run-{count}" / "round-1" / "pairs") for count in (1, 2)]
+    for name in ("initial_chosen_logps", "initial_rejected_logps"):  # each process has computed half of them
+        assert list(first[1][name]) == pytest.approx(list(first[0][name]), abs=1e-3)
     one, two = (load_file(tmp_path / f"run-{n}" / "round-1" / "model" / "model.safetensors") for n in (1, 2))
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-5)

@@ -1,5 +1,7 @@
 """Recipes made of data."""
 
+import re
+
 import pytest
 from datasets import Dataset
 
@@ -145,3 +147,107 @@ def test_refinements_show_the_worse_answer():
     assert "bad" in refined["prompt"] and "good" not in refined["prompt"]
     with pytest.raises(ValueError, match="needs the places"):
         refinement_rows(Dataset.from_list([plain]), "better, please")
+
+
+def test_stages_are_shuffled_each_by_itself():
+    rows = [{"prompt": f"p{i}", "completions": ["a", "b", "c"], "scores": [0, 2, 1]} for i in range(8)]
+    first, second = curriculum(Dataset.from_list(rows), seed=3)
+    prompts = [f"p{i}" for i in range(8)]
+    assert sorted(first["prompt"]) == sorted(second["prompt"]) == prompts
+    assert len({tuple(stage["prompt"]) for stage in (first, second)} | {tuple(prompts)}) == 3
+    again = [stage["prompt"] for stage in curriculum(Dataset.from_list(rows), seed=3)]
+    assert (
+        again == [first["prompt"], second["prompt"]]
+        and curriculum(Dataset.from_list(rows))[0]["prompt"] != first["prompt"]
+    )
+    assert first[0] == {
+        "prompt": first[0]["prompt"],
+        "chosen": "b",
+        "rejected": "a",
+        "score_chosen": 2.0,
+        "score_rejected": 0.0,
+    }
+    assert set(second["rejected"]) == {"c"} and set(second["score_rejected"]) == {1.0}
+
+
+def test_token_ids_by_hand():
+    """The prompt ends where both completions still agree with it."""
+
+    def tokenizer(text):  # a letter makes a token, and so do `c` and `d` together
+        return {"input_ids": re.findall("cd|.", text)}
+
+    rows = [{"prompt": "abd", "chosen": "ef", "rejected": "g"}, {"prompt": "abc", "chosen": "d", "rejected": "e"}]
+    first, second = without_eos(Dataset.from_list(rows), tokenizer)
+    assert (first["prompt_ids"], first["chosen_ids"], first["rejected_ids"]) == (["a", "b", "d"], ["e", "f"], ["g"])
+    assert (second["prompt_ids"], second["chosen_ids"], second["rejected_ids"]) == (["a", "b"], ["cd"], ["c", "e"])
+
+
+def test_few_shot_examples_of_other_prompts_only():
+    """A prompt that stands twice is no example for itself, and the seed chooses among the others."""
+    names = ["p", "p", "q", "r", "s", "t", "u"]
+    rows = Dataset.from_list(
+        [{"prompt": name, "chosen": f"good {name}", "rejected": "bad", "user_id": 1} for name in names]
+    )
+    shown = few_shot_prompts(rows, shots=1)
+    assert all(f"Question: {row['prompt']}\n" not in row["prompt"] for row in shown)
+    for row in shown.select(range(2)):
+        assert "good p" not in row["prompt"] and row["prompt"].endswith("\n\np")
+    assert (
+        few_shot_prompts(rows, shots=1, seed=1)["prompt"]
+        != shown["prompt"]
+        == few_shot_prompts(rows, shots=1)["prompt"]
+    )
+    assert all(row["prompt"].count("Preferred answer: good") == 4 for row in few_shot_prompts(rows))
+    assert len(few_shot_prompts(rows, shots=5)) == 7
+    with pytest.raises(ValueError, match="No user has 8 different prompts"):
+        few_shot_prompts(rows, shots=7)
+    with pytest.raises(ValueError, match="must be at least 1"):
+        few_shot_prompts(rows, shots=0)
+
+
+def test_mixed_kinds_of_steps():
+    rows = Dataset.from_list([{"prompt": str(i), "prefix": None, "chosen": "a", "rejected": "b"} for i in range(8)])
+    first, other = step_controlled_pairs(rows), step_controlled_pairs(rows, seed=1)
+    assert first["prompt"] != other["prompt"] != [str(i) for i in range(8)] and "prefix" not in first.column_names
+
+
+def test_weights_that_cannot_be():
+    prompts = Dataset.from_dict({"prompt": ["a"] * 3})
+    for objectives, alpha in (([], 1.0), (["x"], 0.0), (["x"], -1.0)):
+        with pytest.raises(ValueError, match="positive `alpha`"):
+            weighted_prompts(prompts, objectives, alpha)
+    first, other = weighted_prompts(prompts, ["x", "y"]), weighted_prompts(prompts, ["x", "y"], seed=1)
+    assert first["prompt"] == weighted_prompts(prompts, ["x", "y"])["prompt"] != other["prompt"]
+    assert len(set(first["prompt"])) == 3
+    with pytest.raises(ValueError, match="2 weights for 1 rewards"):
+        weighted_reward([lambda **kwargs: [1.0]])(prompts=["a"], completions=["b"], objective_weights=[[0.5, 0.5]])
+
+
+def test_a_price_turns_whole_rows():
+    row = {"prompt": "p", "chosen": "a", "rejected": "b", "note_chosen": "of a", "note_rejected": "of b", "kind_chosen": "alone",
+           "reward_chosen": 2.0, "reward_rejected": 1.0, "cost_chosen": 3.0, "cost_rejected": 0.0}  # fmt: skip
+    (turned,) = relabel_by_cost(Dataset.from_list([row]), 1.0)
+    assert turned == {"prompt": "p", "chosen": "b", "rejected": "a", "note_chosen": "of b", "note_rejected": "of a",
+                      "kind_chosen": "alone", "reward_chosen": 1.0, "reward_rejected": 2.0, "cost_chosen": 0.0, "cost_rejected": 3.0,
+                      "score_chosen": 1.0, "score_rejected": -1.0}  # fmt: skip
+    with pytest.raises(ValueError, match="All pairs tie at this price"):
+        relabel_by_cost(Dataset.from_list([{**row, "cost_chosen": 1.0}]), 1.0)
+    with pytest.raises(ValueError, match="must be at least 0"):
+        relabel_by_cost(Dataset.from_list([row]), float("nan"))
+    with pytest.raises(ValueError, match=r"lacks \['cost_rejected'\]"):
+        relabel_by_cost(Dataset.from_list([row]).remove_columns("cost_rejected"), 1.0)
+
+
+@pytest.mark.parametrize(("lr", "value"), [(0.0, 0.0), (-1.0, 0.0), (1.0, -0.1)])
+def test_dual_variables_that_cannot_be(lr, value):
+    with pytest.raises(ValueError, match="must be positive and"):
+        DualVariable(budget=1.0, lr=lr, value=value)
+
+
+def test_the_text_of_a_refinement():
+    row = {"prompt": "q", "chosen": "good", "rejected": "bad", "score_chosen": 1.0}
+    plain, refined = refinement_rows(Dataset.from_list([row]), "{prompt}? Not {answer}.")
+    assert plain == row and refined == {**row, "prompt": "q? Not bad."}
+    for template in ("{prompt}", "{answer}"):
+        with pytest.raises(ValueError, match="needs the places"):
+            refinement_rows(Dataset.from_list([row]), template)

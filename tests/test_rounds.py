@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,16 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from datasets import Dataset, load_from_disk
+from datasets import load_from_disk
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import trl_ext
 from tests.conftest import preference_rows
 from trl_ext.cli import main
 from trl_ext.rounds import IterativeDPO, RoundsConfig
-from trl_ext.rounds.extrapolate import extrapolate
-from trl_ext.rounds.log_probs import completion_log_probs, implicit_rewards
-from trl_ext.rounds.shaping import balance_lengths, drop_truncated, mix_replay
 
 
 RECIPES = sorted((Path(__file__).resolve().parents[1] / "examples" / "rounds").glob("*.yaml"))
@@ -37,11 +35,15 @@ def longer(prompts, first, second):
     return [1.0 if len(a) > len(b) else 0.0 if len(a) < len(b) else 0.5 for a, b in zip(first, second, strict=True)]
 
 
+def prompts_file(folder, rows=4):
+    path = folder / "prompts.jsonl"
+    path.write_text("\n".join(json.dumps({"prompt": row["prompt"]}) for row in preference_rows(rows)))
+    return str(path)
+
+
 @pytest.fixture
 def prompts(tmp_path):
-    path = tmp_path / "prompts.jsonl"
-    path.write_text("\n".join(json.dumps({"prompt": row["prompt"]}) for row in preference_rows(4)))
-    return str(path)
+    return prompts_file(tmp_path)
 
 
 def settings(model_dir, prompts, folder, **overrides):
@@ -91,15 +93,6 @@ def test_more_rounds_can_be_added_and_other_settings_not(tiny_model_dir, prompts
         run(tiny_model_dir, prompts, tmp_path / "run", n=4)
 
 
-def test_a_reference_that_is_kept(tiny_model_dir, prompts, tmp_path):
-    kept = run(tiny_model_dir, prompts, tmp_path / "kept", reference="keep")
-    reset = run(tiny_model_dir, prompts, tmp_path / "reset", reference="reset")
-    assert kept[1] == reset[1]
-    losses = [json.loads((tmp_path / name / "round-2" / "log.json").read_text()) for name in ("kept", "reset")]
-    first = [next(entry["train_loss"] for entry in log if "train_loss" in entry) for log in losses]
-    assert first[0] != first[1]
-
-
 KILL = """
 import json, sys
 from trl_ext.rounds import IterativeDPO, RoundsConfig
@@ -133,17 +126,29 @@ def test_killed_at_random_and_started_again(tiny_model_dir, prompts, tmp_path):
         assert torch.equal(value, weights(tmp_path / "killed")[name]), name
 
 
+@pytest.fixture(scope="module")
+def one_round(tiny_model_dir, tmp_path_factory):
+    """A finished run of one round, its prompts and its metrics."""
+    folder = tmp_path_factory.mktemp("one-round")
+    path = prompts_file(folder)
+    return folder / "run", path, run(tiny_model_dir, path, folder / "run", rounds=1)
+
+
 @pytest.mark.parametrize("stage", ["samples", "scored", "pairs", "model"])
-def test_a_stage_that_fails_half_way(stage, tiny_model_dir, prompts, tmp_path):
-    whole = run(tiny_model_dir, prompts, tmp_path / "whole", rounds=1)
+def test_a_stage_that_fails_half_way(stage, one_round, tiny_model_dir, tmp_path):
+    whole, path, metrics = one_round
     folder = tmp_path / "run"
-    run(tiny_model_dir, prompts, folder, rounds=1)
-    # as it is left by a kill in the middle: a folder without its mark
+    shutil.copytree(whole, folder)
+    # as it is left by a kill in the middle: a folder that is begun and not done
     order = ["samples", "scored", "pairs", "model"]
     for later in order[order.index(stage) :]:
         (folder / "round-1" / f"{later}.done").unlink()
     next((folder / "round-1" / stage).iterdir()).unlink()
-    assert run(tiny_model_dir, prompts, folder, rounds=1)[0] == whole[0]
+    (folder / "round-1" / stage / "left-over").write_text("half")
+    assert run(tiny_model_dir, path, folder, rounds=1) == metrics
+    assert not (folder / "round-1" / stage / "left-over").exists()
+    weights = [load_file(each / "round-1" / "model" / "model.safetensors") for each in (whole, folder)]
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
 
 
 # Recipes
@@ -173,12 +178,12 @@ def test_recipe(path, tiny_model_dir, prompts, tmp_path):
         overrides["judge"] = "tests.test_rounds:length"
     if recipe.get("implicit_reference"):
         changed = tmp_path / "other"
-        model = trl_ext.rounds.iterate.AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+        model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
         with torch.no_grad():
             for value in model.parameters():
                 value.mul_(0.9)
         model.save_pretrained(changed)
-        trl_ext.rounds.iterate.AutoTokenizer.from_pretrained(tiny_model_dir).save_pretrained(changed)
+        AutoTokenizer.from_pretrained(tiny_model_dir).save_pretrained(changed)
         overrides["implicit_reference"] = str(changed)
     if recipe.get("replay"):
         overrides["replay"] = str(replay)
@@ -193,115 +198,6 @@ def test_recipe(path, tiny_model_dir, prompts, tmp_path):
 def test_every_recipe_is_listed():
     readme = (RECIPES[0].parent / "README.md").read_text()
     assert all(f"[{path.stem}]({path.stem}.md)" in readme for path in RECIPES)
-
-
-# Parts
-
-
-def test_log_probs_by_hand(tiny_model_dir):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
-    rows = [("what", " a film"), ("how so", " good and very dull story")]
-    for (prompt, completion), value in zip(rows, completion_log_probs(str(tiny_model_dir), rows), strict=True):
-        start = len(tokenizer(prompt)["input_ids"])
-        ids = torch.tensor([tokenizer(prompt + completion + tokenizer.eos_token)["input_ids"]])
-        with torch.no_grad():
-            logps = model(input_ids=ids).logits[0, start - 1 : -1].log_softmax(-1)
-        assert value == pytest.approx(logps.gather(1, ids[0, start:, None]).sum().item(), abs=1e-3)
-
-
-def test_implicit_rewards_of_a_model_to_itself_are_nothing(tiny_model_dir):
-    groups = Dataset.from_list([{"prompt": "what", "completions": [" a", " good film"]}])
-    scored = implicit_rewards(groups, str(tiny_model_dir), str(tiny_model_dir))
-    assert scored["scores"][0] == pytest.approx([0.0, 0.0], abs=1e-5)
-
-
-def test_lengths_are_balanced():
-    rng = random.Random(0)
-    rows = []
-    for i in range(40):
-        completions = ["x" * rng.randint(10, 200) for _ in range(6)]
-        rows.append(
-            {
-                "prompt": str(i),
-                "completions": completions,
-                "scores": [0.05 * len(c) + rng.gauss(0, 3) for c in completions],
-            }
-        )
-    groups = Dataset.from_list(rows)
-    shaped, penalty = balance_lengths(groups)
-
-    def gap(data):
-        total = 0
-        for row in data:
-            best, worst = (row["scores"].index(f(row["scores"])) for f in (max, min))
-            total += len(row["completions"][best]) - len(row["completions"][worst])
-        return abs(total) / len(data)
-
-    assert gap(shaped) < gap(groups) / 5 and 0.02 < penalty < 0.1
-    assert shaped[0]["scores"] == pytest.approx(
-        [s - penalty * len(c) for s, c in zip(rows[0]["scores"], rows[0]["completions"], strict=True)]
-    )
-
-
-def test_truncated_completions_are_dropped():
-    rows = [{"prompt": "p", "completions": ["a", "b", "c"], "scores": [1.0, 2.0, 3.0], "stop_reasons": ["stop", "length", "stop"]},
-            {"prompt": "q", "completions": ["a", "b"], "scores": [1.0, 2.0], "stop_reasons": ["stop", "length"]}]  # fmt: skip
-    (kept,) = drop_truncated(Dataset.from_list(rows))
-    assert kept["completions"] == ["a", "c"] and kept["scores"] == [1.0, 3.0]
-    with pytest.raises(ValueError, match="drop_truncated"):
-        drop_truncated(Dataset.from_list(rows[1:]))
-
-
-def test_replay():
-    columns = ("prompt", "chosen", "rejected")
-    data = Dataset.from_list([{k: row[k] for k in columns} for row in preference_rows(20)])
-    new = data.select(range(6))
-    old = data.select(range(6, 20))
-    mixed = mix_replay(new, old, 0.5, seed=0)
-    assert len(mixed) == 12 and sum(row in new.to_list() for row in mixed) == 6
-    with pytest.raises(ValueError, match="needs 18 pairs to replay, and there are 14"):
-        mix_replay(new, old, 0.75, seed=0)
-
-
-def test_extrapolation_by_hand(tiny_model_dir, tmp_path):
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
-    before = {name: value.clone() for name, value in model.named_parameters()}
-    with torch.no_grad():
-        for value in model.parameters():
-            value.mul_(2)
-    model.save_pretrained(tmp_path / "trained")
-    extrapolate(tmp_path / "trained", tiny_model_dir, 0.5, tmp_path / "out")
-    for name, value in AutoModelForCausalLM.from_pretrained(tmp_path / "out").named_parameters():
-        torch.testing.assert_close(value, 2.5 * before[name])
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"rounds": 0}, "`rounds=0`"),
-        ({"n": 1}, "`n=1`"),
-        ({"pairing": "best"}, "choose one of"),
-        ({"reference": "ema"}, "choose one of"),
-        ({"judge": "implicit"}, "implicit_reference"),
-        ({"judge": "tests.test_rounds:nothing"}, "cannot be imported"),
-        ({"judge": {"vote": []}}, "expected one of the keys"),
-        ({"replay_share": 1.0}, r"must lie in \[0, 1\)"),
-        ({"training": {"output_dir": "x"}}, "may not set"),
-        ({"training": {"loss_type": "ofset"}}, "Did you mean 'offset'"),
-        ({"training": {"loss_type": "bias_variance"}}, "which rounds do not make"),
-        ({"sampling": {"max_tokens": 3}}, r"unknown settings \['max_tokens'\]"),
-        ({"judge": "implicit", "implicit_reference": "x", "scoring": {"temperature": 2.0}}, "unknown settings"),
-    ],
-)
-def test_refused(change, message, tiny_model_dir, prompts, tmp_path):
-    with pytest.raises(ValueError, match=message):
-        run(tiny_model_dir, prompts, tmp_path / "run", **change)
-    assert not (tmp_path / "run" / "round-1").exists()
 
 
 def test_command(tiny_model_dir, prompts, tmp_path, capsys, monkeypatch):

@@ -6,6 +6,7 @@ Heavy imports stay inside the commands: `trl-ext --help` answers at once.
 
 import argparse
 import dataclasses
+import importlib.util
 import os
 import runpy
 import sys
@@ -49,7 +50,12 @@ def _parser() -> argparse.ArgumentParser:
         description="Run an unmodified script with trl.DPOConfig and trl.DPOTrainer replaced by those of trl_ext. On "
         "several devices: accelerate launch -m trl_ext run SCRIPT ...",
     )
-    run.add_argument("script", metavar="SCRIPT", help="path of a Python script, or `dpo` for TRL's own command")
+    run.add_argument(
+        "script",
+        metavar="SCRIPT",
+        help="path of a Python script, or `dpo` for TRL's own command, whose "
+        "--dataset_name may also be a JSON, JSON Lines, CSV or Parquet file",
+    )
     run.add_argument("script_args", nargs=argparse.REMAINDER, metavar="ARGS", help="its arguments")
     run.set_defaults(function=_run)
 
@@ -90,9 +96,10 @@ def _parser() -> argparse.ArgumentParser:
 def _is_about_input(error: BaseException) -> bool:
     """Whether an error was raised on purpose about what the user gave: by our code, or by TRL's command line."""
     frames = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)]
-    ours = Path(__file__).parent
     innermost = Path(frames[-1])
-    return ours in innermost.parents or (innermost.parent.name, innermost.parent.parent.name) == ("scripts", "trl")
+    trl = importlib.util.find_spec("trl")
+    theirs = [Path(trl.origin).parent / "scripts"] if trl is not None and trl.origin else []
+    return any(folder in innermost.parents for folder in (Path(__file__).parent, *theirs))
 
 
 def _losses(args: argparse.Namespace) -> int:
@@ -186,16 +193,17 @@ def _optional(cls: type) -> tuple[str, ...]:
 
 
 def _iterate(args: argparse.Namespace) -> int:
-    import yaml
     from rich.console import Console
 
     from trl_ext.rounds import IterativeDPO, RoundsConfig
-    from trl_ext.rounds.iterate import table
+    from trl_ext.rounds.checks import read_yaml
+    from trl_ext.rounds.report import table
 
-    names, values = args.overrides[::2], args.overrides[1::2]
+    given = [part for each in args.overrides for part in (each.split("=", 1) if each.startswith("--") else [each])]
+    names, values = given[::2], given[1::2]
     if len(names) != len(values) or not all(name.startswith("--") for name in names):
         raise ValueError(f"Settings are given as --name value; got {args.overrides}.")
-    overrides = {name[2:]: yaml.safe_load(value) for name, value in zip(names, values, strict=True)}
+    overrides = {name[2:]: read_yaml(value, name) for name, value in zip(names, values, strict=True)}
     if not Path(args.config).is_file():
         raise ValueError(f"There is no file {args.config!r}. Recipes lie in examples/rounds.")
     sys.path.insert(0, os.getcwd())  # judges of the user's own
@@ -241,9 +249,8 @@ def _run(args: argparse.Namespace) -> int:
         sys.path.insert(0, str(path.resolve().parent))  # as Python would have it
         runpy.run_path(args.script, run_name="__main__")
         return 0
-    from trl.scripts import dpo
+    from trl_ext.run_dpo import run
 
     sys.argv = ["trl-ext run dpo", *args.script_args]
-    parser = dpo.make_parser(prog="trl-ext run dpo")
-    dpo.main(*parser.parse_args_and_config(args.script_args))
+    run(args.script_args)
     return 0

@@ -7,12 +7,20 @@ or `w_i ~ step_i^p`, normalised, of which `p = 0` is the plain mean.
 """
 
 import json
+import logging
+import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from peft import PeftConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+
+
+logger = logging.getLogger(__name__)
+
+WEIGHTINGS = ("loss", "step", "uniform")
 
 
 def checkpoint_weights(folders: Sequence[str | Path], by: str = "loss", penalty: float = 1.0) -> list[float]:
@@ -30,10 +38,9 @@ def checkpoint_weights(folders: Sequence[str | Path], by: str = "loss", penalty:
     Raises:
         `ValueError`: For checkpoints that hold no such metric.
     """
-    if by not in ("loss", "step", "uniform"):
-        raise ValueError(f"`by={by!r}` is unknown; choose 'loss', 'step' or 'uniform'.")
-    if not folders or not penalty >= 0:
-        raise ValueError(f"Give at least one checkpoint, and a `penalty` of at least 0; got {penalty!r}.")
+    _check(by, penalty)
+    if not folders:
+        raise ValueError("Give at least one checkpoint.")
     values = []
     for folder in folders:
         path = Path(folder) / "trainer_state.json"
@@ -50,12 +57,19 @@ def checkpoint_weights(folders: Sequence[str | Path], by: str = "loss", penalty:
         losses = [entry["eval_loss"] for entry in logged if "eval_loss" in entry] or [
             entry["loss"] for entry in logged
         ]
-        if not losses or not losses[-1] > 0:
-            raise ValueError(f"{folder} logged no positive loss; use `by='step'` or 'uniform'.")
+        if not losses or not 0 < losses[-1] < math.inf:
+            raise ValueError(f"{folder} logged no positive, finite loss; use `by='step'` or 'uniform'.")
         values.append(1 / losses[-1])
     # Relative to the largest: high powers neither overflow nor vanish together
     powers = [(value / max(values)) ** penalty for value in values]
     return [power / sum(powers) for power in powers]
+
+
+def _check(by: str, penalty: float) -> None:
+    if by not in WEIGHTINGS:
+        raise ValueError(f"`by={by!r}` is unknown; choose 'loss', 'step' or 'uniform'.")
+    if isinstance(penalty, bool) or not isinstance(penalty, (int, float)) or not 0 <= penalty < math.inf:
+        raise ValueError(f"`penalty={penalty!r}` must be a number, at least 0.")
 
 
 def merge_checkpoints(
@@ -129,24 +143,54 @@ class MergeCheckpointsCallback(TrainerCallback):
     """
     Merges the checkpoints of a run when it ends, into `output_dir/merged`.
 
+    Where nothing can be merged in the end, a warning says so: what was trained is not lost.
+
     Args:
         by, penalty:
             See [`checkpoint_weights`].
         last (`int`, *optional*):
-            How many of the latest to take; all that `save_total_limit` has left by default.
+            How many of the latest to take, at least 2; all that `save_total_limit` has left by default.
+
+    Raises:
+        `ValueError`: For arguments out of range, and, when the trainer is built, for a run that keeps fewer than two
+            checkpoints.
     """
 
     def __init__(self, by: str = "loss", penalty: float = 1.0, last: int | None = None):
+        _check(by, penalty)
+        if last is not None and (isinstance(last, bool) or not isinstance(last, int) or last < 2):
+            raise ValueError(f"`last={last!r}` must be a whole number, at least 2: one checkpoint is no average.")
         self.by, self.penalty, self.last = by, penalty, last
+
+    def on_init_end(self, args, state, control, **kwargs):
+        if args.save_strategy == "no":
+            raise ValueError("There is nothing to merge with `save_strategy='no'`: set it to 'steps' or 'epoch'.")
+        # The best one is kept beside the latest
+        if args.save_total_limit is not None and args.save_total_limit < 2 and not args.load_best_model_at_end:
+            raise ValueError(
+                f"There is nothing to merge with `save_total_limit={args.save_total_limit}`: keep at least 2 checkpoints."
+            )
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.on_init_end(args, state, control)  # a callback that was added to a trainer has missed it
 
     def on_train_end(self, args, state, control, **kwargs):
         if not state.is_world_process_zero:
             return
-        folders = sorted(Path(args.output_dir).glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+        steps = {
+            int(found[1]): path
+            for path in Path(args.output_dir).glob("checkpoint-*")
+            if (found := re.fullmatch(r"checkpoint-(\d+)", path.name))
+        }
+        # Later ones are of an earlier run in the same folder
+        folders = [steps[step] for step in sorted(steps) if step <= state.global_step]
         folders = folders[-self.last :] if self.last else folders
-        if len(folders) < 2:
-            raise ValueError(
-                f"{args.output_dir} has {len(folders)} checkpoints to merge; save more often (`save_steps`), or keep more "
-                "(`save_total_limit`)."
-            )
-        merge_checkpoints(folders, Path(args.output_dir) / "merged", by=self.by, penalty=self.penalty)
+        try:
+            if len(folders) < 2:
+                raise ValueError(
+                    f"{args.output_dir} has {len(folders)} of this run; save more often (`save_steps`), or keep more "
+                    "(`save_total_limit`)"
+                )
+            merge_checkpoints(folders, Path(args.output_dir) / "merged", by=self.by, penalty=self.penalty)
+        except (ValueError, OSError) as error:
+            logger.warning(f"The checkpoints were not merged: {error}")

@@ -1,5 +1,6 @@
 """Names of models and data: a hub name, or a path on this machine."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -34,4 +35,27 @@ def refuse_missing_path(name: Any, what: str) -> None:
         raise ValueError(
             f"There is no {what} {name!r}: it looks like a path on this machine, and nothing is there. The working folder "
             f"is {str(Path.cwd())!r}; a hub name has the form 'owner/name'."
+        )
+
+
+def refuse_unwritable_folder(folder: str | Path, what: str) -> None:
+    """
+    Raise for a folder that cannot be made or written into, before the work whose results it is to hold.
+
+    Args:
+        folder (`str` or `Path`):
+            The folder, there or not.
+        what (`str`):
+            The option that names it, for the error: `"output_dir"`.
+
+    Raises:
+        `ValueError`: If a file stands there or in the way, or writing is not allowed.
+    """
+    path = Path(folder).expanduser()
+    there = next(parent for parent in (path, *path.absolute().parents) if parent.exists() or parent.is_symlink())
+    if not there.is_dir():
+        raise ValueError(f"`{what}={str(folder)!r}` cannot be a folder: {str(there)!r} is a file. Choose another one.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(
+            f"`{what}={str(folder)!r}` cannot be written: {str(there)!r} allows it to somebody else only."
         )

@@ -2,7 +2,7 @@
 Recipes that are made of data: small functions on a dataset, for any loss.
 
 Each says its paper and how sure it is. Curricula need a trainer that keeps the order: `DPOConfig(train_sampling_strategy=
-"sequential")`, or a run a stage.
+"sequential")`, or one run per stage.
 """
 
 import random
@@ -18,7 +18,7 @@ from trl_ext.data.groups import check_group
 
 def curriculum(groups: Dataset, seed: int = 0) -> list[Dataset]:
     """
-    Curry-DPO: several pairs a prompt, easy ones first (https://huggingface.co/papers/2403.07230; recalled).
+    Curry-DPO: several pairs per prompt, easy ones first (https://huggingface.co/papers/2403.07230; recalled).
 
     The best completion of each group against the worst, then against the next, up to the second best: stage `k` has the pair
     with the `k`-th largest gap. Shuffled within a stage, never across.
@@ -31,7 +31,9 @@ def curriculum(groups: Dataset, seed: int = 0) -> list[Dataset]:
 
     Returns:
         `list[Dataset]`: the stages, each with `prompt`, `chosen`, `rejected` and both scores. Train them in turn, each with
-        the model of the one before as its reference (`trl-ext` resets it if `ref_model` is left out).
+        a trainer of its own that is given the model object which the stage before has trained. With `ref_model` left out,
+        the reference of a stage is a frozen copy of that object as it is when the trainer is built: the model of the stage
+        before, not the one that all stages began with.
     """
     stages: list[list[dict]] = []
     for index, row in enumerate(groups):
@@ -229,7 +231,7 @@ def weighted_reward(rewards: Sequence[Callable[..., Sequence[float]]]) -> Callab
 
     Args:
         rewards (`Sequence[Callable]`):
-            One an objective, in the order of [`weighted_prompts`], on comparable scales. They see prompts without the weights.
+            One per objective, in the order of [`weighted_prompts`], on comparable scales. They see prompts without the weights.
     """
 
     def reward(prompts, completions, objective_weights, **kwargs):

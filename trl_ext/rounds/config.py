@@ -1,23 +1,23 @@
 """What a run of rounds is, as Python or YAML."""
 
 import dataclasses
-import importlib
-import inspect
 import math
+import typing
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from trl_ext.data.pairing import PAIRINGS
+from trl_ext.data.paths import refuse_missing_path, refuse_unwritable_folder
 from trl_ext.data.sampling import sample_completions
-from trl_ext.data.scores import Ensemble, PairFunction, RewardFunction, RewardModel, score_preferences
-from trl_ext.rounds.log_probs import completion_log_probs
+from trl_ext.data.scores import PairFunction, score_preferences
+from trl_ext.rounds.checks import keyword_arguments, read_yaml, refuse_unknown, refuse_wrong_types
+from trl_ext.rounds.judge import IMPLICIT, build_judge
+from trl_ext.trainers.dpo_config import DPOConfig
 
 
 REFERENCES = ("reset", "keep")
-# Fields of the training config that the rounds set themselves
-RESERVED = ("output_dir", "pairing")
+# Settings that the rounds choose themselves, by the dictionary in which they would stand
+RESERVED = {"sampling": ("seed", "cache_dir"), "training": ("output_dir", "pairing")}
 
 
 @dataclasses.dataclass
@@ -41,11 +41,11 @@ class RoundsConfig:
         prompts_per_round (`int`, *optional*):
             Prompts of each round, taken in turn and then anew from the start; all of them by default.
         n (`int`, *optional*, defaults to `4`):
-            Completions a prompt.
+            Completions per prompt.
         sampling (`dict`, *optional*):
             Arguments of [`sample_completions`]: `temperature`, `top_p`, `max_new_tokens`, `batch_size`, `backend`, `thinking`.
         scoring (`dict`, *optional*):
-            Arguments of [`score_preferences`]: `batch_size`, `temperature`.
+            Arguments of [`score_preferences`]: `batch_size`, `temperature`; for the judge `"implicit"` `batch_size` alone.
         pairing (`str`, *optional*, defaults to `"best_worst"`):
             `"best_worst"`, `"all"`, or `"group"` for losses that take groups.
         min_margin (`float`, *optional*, defaults to `0.0`):
@@ -55,7 +55,8 @@ class RoundsConfig:
         length_shaping (`str`, *optional*):
             `"balance"`: a penalty for length is searched that makes chosen and rejected completions equally long (DICE).
         replay (`str`, *optional*):
-            Preference data that is mixed in: hub name, folder or file with `prompt`, `chosen` and `rejected`.
+            Preference data that is mixed in: hub name, folder or file with `prompt`, `chosen` and `rejected`, and with the
+            scores where a loss of the run reads those of the new pairs.
         replay_share (`float`, *optional*, defaults to `0.5`):
             Share of the pairs that `replay` makes up, in `[0, 1)`.
         reference (`str`, *optional*, defaults to `"reset"`):
@@ -95,12 +96,15 @@ class RoundsConfig:
     seed: int = 0
 
     def __post_init__(self):
-        for name, least in (("rounds", 1), ("n", 2)):
+        refuse_wrong_types(vars(self), typing.get_type_hints(RoundsConfig), "")
+        for name in ("model", "prompts", "output_dir"):
+            if not isinstance(getattr(self, name), (str, Path)) or not str(getattr(self, name)):
+                raise ValueError(f"`{name}={getattr(self, name)!r}` must be a name or a path.")
+            setattr(self, name, str(getattr(self, name)))
+        for name, least in (("rounds", 1), ("n", 2), ("prompts_per_round", 1)):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            if value is not None and value < least:
                 raise ValueError(f"`{name}={value!r}` must be a whole number, at least {least}.")
-        if self.prompts_per_round is not None and not self.prompts_per_round >= 1:
-            raise ValueError(f"`prompts_per_round={self.prompts_per_round!r}` must be at least 1, or None for all.")
         for name, allowed in (
             ("pairing", PAIRINGS),
             ("reference", REFERENCES),
@@ -110,75 +114,84 @@ class RoundsConfig:
                 raise ValueError(f"`{name}={getattr(self, name)!r}` is unknown; choose one of {list(allowed)}.")
         if not 0 <= self.replay_share < 1:
             raise ValueError(f"`replay_share={self.replay_share!r}` must lie in [0, 1).")
-        if not (self.min_margin >= 0 and math.isfinite(self.extrapolation)):
-            raise ValueError("`min_margin` must be at least 0 and `extrapolation` finite.")
-        if self.judge == "implicit" and self.implicit_reference is None:
+        if not (0 <= self.min_margin < math.inf and math.isfinite(self.extrapolation)):
+            raise ValueError(
+                f"`min_margin={self.min_margin!r}` must be at least 0, and it and `extrapolation={self.extrapolation!r}` finite."
+            )
+        if self.pairing == "group" and (self.replay is not None or self.min_margin):
+            raise ValueError('`replay` and `min_margin` are of pairs; they have no meaning with `pairing="group"`.')
+        self._check_dictionaries()
+        self._check_judge()
+        for name, what in (
+            ("model", "model"),
+            ("prompts", "dataset of prompts"),
+            ("replay", "dataset to replay"),
+            ("implicit_reference", "implicit reference"),
+        ):
+            refuse_missing_path(getattr(self, name), what)
+        refuse_unwritable_folder(self.output_dir, "output_dir")
+
+    def _check_dictionaries(self) -> None:
+        training = {
+            name: hint
+            for name, hint in typing.get_type_hints(DPOConfig).items()
+            if name in {field.name for field in dataclasses.fields(DPOConfig) if field.init}
+        }
+        for name, known in (
+            ("sampling", keyword_arguments(sample_completions)),
+            ("scoring", {"batch_size": int} if self.judge == IMPLICIT else keyword_arguments(score_preferences)),
+            ("training", training),
+        ):
+            given = getattr(self, name)
+            if not isinstance(given, dict):
+                raise ValueError(f"`{name}={given!r}` must be a dictionary of settings.")
+            taken = [each for each in RESERVED.get(name, ()) if each in given]
+            if taken:
+                raise ValueError(f"`{name}` may not set {taken}: the rounds do.")
+            refuse_unknown(given, known, f"`{name}`")
+            refuse_wrong_types(given, known, f"{name}.")
+
+    def _check_judge(self) -> None:
+        if (self.judge == IMPLICIT) != (self.implicit_reference is not None):
             raise ValueError(
                 '`judge="implicit"` scores by the log-ratio of the policy to the model it was trained from: give that one as '
-                "`implicit_reference`."
+                f"`implicit_reference`, and with no other judge. Got `judge={self.judge!r}` and "
+                f"`implicit_reference={self.implicit_reference!r}`."
             )
-        scoring = completion_log_probs if self.judge == "implicit" else score_preferences
-        for name, function in (("sampling", sample_completions), ("scoring", scoring)):
-            allowed = [
-                key for key, each in inspect.signature(function).parameters.items() if each.kind is each.KEYWORD_ONLY
-            ]
-            unknown = sorted(set(getattr(self, name)) - set(allowed))
-            if unknown:
-                raise ValueError(f"`{name}` has unknown settings {unknown}; it takes {allowed}.")
-        taken = [name for name in RESERVED if name in self.training]
-        if taken:
-            raise ValueError(f"`training` may not set {taken}: the rounds do.")
-        self.build_judge()
-
-    def build_judge(self) -> Any:
-        """The judge as [`score_preferences`] takes it; `"implicit"` as it is."""
-        return self.judge if self.judge == "implicit" else _judge(self.judge)
+        temperature = self.scoring.get("temperature", 1.0)
+        if not isinstance(temperature, (int, float)) or not 0 < temperature < math.inf:
+            raise ValueError(
+                f"`scoring.temperature={temperature!r}` must be a positive number: rounds score groups, which have no "
+                "labels to fit it to."
+            )
+        if isinstance(build_judge(self.judge), PairFunction) and temperature != 1:
+            raise ValueError(
+                "`scoring.temperature` has no meaning for a judge of two, whose answers are probabilities."
+            )
 
     @classmethod
     def from_yaml(cls, path: str | Path, overrides: dict[str, Any] | None = None) -> "RoundsConfig":
         """
         Read settings from a file; `overrides` replace them, with dots into `sampling`, `scoring` and `training`.
         """
-        text = Path(path).read_text()
-        settings = yaml.safe_load(text)
+        settings = read_yaml(Path(path).read_text(), str(path))
         if not isinstance(settings, dict):
             raise ValueError(f"{path} holds no settings; expected YAML with model, prompts, judge and output_dir.")
         for key, value in (overrides or {}).items():
             *outer, inner = key.split(".")
             where = settings
             for name in outer:
-                where = where.setdefault(name, {})
+                if where.get(name) is None:
+                    where[name] = {}
+                where = where[name]
+                if not isinstance(where, dict):
+                    raise ValueError(f"--{key}: {name!r} is {where!r} and holds no settings of its own.")
             where[inner] = value
-        known = {field.name: field for field in dataclasses.fields(cls)}
-        unknown = sorted(set(settings) - set(known))
-        if unknown:
-            raise ValueError(f"{path}: unknown settings {unknown}. Known: {sorted(known)}.")
-        required = [name for name in ("model", "prompts", "judge", "output_dir") if settings.get(name) is None]
+        fields = dataclasses.fields(cls)
+        refuse_unknown(settings, [field.name for field in fields], str(path))
+        # An empty entry of the file, or --name null, is the default
+        settings = {name: value for name, value in settings.items() if value is not None}
+        required = [name for name in ("model", "prompts", "judge", "output_dir") if name not in settings]
         if required:
             raise ValueError(f"{path}: {required} missing. Add them, or give them as --{required[0]} VALUE.")
         return cls(**settings)
-
-
-def _judge(judge: Any) -> Any:
-    if isinstance(judge, dict):
-        if len(judge) != 1 or next(iter(judge)) not in ("pair", "mean", "min"):
-            raise ValueError(f"`judge={judge!r}` is unknown; expected one of the keys 'pair', 'mean', 'min'.")
-        kind, value = next(iter(judge.items()))
-        if kind == "pair":
-            return PairFunction(_imported(value))
-        return Ensemble([_judge(each) for each in value], combine=kind)
-    if isinstance(judge, str) and ":" in judge and not Path(judge).exists():
-        return RewardFunction(_imported(judge))
-    return RewardModel(judge) if isinstance(judge, str) else judge
-
-
-def _imported(name: Any) -> Any:
-    if callable(name):
-        return name
-    module, _, attribute = str(name).partition(":")
-    try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(
-            f"The judge {name!r} cannot be imported ({error}). Give 'module:function'; the working folder is on the path."
-        ) from error

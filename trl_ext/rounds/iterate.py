@@ -1,36 +1,36 @@
 """The rounds: stages one after the other, each done once, whatever happens in between."""
 
 import dataclasses
-import gc
 import json
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate.logging import get_logger
-from datasets import Dataset, load_from_disk
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from datasets import Dataset
+from transformers import AutoTokenizer
+from transformers.integrations import get_reporting_integration_callbacks
 
 from trl_ext.data.cache import content_key, processes, write_atomically
 from trl_ext.data.groups import from_groups
-from trl_ext.data.load import load_preferences
 from trl_ext.data.sampling import sample_completions
 from trl_ext.data.scores import score_preferences
+from trl_ext.rounds.checks import load_rows, refuse_unloadable_model
 from trl_ext.rounds.config import RoundsConfig
+from trl_ext.rounds.disk import claim, dataset_stage, stage
 from trl_ext.rounds.extrapolate import extrapolate
-from trl_ext.rounds.log_probs import completion_log_probs, implicit_rewards
-from trl_ext.rounds.shaping import balance_lengths, drop_truncated, mix_replay, text_length
+from trl_ext.rounds.judge import IMPLICIT, build_judge, gives_win_rates, judging_models
+from trl_ext.rounds.log_probs import implicit_rewards, load_model, pair_log_probs
+from trl_ext.rounds.replay import TEMPLATE, load_replay, mix_replay
+from trl_ext.rounds.report import round_metrics
+from trl_ext.rounds.shaping import balance_lengths, drop_truncated, without_empty
+from trl_ext.trainers.arguments import explained, refuse_liger_without_gpu
 from trl_ext.trainers.dpo import DPOTrainer
 from trl_ext.trainers.dpo_config import DPOConfig
 from trl_ext.trainers.loss_terms import build_losses, resolve_loss_types
 
 
-logger = get_logger(__name__)
-
-# What a round's pairs have beside the texts
-COLUMNS = ("score_chosen", "score_rejected", "initial_chosen_logps", "initial_rejected_logps")
+# What a round's pairs have beside the texts: from the judge, and from the first policy
+SCORES = ("score_chosen", "score_rejected")
+INITIAL = ("initial_chosen_logps", "initial_rejected_logps")
 
 
 class IterativeDPO:
@@ -44,6 +44,9 @@ class IterativeDPO:
     Args:
         config ([`RoundsConfig`]):
             Settings.
+
+    Raises:
+        `ValueError`: For settings, prompts and data to replay that cannot be used, before anything is sampled.
 
     Example:
 
@@ -67,36 +70,75 @@ class IterativeDPO:
         self.folder = Path(config.output_dir)
         self.names = resolve_loss_types(config.training.get("loss_type", "sigmoid"))
         self.losses = build_losses(self.names, config.training.get("loss_kwargs"))
-        self.prompts = load_preferences(config.prompts)
-        if "prompt" not in self.prompts.column_names:
-            raise ValueError(f"{config.prompts} has no column 'prompt'; its columns are {self.prompts.column_names}.")
-        # What the chat template reads beside the prompt
-        self._kept = [
-            name for name in ("prompt", "tools", "chat_template_kwargs") if name in self.prompts.column_names
-        ]
-        self._training_arguments(self.folder)  # refused now, not after the first sampling
+        # Refused now, not after the first sampling
+        self.args = self._training_arguments(self.folder)
+        self._check_losses()
+        models = [("judge", name) for name in judging_models(build_judge(config.judge))]
+        models += [("implicit reference", name) for name in [config.implicit_reference] if name is not None]
+        for what, name in [("model", config.model), *models]:
+            refuse_unloadable_model(name, what)
+        self.prompts = self._load_prompts()
+        self.tokenizer = AutoTokenizer.from_pretrained(config.model)
+        if not isinstance(self.prompts[0]["prompt"], str) and self.tokenizer.chat_template is None:
+            raise ValueError(
+                f"`prompts={config.prompts!r}` holds conversations, and the tokenizer of {config.model!r} has no chat template. "
+                "Use a model with one, or prompts of plain text."
+            )
+        self.replay = None
+        if config.replay is not None:
+            read = [name for name in SCORES if name in self._read]
+            self.replay = load_replay(config.replay, self.prompts, read)
+
+    def _load_prompts(self) -> Dataset:
+        prompts = load_rows(self.config.prompts, "prompts")
+        if "prompt" not in prompts.column_names:
+            raise ValueError(f"{self.config.prompts} has no column 'prompt'; its columns are {prompts.column_names}.")
+        # The prompt, and what the chat template reads beside it
+        return prompts.select_columns([name for name in ("prompt", *TEMPLATE) if name in prompts.column_names])
+
+    @property
+    def _read(self) -> set[str]:
+        """Columns that the losses of this run read."""
+        return {name for loss in self.losses.values() for name in (*loss.required_columns, *loss.optional_columns)}
+
+    def _check_losses(self) -> None:
+        """Refuse losses that read what the rounds do not make, or what this judge does not give."""
+        config = self.config
         for name, loss in self.losses.items():
-            missing = [column for column in loss.required_columns if column not in COLUMNS]
+            missing = [column for column in loss.required_columns if column not in (*SCORES, *INITIAL)]
             if missing:
-                raise ValueError(f"The loss {name!r} needs {missing}, which rounds do not make; they make {COLUMNS}.")
+                raise ValueError(
+                    f"The loss {name!r} needs {missing}, which rounds do not make; they make {(*SCORES, *INITIAL)}."
+                )
+        if config.pairing == "group" and "inpo" in self.losses:
+            raise ValueError('`inpo` is a loss on pairs: it has no meaning with `pairing="group"`.')
+        win_rates = gives_win_rates(build_judge(config.judge)) and config.length_shaping is None
+        if getattr(self.losses.get("sppo_soft"), "target", None) == "win_rate" and not win_rates:
+            raise ValueError(
+                f"`sppo_soft` reads scores as win rates, in [0, 1], which `judge={config.judge!r}` with `length_shaping="
+                f"{config.length_shaping!r}` does not give. Give a judge of two, `{{'pair': 'module:function'}}`, without "
+                "length shaping; or take the scores as they are: `loss_kwargs={'target': 'score'}`."
+            )
 
     def run(self) -> list[dict[str, Any]]:
         """All rounds; returns the metrics of each."""
-        self._claim()
+        config = {field.name: getattr(self.config, field.name) for field in dataclasses.fields(self.config)}
+        settings = {name: value for name, value in config.items() if name not in ("output_dir", "rounds")}
+        claim(self.folder, settings)
         metrics = []
         for number in range(1, self.config.rounds + 1):
             folder = self.folder / f"round-{number}"
             policy = self._policy(number - 1)
-            samples = self._dataset(folder / "samples", lambda n=number, p=policy, f=folder: self._sample(n, p, f))
-            scored = self._dataset(
+            samples = dataset_stage(folder / "samples", lambda n=number, p=policy, f=folder: self._sample(n, p, f))
+            scored = dataset_stage(
                 folder / "scored", lambda n=number, p=policy, s=samples, f=folder: self._score(n, p, s, f)
             )
-            pairs = self._dataset(folder / "pairs", lambda n=number, s=scored: self._pair(n, s))
-            self._stage(folder / "model", lambda p=policy, d=pairs, f=folder: self._train(f, p, d))
+            pairs = dataset_stage(folder / "pairs", lambda n=number, s=scored: self._pair(n, s))
+            stage(folder / "model", lambda p=policy, d=pairs, f=folder: self._train(f, p, d))
             if self.config.extrapolation and number > 1:
                 before = self.folder / f"round-{number - 1}" / "model"
-                self._stage(folder / "policy", lambda f=folder, b=before: self._extrapolate(f, b))
-            metrics.append(self._metrics(number, folder, scored, pairs))
+                stage(folder / "policy", lambda f=folder, b=before: self._extrapolate(f, b))
+            metrics.append(round_metrics(number, folder, samples, scored, pairs))
         metrics.append(self._last())
         if self.state.is_main_process:
             write_atomically(self.folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
@@ -107,58 +149,9 @@ class IterativeDPO:
         number, rounds = self.config.rounds + 1, self.config.rounds
         folder = self.folder / f"after-round-{rounds}"
         policy = self._policy(rounds)
-        samples = self._dataset(folder / "samples", lambda: self._sample(number, policy, folder, rounds))
-        scored = self._dataset(folder / "scored", lambda: self._score(number, policy, samples, folder))
-        return self._metrics(number, folder, scored, None)
-
-    # What is done
-
-    def _claim(self) -> None:
-        """Refuse a folder that another configuration has filled."""
-        names = [field.name for field in dataclasses.fields(self.config) if field.name not in ("output_dir", "rounds")]
-        settings = {name: getattr(self.config, name) for name in names}
-        if not isinstance(settings["judge"], (str, dict)):
-            settings["judge"] = type(settings["judge"]).__name__  # an object has no lasting name
-        path = self.folder / "settings.json"
-        text = json.dumps(settings, indent=2, sort_keys=True, default=str) + "\n"
-        if path.exists() and path.read_text() != text:
-            old = json.loads(path.read_text())
-            changed = sorted(name for name in settings if json.loads(text).get(name) != old.get(name))
-            raise ValueError(
-                f"{self.folder} holds rounds with other settings: {changed} differ. Choose another `output_dir`, remove that "
-                "folder, or restore the settings. More `rounds` can be added any time."
-            )
-        self.state.wait_for_everyone()
-        if self.state.is_main_process:
-            write_atomically(path, text)
-
-    def _stage(self, target: Path, work: Callable[[], None]) -> None:
-        """Do `work`, which fills `target`, unless that is done; half-finished results are removed first."""
-        done = target.with_name(f"{target.name}.done")
-        if done.exists():
-            return
-        self.state.wait_for_everyone()
-        if self.state.is_main_process and target.exists():
-            shutil.rmtree(target)
-        self.state.wait_for_everyone()
-        logger.info(f"{target.parent.name}: {target.name}", main_process_only=True)
-        work()
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        self.state.wait_for_everyone()
-        if self.state.is_main_process:
-            write_atomically(done, "")
-        self.state.wait_for_everyone()
-
-    def _dataset(self, target: Path, make: Callable[[], Dataset]) -> Dataset:
-        def work() -> None:
-            dataset = make()
-            if self.state.is_main_process:
-                dataset.save_to_disk(target)
-
-        self._stage(target, work)
-        return load_from_disk(target)
+        samples = dataset_stage(folder / "samples", lambda: self._sample(number, policy, folder, rounds))
+        scored = dataset_stage(folder / "scored", lambda: self._score(number, policy, samples, folder))
+        return round_metrics(number, folder, samples, scored)
 
     # Stages
 
@@ -171,7 +164,7 @@ class IterativeDPO:
         return str(extrapolated if extrapolated.exists() else folder / "model")
 
     def _sample(self, number: int, policy: str, folder: Path, prompts_of: int | None = None) -> Dataset:
-        prompts, size = self.prompts.select_columns(self._kept), self.config.prompts_per_round
+        prompts, size = self.prompts, self.config.prompts_per_round
         if size is not None:
             start = ((prompts_of or number) - 1) * size
             prompts = prompts.select([index % len(prompts) for index in range(start, start + size)])
@@ -185,15 +178,15 @@ class IterativeDPO:
         )
 
     def _score(self, number: int, policy: str, samples: Dataset, folder: Path) -> Dataset:
-        if self.config.judge == "implicit":
+        if self.config.judge == IMPLICIT:
             before = self.config.implicit_reference if number == 1 else self._policy(number - 2)
-            return implicit_rewards(samples, policy, before, **self.config.scoring)
+            return implicit_rewards(samples, policy, before, self.tokenizer, self.args, **self.config.scoring)
         # An empty completion cannot be judged; it stays in `samples` and in the share that is logged
-        judged = samples.map(_without_empty).filter(lambda row: len(row["completions"]) >= 2)
+        judged = samples.map(without_empty).filter(lambda row: len(row["completions"]) >= 2)
         if not len(judged):
             raise ValueError(f"Round {number}: no prompt has two completions with any text.")
         scoring = {"cache_dir": folder / "scores", **self.config.scoring}
-        return score_preferences(judged, self.config.build_judge(), **scoring)
+        return score_preferences(judged, build_judge(self.config.judge), **scoring)
 
     def _pair(self, number: int, scored: Dataset) -> Dataset:
         config = self.config
@@ -203,7 +196,7 @@ class IterativeDPO:
             groups, shaped["length_penalty"] = balance_lengths(groups)
         if self.state.is_main_process:
             write_atomically(self.folder / f"round-{number}" / "shaping.json", json.dumps(shaped))
-        groups = groups.select_columns([*self._kept, "completions", "scores"])
+        groups = groups.select_columns([*self.prompts.column_names, "completions", "scores"])
         if config.pairing == "group":
             return groups
         pairs = from_groups(groups, config.pairing, f"round {number}")
@@ -211,32 +204,37 @@ class IterativeDPO:
             pairs = pairs.filter(lambda row: row["score_chosen"] - row["score_rejected"] >= config.min_margin)
             if not len(pairs):
                 raise ValueError(f"Round {number}: no pair has a margin of `min_margin={config.min_margin}` or more.")
+        if self.replay is not None:
+            pairs = mix_replay(pairs, self.replay, config.replay_share, config.seed + number)
         if "inpo" in self.losses:
-            for side in ("chosen", "rejected"):
-                rows = list(zip(pairs["prompt"], pairs[side], strict=True))
-                length = config.training.get("max_length", 1024)
-                values = completion_log_probs(config.model, rows, max_length=length)
-                pairs = pairs.add_column(f"initial_{side}_logps", values)
-        if config.replay is not None:
-            pairs = mix_replay(pairs, load_preferences(config.replay), config.replay_share, config.seed + number)
+            values = pair_log_probs(config.model, pairs, self.tokenizer, self.args, ld_alpha=self.args.ld_alpha)
+            for name, column in zip(INITIAL, zip(*values, strict=True), strict=True):
+                pairs = pairs.add_column(name, list(column))
         return pairs
 
     def _training_arguments(self, folder: Path) -> DPOConfig:
         options = {"seed": self.config.seed, **self.config.training}
         if self.config.pairing == "group":
             options["pairing"] = "group"
-        return DPOConfig(output_dir=str(folder), **options)
+        try:
+            args = DPOConfig(output_dir=str(folder), **options)
+            get_reporting_integration_callbacks(args.report_to)
+            if args.use_liger_kernel:
+                refuse_liger_without_gpu(args.use_cpu)
+            return args
+        except (ValueError, TypeError, ImportError) as error:
+            raise ValueError(f"`training` cannot be used: {explained(error)}") from error
 
     def _train(self, folder: Path, policy: str, pairs: Dataset) -> None:
         args = self._training_arguments(folder / "train")
-        dtype = args.model_init_kwargs or {}
         reference = self.config.model if self.config.reference == "keep" else policy
+        model, ref_model = (load_model(name, args) for name in (policy, reference))
         trainer = DPOTrainer(
-            model=AutoModelForCausalLM.from_pretrained(policy, **{"dtype": "float32", **dtype}),
-            ref_model=AutoModelForCausalLM.from_pretrained(reference, **{"dtype": "float32", **dtype}),
-            args=dataclasses.replace(args, model_init_kwargs=None) if dtype else args,
+            model=model,
+            ref_model=ref_model,
+            args=dataclasses.replace(args, model_init_kwargs=None) if args.model_init_kwargs else args,
             train_dataset=pairs,
-            processing_class=AutoTokenizer.from_pretrained(self.config.model),
+            processing_class=self.tokenizer,
         )
         checkpoints = sorted(
             (path for path in (folder / "train").glob("checkpoint-*") if (path / "trainer_state.json").exists()),
@@ -251,53 +249,3 @@ class IterativeDPO:
         if self.state.is_main_process:
             extrapolate(folder / "model", before, self.config.extrapolation, folder / "policy")
             AutoTokenizer.from_pretrained(folder / "model").save_pretrained(folder / "policy")
-
-    def _metrics(self, number: int, folder: Path, scored: Dataset, pairs: Dataset | None) -> dict[str, Any]:
-        """What the policy that the round began with wrote, and what became of it; after the last round, the former."""
-        samples = load_from_disk(folder / "samples")
-        lengths = [text_length(completion) for row in samples["completions"] for completion in row]
-        scores = [score for row in scored["scores"] for score in row]
-        reasons = [reason for row in samples["stop_reasons"] for reason in row]
-        metrics = {
-            "round": number,
-            "prompts": len(samples),
-            "mean_score": sum(scores) / len(scores),
-            "mean_length": sum(lengths) / len(lengths),
-            "truncated": sum(reason != "stop" for reason in reasons) / len(reasons),
-        }
-        if pairs is not None:
-            metrics |= {"pairs": len(pairs), **json.loads((folder / "shaping.json").read_text())}
-        if pairs is not None and "chosen" in pairs.column_names:
-            gaps = [text_length(row["chosen"]) - text_length(row["rejected"]) for row in pairs]
-            metrics["length_gap"] = sum(gaps) / len(gaps)
-        if self.state.is_main_process:
-            write_atomically(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
-        return metrics
-
-
-def _without_empty(row: dict) -> dict:
-    kept = [i for i, completion in enumerate(row["completions"]) if text_length(completion)]
-    return {name: [row[name][i] for i in kept] for name in ("completions", "stop_reasons")}
-
-
-def table(metrics: list[dict[str, Any]]):
-    """The rounds as a rich table."""
-    from rich.table import Table
-
-    names = {
-        "round": "round",
-        "mean_score": "score",
-        "mean_length": "length\ncharacters",
-        "truncated": "truncated",
-        "pairs": "pairs",
-        "length_gap": "chosen longer\nby",
-        "length_penalty": "length\npenalty",
-    }
-    shown = Table(title="What the policy wrote at the start of each round, and after the last")
-    there = [name for name in names if any(row.get(name) is not None for row in metrics)]
-    for name in there:
-        shown.add_column(names[name], justify="right")
-    for row in metrics:
-        values = (row.get(name) for name in there)
-        shown.add_row(*(f"{v:.3f}" if isinstance(v, float) else "" if v is None else str(v) for v in values))
-    return shown

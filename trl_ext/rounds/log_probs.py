@@ -1,100 +1,125 @@
 """Log-probabilities of given completions under a model: implicit rewards, and the columns of two-reference losses."""
 
+from collections.abc import Iterator
+
 import torch
+from accelerate.utils import gather_object
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-from trl.data_utils import apply_chat_template
-from trl.trainer.utils import add_fused_lm_head, pad
+from torch import nn
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from trl.trainer.dpo_trainer import DataCollatorForPreference
+from trl.trainer.utils import add_fused_lm_head
 
-from trl_ext.logprobs import Head, sum_completions
-from trl_ext.trainers.trl_seam import bind_forward, fused_forward, head_in_place, unbind_forward
+from trl_ext.data.cache import processes
+from trl_ext.logprobs import sum_completions
+from trl_ext.trainers.dpo_config import DPOConfig
+from trl_ext.trainers.scoring import build_scorer
+from trl_ext.trainers.trl_seam import bind_forward, fused_forward, tokenize_pairs, unbind_forward
 
 
-def completion_log_probs(
-    model: str | PreTrainedModel,
-    rows: list[tuple],
-    *,
-    tokenizer=None,
+def load_model(name: str, args: DPOConfig) -> nn.Module:
+    """The model as the rounds train it: in float32, unless `model_init_kwargs` says otherwise."""
+    return AutoModelForCausalLM.from_pretrained(name, **{"dtype": "float32", **(args.model_init_kwargs or {})})
+
+
+def pair_log_probs(
+    name: str,
+    pairs: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    args: DPOConfig,
     batch_size: int = 8,
-    max_length: int | None = None,
-) -> list[float]:
+    ld_alpha: float | None = None,
+) -> list[tuple[float, float]]:
     """
-    Log-probability of each completion after its prompt, the end-of-sequence token included, summed over tokens, in nats.
+    Log-probability of both completions of each pair, as the trainer would compute it for a reference model.
+
+    Tokens, truncation, precision and backend are those of the training that `args` describes. The pairs are shared among the
+    processes of the run; each has a copy of the model on its device.
 
     Args:
-        model (`str` or [`~transformers.PreTrainedModel`]):
-            The model.
-        rows (`list[tuple]`):
-            (prompt, completion), both text or both messages.
-        tokenizer (*optional*):
-            Loaded from the model's name by default.
+        name (`str`):
+            Hub name or folder of the model.
+        pairs ([`~datasets.Dataset`]):
+            `prompt`, `chosen`, `rejected`, plain or conversational, and what the chat template reads.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            The trainer's.
+        args ([`DPOConfig`]):
+            Of the training.
         batch_size (`int`, *optional*, defaults to `8`):
-            Completions at a time.
-        max_length (`int`, *optional*):
-            Tokens of prompt and completion that are kept, from the start.
+            Pairs at a time.
+        ld_alpha (`float`, *optional*):
+            Weight of the tokens beyond the length that both completions of a pair have (LD-DPO).
+
+    Returns:
+        `list[tuple[float, float]]`: sums over the completion's tokens that are kept, in nats; in each process all of them.
     """
-    if tokenizer is None:
-        tokenizer = AutoTokenizer.from_pretrained(model if isinstance(model, str) else model.config._name_or_path)
-    if isinstance(model, str):
-        model = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+    state = processes()
+    rows = list(tokenize_pairs(pairs, tokenizer, args).select_columns(["prompt_ids", "chosen_ids", "rejected_ids"]))
+    pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    collate = DataCollatorForPreference(pad_id, args.max_length, args.truncation_mode)
+    # Longest first, so that rows of a batch are alike and memory runs out at once or never
+    order = sorted(range(len(rows)), key=lambda index: -sum(map(len, rows[index].values())))
+    mine = order[state.process_index :: state.num_processes]
+    model = load_model(name, args).to(state.device).eval()
     unbind_forward(model)
     add_fused_lm_head(model)
     bind_forward(model)
-    model.eval()
-    device = next(model.parameters()).device
-    encoded = [_encode(prompt, completion, tokenizer) for prompt, completion in rows]
-    order = sorted(range(len(rows)), key=lambda index: -len(encoded[index][0]))
-    sums = [0.0] * len(rows)
-    pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    try:
-        for start in range(0, len(order), batch_size):
-            part = order[start : start + batch_size]
-            ids = [torch.tensor(encoded[i][0][:max_length]) for i in part]
-            masks = [(torch.arange(len(row)) >= encoded[i][1]).long() for i, row in zip(part, ids, strict=True)]
-            batch = {
-                "input_ids": pad(ids, padding_value=pad_id, padding_side="right").to(device),
-                "attention_mask": pad([torch.ones_like(row) for row in ids], padding_value=0).to(device),
-                "completion_mask": pad(masks, padding_value=0).to(device),
-            }
-            with torch.no_grad(), head_in_place(Head("torch"), ()):
+    scorer = build_scorer(model, args, aux_loss=False)
+    low = torch.bfloat16 if args.bf16 else torch.float16
+    done = {}
+    for start in tqdm(range(0, len(mine), batch_size), desc="log-probs", disable=not state.is_main_process):
+        part = mine[start : start + batch_size]
+        batch = {key: value.to(state.device) for key, value in collate([rows[index] for index in part]).items()}
+        with torch.no_grad(), torch.autocast(state.device.type, low, enabled=args.bf16 or args.fp16):
+            if scorer is None:
                 outputs = fused_forward(model, batch, router_logits=False)
-            for index, value in zip(
-                part, sum_completions(outputs.log_probs, batch["completion_mask"]).tolist(), strict=True
-            ):
-                sums[index] = value
-    finally:
-        unbind_forward(model)
-    return sums
+            else:
+                outputs = scorer(model, batch, scorer.layout(batch, len(part)), statistics=())
+        sums = sum_completions(outputs.log_probs, batch["completion_mask"], ld_alpha)
+        done |= zip(part, zip(*(half.tolist() for half in sums.chunk(2)), strict=True), strict=True)
+    everything = {index: values for each in gather_object([done]) for index, values in each.items()}
+    return [everything[index] for index in range(len(rows))]
 
 
-def _encode(prompt, completion, tokenizer) -> tuple[list[int], int]:
-    """Token ids, and where the completion begins: where prompt and whole part, as in TRL."""
-    if isinstance(prompt, str):
-        text = completion if completion.endswith(tokenizer.eos_token) else completion + tokenizer.eos_token
-        first, whole = (tokenizer(each)["input_ids"] for each in (prompt, prompt + text))
-    else:
-        rendered = apply_chat_template({"prompt": prompt, "completion": completion}, tokenizer)
-        first, whole = (
-            tokenizer(each, add_special_tokens=False)["input_ids"]
-            for each in (rendered["prompt"], rendered["prompt"] + rendered["completion"])
+def implicit_rewards(
+    groups: Dataset,
+    policy: str,
+    reference: str,
+    tokenizer: PreTrainedTokenizerBase,
+    args: DPOConfig,
+    batch_size: int = 8,
+) -> Dataset:
+    """
+    Groups with `scores`: `log policy - log reference` of each completion, in nats (DICE's rewards, without `beta`).
+
+    Arguments as in [`pair_log_probs`].
+    """
+    pairs = _in_twos(groups)
+    ratios = (
+        ours - theirs
+        for both in zip(
+            *(pair_log_probs(name, pairs, tokenizer, args, batch_size) for name in (policy, reference)), strict=True
         )
-    start = next(
-        (i for i, (a, b) in enumerate(zip(first, whole, strict=False)) if a != b), min(len(first), len(whole))
+        for ours, theirs in zip(*both, strict=True)
     )
-    return whole, start
-
-
-def implicit_rewards(groups: Dataset, policy: str, reference: str, **options) -> Dataset:
-    """Groups with `scores`: `log policy - log reference` of each completion, in nats (DICE's, without `beta`)."""
-    rows = [(row["prompt"], completion) for row in groups for completion in row["completions"]]
-    ratios = iter(
-        a - b
-        for a, b in zip(
-            completion_log_probs(policy, rows, **options),
-            completion_log_probs(reference, rows, **options),
-            strict=True,
-        )
-    )
-    scores = [[next(ratios) for _ in completions] for completions in groups["completions"]]
+    scores = [_take(ratios, len(completions)) for completions in groups["completions"]]
     there = ["scores"] if "scores" in groups.column_names else []
     return groups.remove_columns(there).add_column("scores", scores)
+
+
+def _in_twos(groups: Dataset) -> Dataset:
+    """All completions as pairs, the first with the second and so on; with an odd number the last one stands twice."""
+    rows = []
+    for row in groups:
+        beside = {name: row[name] for name in ("prompt", "tools", "chat_template_kwargs") if name in row}
+        for k in range(0, len(row["completions"]), 2):
+            first, second = row["completions"][k], row["completions"][min(k + 1, len(row["completions"]) - 1)]
+            rows.append({**beside, "chosen": first, "rejected": second})
+    return Dataset.from_list(rows)
+
+
+def _take(values: Iterator[float], count: int) -> list[float]:
+    """The next `count` values; with an odd number one more is passed over."""
+    taken = [next(values) for _ in range(count + count % 2)]
+    return taken[:count]

@@ -1,9 +1,9 @@
-"""From scored groups to the pairs of a round: filters, length shaping, replay."""
+"""From scored groups to the pairs of a round: filters and length shaping."""
 
 from typing import Any
 
 import torch
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset
 
 from trl_ext.data.pairing import pair_up
 
@@ -13,6 +13,12 @@ def text_length(completion: Any) -> int:
     return (
         len(completion) if isinstance(completion, str) else sum(len(str(m.get("content") or "")) for m in completion)
     )
+
+
+def without_empty(row: dict) -> dict:
+    """A row of samples without the completions that have no text."""
+    kept = [i for i, completion in enumerate(row["completions"]) if text_length(completion)]
+    return {name: [row[name][i] for i in kept] for name in ("completions", "stop_reasons")}
 
 
 def drop_truncated(groups: Dataset) -> Dataset:
@@ -41,7 +47,7 @@ def balance_lengths(groups: Dataset, step: float = 0.001, largest: float = 1.0) 
         groups ([`~datasets.Dataset`]):
             Groups with `completions` and `scores`.
         step (`float`, *optional*, defaults to `0.001`):
-            Between two values of `a`, in the scores' unit a character.
+            Between two values of `a`, in units of the score per character.
         largest (`float`, *optional*, defaults to `1.0`):
             The last one.
 
@@ -66,20 +72,3 @@ def balance_lengths(groups: Dataset, step: float = 0.001, largest: float = 1.0) 
     shaped = scores - best * lengths
     rows = [shaped[i][mask[i]].tolist() for i in range(len(mask))]
     return groups.remove_columns(["scores"]).add_column("scores", rows), best
-
-
-def mix_replay(pairs: Dataset, replay: Dataset, share: float, seed: int) -> Dataset:
-    """Pairs of which `share` come from `replay`, drawn without repetition; a `ValueError` if it holds too few."""
-    count = round(len(pairs) * share / (1 - share))
-    if count > len(replay):
-        raise ValueError(
-            f"`replay_share={share}` of {len(pairs)} new pairs needs {count} pairs to replay, and there are {len(replay)}. Give "
-            "more, or lower the share."
-        )
-    shared = [name for name in pairs.column_names if name in replay.column_names]
-    missing = {"prompt", "chosen", "rejected"} - set(shared)
-    if missing:
-        raise ValueError(f"The data to replay lacks {sorted(missing)}; its columns are {replay.column_names}.")
-    old = replay.shuffle(seed=seed).select(range(count)).select_columns(shared)
-    new = pairs.select_columns(shared)
-    return concatenate_datasets([new, old.cast(new.features)]).shuffle(seed=seed)

@@ -1,8 +1,12 @@
 """Options that offline and online training share: losses and token log-probabilities."""
 
+import importlib.util
 import json
 from dataclasses import dataclass, field
 from typing import Any
+
+import torch
+from accelerate.utils import is_xpu_available
 
 from trl_ext.trainers.scoring import LOGPROB_BACKENDS
 
@@ -84,3 +88,21 @@ def _tristate(value: str | bool) -> str | bool:
     if str(value).lower() not in words:
         raise ValueError(f"`share_prefix={value!r}` is none of 'auto', True, False.")
     return words[str(value).lower()]
+
+
+def explained(error: Exception) -> str:
+    """The message of an error that a training config raised, with the way out where transformers' own hides it."""
+    if "bf16/gpu" not in str(error):
+        return str(error)
+    return (
+        "there is no GPU that computes in bfloat16, which TRL trains in by default. On a CPU set `use_cpu` to true, and `bf16` "
+        "to false for float32, which is faster there (command line: --use_cpu --bf16 false); on an older GPU set `fp16` to true."
+    )
+
+
+def refuse_liger_without_gpu(use_cpu: bool) -> None:
+    """Raise a `ValueError` where `use_liger_kernel=True` would fail at the first step: on a CPU, or without Liger."""
+    if importlib.util.find_spec("liger_kernel") is None:
+        raise ValueError("`use_liger_kernel` needs Liger: pip install liger-kernel.")
+    if use_cpu or not (torch.cuda.is_available() or is_xpu_available()):
+        raise ValueError("`use_liger_kernel` needs a GPU, and this run is on a CPU. Leave it out.")

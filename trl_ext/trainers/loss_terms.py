@@ -21,6 +21,13 @@ def resolve_loss_types(loss_type: str | list[str]) -> list[str]:
     names = [loss_type] if isinstance(loss_type, str) else loss_type
     if not isinstance(names, (list, tuple)) or not names:
         raise ValueError(f"`loss_type={loss_type!r}` names no loss; give one name or a list of at least one.")
+    joined = next((name for name in names if isinstance(name, str) and "," in name), None)
+    if joined is not None:
+        parts = [part.strip() for part in joined.split(",")]
+        raise ValueError(
+            f"`loss_type={joined!r}` is one name with a comma. Several losses are separated by spaces on the command line, "
+            f"--loss_type {' '.join(parts)}, and are a list elsewhere: {parts}."
+        )
     names = [resolve_name(name, also=TRL_LOSS_TYPES) for name in names]
     twice = {name for name in names if names.count(name) > 1 and name not in TRL_LOSS_TYPES}
     if twice:

@@ -23,6 +23,7 @@ from datasets import Dataset
 from datasets.fingerprint import Hasher
 from torch import nn
 from torch.distributed.tensor import Partial
+from transformers import PreTrainedTokenizerBase, TrainingArguments
 from trl import DPOConfig, DPOTrainer
 from trl.trainer import utils
 from trl.trainer.utils import FusedCausalLMOutput
@@ -384,3 +385,11 @@ def _shared_cache_path(dataset: Dataset, fingerprint: str) -> str:
             "`precompute_ref_log_probs=False`."
         )
     return path
+
+
+def tokenize_pairs(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: TrainingArguments) -> Dataset:
+    """Pairs as the token ids that TRL's trainer makes of them; no row is left out, however long its prompt."""
+    whole = types.SimpleNamespace(dataset_num_proc=args.dataset_num_proc, max_length=None)
+    return DPOTrainer._prepare_dataset(
+        types.SimpleNamespace(_tokenizer=tokenizer), dataset, tokenizer, whole, "log-probs"
+    )

@@ -1,0 +1,344 @@
+# ruff: noqa: F401, F811 -- fixtures are imported and then named as arguments
+"""Settings of the rounds: read from YAML and the command line, and refused before anything is sampled."""
+
+import json
+
+import pytest
+import yaml
+from datasets import Dataset
+from transformers import AutoTokenizer
+
+from tests.test_rounds import length, longer, prompts, settings
+from trl_ext.cli import main
+from trl_ext.data.paths import refuse_unwritable_folder
+from trl_ext.data.scores import Ensemble, PairFunction, RewardFunction, RewardModel
+from trl_ext.rounds import IterativeDPO, RoundsConfig
+from trl_ext.rounds.checks import keyword_arguments, load_rows, read_yaml, refuse_unknown, refuse_wrong_types
+from trl_ext.rounds.judge import build_judge, gives_win_rates
+from trl_ext.trainers.loss_terms import resolve_loss_types
+
+
+PAIR = {"pair": "tests.test_rounds:longer"}
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-6", 1e-6),
+        ("5E+2", 500.0),
+        ("-1.e3", -1000.0),
+        (".5e1", 5.0),
+        ("1.5", 1.5),
+        ("3", 3),
+        ("true", True),
+        ("False", False),
+        ("no", "no"),
+        ("on", "on"),
+        ("null", None),
+        ("e6", "e6"),
+        ("1e", "1e"),
+        ("1e-6x", "1e-6x"),
+        ("[offset, 1e-6]", ["offset", 1e-6]),
+        ("{a: 1e-3}", {"a": 1e-3}),
+    ],
+)
+def test_yaml(text, value):
+    read = read_yaml(text, "here")
+    assert read == value and type(read) is type(value)
+
+
+def test_text_that_is_not_yaml():
+    with pytest.raises(ValueError, match="--judge is not YAML"):
+        read_yaml("{a: [", "--judge")
+    assert yaml.safe_load("1e-6") == "1e-6"  # and for others it is as it was
+
+
+def test_nearest_names():
+    with pytest.raises(
+        ValueError, match=r"^here: unknown settings \['bta', 'zzz'\]\. Did you mean 'beta' for 'bta'\? Known: "
+    ):
+        refuse_unknown(["bta", "beta", "zzz"], ["beta", "alpha"], "here")
+    with pytest.raises(ValueError, match=r"unknown settings \['zzz'\]\.$"):
+        refuse_unknown(["zzz"], [str(number) for number in range(41)], "here")
+    refuse_unknown(["beta"], ["beta"], "here")
+
+
+@pytest.mark.parametrize(
+    ("hint", "value", "expected"),
+    [
+        (int, 3, None),
+        (int, 3.0, "a whole number"),
+        (int, "3", "a whole number"),
+        (int, True, "a whole number"),
+        (int, None, "a whole number"),
+        (int | None, None, None),
+        (float, 3, None),
+        (float, 0.5, None),
+        (float, "1e-6", "a number"),
+        (float, False, "a number"),
+        (float | None, [1.0], "a number or null"),
+        (bool, True, None),
+        (bool, 1, "true or false"),
+        (bool, "no", "true or false"),
+        (float | str, "fit", None),
+        (float | str, [], None),
+        (str, 3, None),
+        (list[float] | None, 3, None),
+        (dict, 3, None),
+    ],
+)
+def test_numbers_and_booleans(hint, value, expected):
+    if expected is None:
+        refuse_wrong_types({"name": value}, {"name": hint}, "x.")
+    else:
+        with pytest.raises(ValueError, match=rf"^`x\.name=.*` is a {type(value).__name__}; expected {expected}\.$"):
+            refuse_wrong_types({"name": value}, {"name": hint}, "x.")
+
+
+def test_arguments_of_a_function():
+    def function(a, *, b: int, c=3, **rest):
+        pass
+
+    assert list(keyword_arguments(function)) == ["b", "c"] and keyword_arguments(function)["b"] is int
+
+
+REFUSED = [
+    ({"rounds": 0}, "`rounds=0` must be a whole number, at least 1"),
+    ({"rounds": 2.0}, "`rounds=2.0` is a float; expected a whole number"),
+    ({"n": 1}, "`n=1` must be a whole number, at least 2"),
+    ({"prompts_per_round": 0}, "`prompts_per_round=0`"),
+    ({"prompts_per_round": "8"}, "`prompts_per_round='8'` is a str"),
+    ({"seed": "x"}, "`seed='x'`"),
+    ({"min_margin": "0.1"}, "`min_margin='0.1'` is a str; expected a number"),
+    ({"min_margin": -0.1}, "must be at least 0"),
+    ({"min_margin": float("inf")}, "finite"),
+    ({"extrapolation": float("nan")}, "`extrapolation=nan` finite"),
+    ({"model": 3}, "`model=3` must be a name or a path"),
+    ({"output_dir": ""}, "`output_dir=''` must be a name or a path"),
+    ({"model": "./nowhere"}, "There is no model './nowhere'"),
+    ({"replay": "nowhere.jsonl"}, "There is no dataset to replay 'nowhere.jsonl'"),
+    ({"judge": "path/to/reward-model"}, "There is no judge 'path/to/reward-model'"),
+    ({"judge": {"min": ["tests.test_rounds:length", "./nowhere"]}}, "There is no judge './nowhere'"),
+    ({"judge": "folder-of-nothing"}, "The judge 'folder-of-nothing' cannot be loaded"),
+    ({"judge": {"mean": ["tests.test_rounds:length", "nothing"]}}, "The judge 'nothing' cannot be loaded"),
+    ({"judge": "implicit", "implicit_reference": "nothing"}, "The implicit reference 'nothing' cannot be loaded"),
+    ({"model": "nothing"}, "The model 'nothing' cannot be loaded"),
+    ({"pairing": "best"}, "choose one of"),
+    ({"reference": "ema"}, "choose one of"),
+    ({"length_shaping": "penalty"}, "choose one of"),
+    ({"judge": "implicit"}, "give that one as `implicit_reference`"),
+    ({"implicit_reference": "somebody/model"}, "and with no other judge"),
+    ({"judge": "implicit", "implicit_reference": "./nowhere"}, "There is no implicit reference './nowhere'"),
+    ({"judge": "implicit", "implicit_reference": "x", "scoring": {"temperature": 2.0}}, "unknown settings"),
+    ({"judge": "tests.test_rounds:nothing"}, "cannot be imported"),
+    ({"judge": "tests.test_rounds:TRAINING"}, "is a dict; expected a function"),
+    ({"judge": {"vote": []}}, "expected one of the keys"),
+    ({"judge": {"mean": "tests.test_rounds:length"}}, "takes a list of judges"),
+    ({"judge": {"mean": []}}, "at least one reward"),
+    ({"judge": {"mean": [PAIR]}}, "cannot be one of several"),
+    ({"judge": {"mean": ["implicit"]}}, "'implicit' cannot be one of several"),
+    ({"judge": 3}, "is none of"),
+    ({"scoring": {"temperature": "fit"}}, "no labels to fit it to"),
+    ({"scoring": {"temperature": 0}}, "must be a positive number"),
+    ({"scoring": {"batch_size": "4"}}, "`scoring.batch_size='4'` is a str"),
+    ({"judge": PAIR, "scoring": {"temperature": 2.0}}, "no meaning for a judge of two"),
+    ({"replay_share": 1.0}, r"must lie in \[0, 1\)"),
+    ({"replay_share": -0.1}, r"must lie in \[0, 1\)"),
+    ({"pairing": "group", "min_margin": 0.5, "training": {"loss_type": "anchored"}}, "have no meaning with"),
+    ({"pairing": "group", "replay": "somebody/data", "training": {"loss_type": "anchored"}}, "have no meaning with"),
+    ({"pairing": "group", "training": {"loss_type": ["anchored", "inpo"]}}, "`inpo` is a loss on pairs"),
+    ({"sampling": {"max_tokens": 3}}, r"unknown settings \['max_tokens'\]\. Did you mean 'max_new_tokens'"),
+    ({"sampling": {"temperature": "hot"}}, "`sampling.temperature='hot'` is a str; expected a number"),
+    ({"sampling": {"seed": 3}}, r"`sampling` may not set \['seed'\]"),
+    ({"sampling": {"cache_dir": "x"}}, "may not set"),
+    ({"sampling": [3]}, "must be a dictionary"),
+    ({"training": {"output_dir": "x"}}, "may not set"),
+    ({"training": {"pairing": "all"}}, "may not set"),
+    ({"training": {"learning_rat": 1e-6}}, r"unknown settings \['learning_rat'\]\. Did you mean 'learning_rate'"),
+    ({"training": {"learning_rate": "1e-6"}}, "`training.learning_rate='1e-6'` is a str; expected a number"),
+    ({"training": {"max_steps": 2.5}}, "`training.max_steps=2.5` is a float; expected a whole number"),
+    ({"training": {"save_strategy": "never"}}, "`training` cannot be used: never is not a valid SaveStrategy"),
+    ({"training": {"bf16": True, "use_cpu": False}}, "there is no GPU that computes in bfloat16"),
+    ({"training": {"report_to": "nobody"}}, "`training` cannot be used: nobody is not supported"),
+    ({"training": {"use_liger_kernel": True}}, "`use_liger_kernel` needs a GPU"),
+    ({"training": {"loss_type": "ofset"}}, "Did you mean 'offset'"),
+    ({"training": {"loss_type": "offset,anchored"}}, r"a list elsewhere: \['offset', 'anchored'\]"),
+    ({"training": {"loss_type": "bias_variance"}}, "which rounds do not make"),
+    ({"training": {"loss_type": "sppo_soft"}}, r"which `judge='tests\.test_rounds:length'`"),
+    (
+        {"judge": PAIR, "length_shaping": "balance", "training": {"loss_type": "sppo_soft"}},
+        "`length_shaping='balance'`",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"), REFUSED, ids=lambda value: value if isinstance(value, str) else str(value)[:60]
+)
+def test_refused(change, message, tiny_model_dir, prompts, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        IterativeDPO(RoundsConfig(**settings(tiny_model_dir, prompts, tmp_path / "run", **change)))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"judge": PAIR, "training": {"loss_type": "sppo_soft"}},
+        {"training": {"loss_type": "sppo_soft", "loss_kwargs": {"target": "score"}}},
+        {"scoring": {"temperature": 2}, "min_margin": 1, "prompts_per_round": 1, "replay_share": 0},
+        {"rounds": 1, "n": 2, "extrapolation": -0.5},
+    ],
+)
+def test_accepted(change, tiny_model_dir, prompts, tmp_path):
+    given = settings(tiny_model_dir, prompts, tmp_path / "run", **change)
+    IterativeDPO(RoundsConfig(**given))
+    config = RoundsConfig(**{**given, "model": tiny_model_dir, "output_dir": tmp_path / "run"})  # paths as text
+    assert (config.model, config.output_dir) == (given["model"], given["output_dir"])
+
+
+def test_losses_by_name():
+    assert resolve_loss_types(["offset", "sigmoid"]) == ["offset", "sigmoid"]
+    with pytest.raises(ValueError, match="--loss_type offset anchored"):
+        resolve_loss_types(["offset, anchored"])
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"question": "what"}], "no column 'prompt'; its columns are"),
+        ([{"prompt": [{"role": "user", "content": "what"}]}], "has no chat template"),
+    ],
+)
+def test_prompts_that_cannot_be_used(rows, message, tiny_model_dir, tmp_path):
+    import shutil
+
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model_dir, model)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    (model / "chat_template.jinja").unlink(missing_ok=True)
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(model)
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(ValueError, match=message):
+        IterativeDPO(RoundsConfig(**settings(model, str(path), tmp_path / "run")))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("rows.csv", "prompt\n", "cannot be read"),
+        ("rows.jsonl", "", "cannot be read: it is empty"),
+        ("rows.jsonl", '{"prompt": "a"', "cannot be read: JSON parse error"),
+        (None, None, "There is no dataset of prompts"),
+    ],
+)
+def test_prompts_that_cannot_be_read(name, text, message, tiny_model_dir, tmp_path):
+    path = tmp_path / (name or "nowhere.jsonl")
+    if name:
+        path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        IterativeDPO(RoundsConfig(**settings(tiny_model_dir, str(path), tmp_path / "run")))
+
+
+def test_a_dataset_without_rows(monkeypatch):
+    monkeypatch.setattr("trl_ext.rounds.checks.load_preferences", lambda name: Dataset.from_dict({"prompt": []}))
+    with pytest.raises(ValueError, match=r"^`replay='x'` has no rows"):
+        load_rows("x", "replay")
+
+
+@pytest.mark.parametrize("where", ["taken", "taken/run", "taken/a/b"])
+def test_an_output_folder_that_cannot_be(where, tiny_model_dir, prompts, tmp_path):
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(ValueError, match=r"`output_dir=.*` cannot be a folder: .*taken' is a file"):
+        RoundsConfig(**settings(tiny_model_dir, prompts, tmp_path / where))
+
+
+def test_folders_that_can_be_written(tmp_path, monkeypatch):
+    refuse_unwritable_folder(tmp_path, "here")
+    refuse_unwritable_folder(tmp_path / "a" / "b", "here")
+    monkeypatch.chdir(tmp_path)
+    refuse_unwritable_folder("a/b", "here")
+    monkeypatch.setattr("trl_ext.data.paths.os.access", lambda path, mode: False)
+    with pytest.raises(ValueError, match="cannot be written"):
+        refuse_unwritable_folder("a/b", "here")
+
+
+def test_judges():
+    assert build_judge("implicit") == "implicit"
+    assert build_judge("tests.test_rounds:length") == RewardFunction(length)
+    assert build_judge(length) == RewardFunction(length)
+    assert build_judge("somebody/model") == RewardModel("somebody/model")
+    assert build_judge(PAIR) == PairFunction(longer) and gives_win_rates(build_judge(PAIR))
+    judge = {"min": ["tests.test_rounds:length", {"mean": ["somebody/model"]}]}
+    built = Ensemble([RewardFunction(length), Ensemble([RewardModel("somebody/model")], "mean")], "min")
+    assert build_judge(judge) == built and not gives_win_rates(built)
+
+
+def from_text(folder, text, overrides=None):
+    path = folder / "rounds.yaml"
+    path.write_text(text)
+    return RoundsConfig.from_yaml(path, overrides)
+
+
+BASE = "model: somebody/model\nprompts: somebody/prompts\njudge: somebody/judge\noutput_dir: {folder}/out\n"
+
+
+def test_numbers_of_a_file_and_of_the_command_line(tmp_path):
+    base = BASE.format(folder=tmp_path)
+    config = from_text(tmp_path, base + "training: {learning_rate: 1e-6, save_strategy: no}\n")
+    assert config.training == {"learning_rate": 1e-6, "save_strategy": "no"}
+    config = from_text(
+        tmp_path, base + "training:\nsampling: {top_p: 0.5}\n", {"training.beta": 0.2, "sampling.top_p": 0.9, "n": 8}
+    )
+    assert (config.training, config.sampling, config.n, config.rounds) == ({"beta": 0.2}, {"top_p": 0.9}, 8, 3)
+    config = from_text(tmp_path, base, {"training.loss_kwargs.alpha": 2.0, "training.loss_type": "offset"})
+    assert config.training == {"loss_kwargs": {"alpha": 2.0}, "loss_type": "offset"}
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "message"),
+    [
+        ("", {"rounds.x": 3}, "--rounds.x: 'rounds' is 5 and holds no settings"),
+        ("", {"round": 3}, r"unknown settings \['round'\]\. Did you mean 'rounds' for 'round'\?"),
+        ("", {"model": None}, r"\['model'\] missing.*--model VALUE"),
+        ("training: [1]\n", {}, "must be a dictionary"),
+    ],
+)
+def test_files_that_are_refused(text, overrides, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        from_text(tmp_path, BASE.format(folder=tmp_path) + "rounds: 5\n" + text, overrides)
+
+
+def test_files_without_settings(tmp_path):
+    with pytest.raises(ValueError, match="holds no settings"):
+        from_text(tmp_path, "- 1\n")
+    with pytest.raises(ValueError, match=r"rounds\.yaml is not YAML"):
+        from_text(tmp_path, "a: [1\n")
+
+
+def test_command(tiny_model_dir, prompts, tmp_path, capsys, monkeypatch):
+    """Overrides reach the config with their types, and mistakes end in one message."""
+    seen = []
+    monkeypatch.setattr(
+        "trl_ext.rounds.IterativeDPO", lambda config: seen.append(config) or type("R", (), {"run": lambda self: []})()
+    )
+    path = tmp_path / "rounds.yaml"
+    path.write_text(yaml.safe_dump(settings(tiny_model_dir, prompts, tmp_path / "run")))
+    overrides = ["--rounds", "1", "--training.learning_rate", "1e-6", "--training.save_strategy=no"]
+    assert main(["iterate", str(path), *overrides]) == 0
+    (config,) = seen
+    assert (config.rounds, config.training["learning_rate"], config.training["save_strategy"]) == (1, 1e-6, "no")
+    for wrong, message in (
+        (["--rounds"], "Settings are given as --name value; got ['--rounds']"),
+        (["rounds", "1"], "Settings are given as --name value"),
+        (["--rounds", "{a"], "--rounds is not YAML"),
+        (["--training.learning_rat", "1"], "Did you mean 'learning_rate'"),
+    ):
+        capsys.readouterr()
+        assert main(["iterate", str(path), *wrong]) == 2
+        error = capsys.readouterr().err
+        assert message in error and "Traceback" not in error
+    assert main(["iterate", str(tmp_path / "none.yaml")]) == 2
+    assert "There is no file" in capsys.readouterr().err

@@ -1,0 +1,87 @@
+"""A run on disk: which settings it belongs to, which stages are begun, and which are done."""
+
+import gc
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.logging import get_logger
+from datasets import Dataset, load_from_disk
+
+from trl_ext.data.cache import processes, write_atomically
+
+
+logger = get_logger(__name__)
+
+
+def claim(folder: Path, settings: dict[str, Any]) -> None:
+    """Make a folder that of these settings; one that other settings have filled is a `ValueError`."""
+    state = processes()
+    path = folder / "settings.json"
+    text = json.dumps(settings, indent=2, sort_keys=True, default=_lasting) + "\n"
+    if path.exists() and path.read_text() != text:
+        old = json.loads(path.read_text())
+        changed = sorted(name for name in settings if json.loads(text).get(name) != old.get(name))
+        raise ValueError(
+            f"{folder} holds rounds with other settings: {changed} differ. Choose another `output_dir`, remove that "
+            "folder, or restore the settings. More `rounds` can be added any time."
+        )
+    state.wait_for_everyone()
+    if state.is_main_process:
+        write_atomically(path, text)
+
+
+def _lasting(value: Any) -> str:
+    """What settings hold beside text and numbers, by a name that is the same in the next run."""
+    named = value if hasattr(value, "__qualname__") else type(value)
+    return f"{named.__module__}:{named.__qualname__}"
+
+
+def stage(target: Path, work: Callable[[], None]) -> None:
+    """
+    Do `work`, which fills `target`, unless that is done. What a killed run left there half-finished is removed first.
+
+    Beside the folder stand two empty files: `<name>.begun`, from before the first byte of it, and `<name>.done`.
+
+    Raises:
+        `ValueError`: If the folder is there and no run of rounds has begun it.
+    """
+    done, begun = (target.with_name(f"{target.name}.{mark}") for mark in ("done", "begun"))
+    if done.exists():
+        return
+    state = processes()
+    state.wait_for_everyone()
+    if target.exists() and not begun.exists():
+        raise ValueError(
+            f"{target} is in the way: it was not made by these rounds. Choose another `output_dir`, or move that away."
+        )
+    state.wait_for_everyone()
+    if state.is_main_process:
+        if target.exists():
+            shutil.rmtree(target)
+        write_atomically(begun, "")
+    state.wait_for_everyone()
+    logger.info(f"{target.parent.name}: {target.name}", main_process_only=True)
+    work()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    state.wait_for_everyone()
+    if state.is_main_process:
+        write_atomically(done, "")
+    state.wait_for_everyone()
+
+
+def dataset_stage(target: Path, make: Callable[[], Dataset]) -> Dataset:
+    """The dataset in `target`, which is made unless that is done."""
+
+    def work() -> None:
+        dataset = make()
+        if processes().is_main_process:
+            dataset.save_to_disk(target)
+
+    stage(target, work)
+    return load_from_disk(target)
