@@ -269,21 +269,6 @@ def test_logging_strategies(strategy, tiny_model_dir, tmp_path):
     assert all("eval_entropy" in entry for entry in entries if "eval_loss" in entry)
 
 
-# Many processes
-
-
-def test_two_processes_give_the_gradients_of_one(tiny_model_dir, tmp_path):
-    """The wrapped model's forward is what runs: a head outside it would skip the sum over processes."""
-    from tests.distributed import run
-
-    for options in ({"share_prefix": False}, {"share_prefix": True, "lora": True}):
-        one = run(1, tiny_model_dir, tmp_path / "one", batch_size=8, **options)
-        two = run(2, tiny_model_dir, tmp_path / "two", batch_size=4, **options)
-        assert one.keys() == two.keys()
-        for name, value in one.items():
-            torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
-
-
 @pytest.mark.gpu
 def test_auto_on_a_gpu_is_liger(tiny_model_dir, tmp_path):
     trainer = ours(tiny_model_dir, tmp_path, use_cpu=False)

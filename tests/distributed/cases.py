@@ -1,23 +1,34 @@
-"""Short trainings, the same global batch in one process and in two."""
+"""Short trainings of the same global batches in one process and in two."""
 
-import functools
 import os
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import LoraConfig
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import trl_ext
 from tests.conftest import preference_rows
-from tests.helpers import build, history
+from tests.helpers import OUR_LOSSES, build, history
+from tests.helpers import options as short
+from tests.online.runs import Scripted, online, prompts
+from trl_ext.trainers.mixing import estimate_alpha
 from trl_ext.trainers.reference import FILE
 
 
+STRATEGY = os.environ.get("TEST_STRATEGY", "")
 WORLD = int(os.environ.get("WORLD_SIZE", "1"))
-ZERO3 = os.environ.get("TEST_STRATEGY") == "zero"
+RANK = int(os.environ.get("RANK", "0"))
+ROWS = 8  # a step takes them all
+SGD = {"max_steps": 2, "optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0}
+MOVES = {"sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 0.5}
 ZERO = {
     "zero_optimization": {
         "stage": 3,
@@ -31,7 +42,7 @@ ZERO = {
     "gradient_accumulation_steps": "auto",
     "train_batch_size": "auto",
 }
-ROWS = 8  # a step takes them all
+PLACED = {"deepspeed": ZERO, "use_cpu": False, "ddp_backend": "gloo"} if STRATEGY == "zero" else {}
 
 
 def lora(**options) -> LoraConfig:
@@ -40,9 +51,6 @@ def lora(**options) -> LoraConfig:
 
 def trainer(model_dir: Path, folder: Path, *, rows=None, peft=None, steps: int = 1, **options) -> Any:
     torch.manual_seed(0)  # of an adapter's weights
-    if ZERO3:
-        options = {**options, "deepspeed": ZERO, "use_cpu": False, "ddp_backend": "gloo"}
-    defaults = {"max_steps": 2, "optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0}
     return build(
         trl_ext.DPOTrainer,
         trl_ext.DPOConfig,
@@ -52,52 +60,174 @@ def trainer(model_dir: Path, folder: Path, *, rows=None, peft=None, steps: int =
         per_device_train_batch_size=ROWS // WORLD // steps,
         per_device_eval_batch_size=ROWS // WORLD,
         gradient_accumulation_steps=steps,
-        trainer_kwargs={"peft_config": peft() if peft else None},
-        **{**defaults, **options},
+        trainer_kwargs={"peft_config": peft},
+        **{**SGD, **PLACED, **options},
     )
 
 
 def outcome(trained: Any) -> dict[str, Any]:
-    weights = trained.accelerator.get_state_dict(trained.model_wrapped) or {}  # in the first process
+    """Weights, which the first process has, and what was logged."""
+    weights = trained.accelerator.get_state_dict(trained.model_wrapped) or {}
     return {"weights": {name: value.cpu() for name, value in weights.items()}, "history": history(trained)}
 
 
-def train(model_dir: Path, folder: Path, **options) -> dict[str, Any]:
+def train(model_dir: Path, folder: Path, evaluate: bool = False, **options) -> dict[str, Any]:
     trained = trainer(model_dir, folder, **options)
+    trained.train()
+    if evaluate:
+        trained.evaluate()
+    return outcome(trained)
+
+
+def every_loss(model_dir: Path, folder: Path) -> dict[str, Any]:
+    """Three rows have no empty-trace pair and one has no traced pair, so that processes have different numbers of pairs."""
+    rows = [{**row, "weight": 0.5 + 0.1 * index} for index, row in enumerate(preference_rows(ROWS))]
+    for row in rows[:3]:
+        row |= {"chosen_empty_trace": None, "rejected_empty_trace": None}
+    rows[3] |= {"chosen": None, "rejected": None}
+    losses = ["sigmoid", *OUR_LOSSES]
+    return train(model_dir, folder, evaluate=True, rows=rows, loss_type=losses, learning_rate=1e-3)
+
+
+def groups(model_dir: Path, folder: Path, **options) -> dict[str, Any]:
+    """Groups of two and of three completions."""
+    rows = [
+        {
+            "prompt": row["prompt"],
+            "completions": [row["chosen"], row["rejected"], row["chosen_empty_trace"]][: 2 + index % 2],
+            "scores": [row["score_chosen"], row["score_rejected"], 0.4][: 2 + index % 2],
+        }
+        for index, row in enumerate(preference_rows(ROWS))
+    ]
+    return train(model_dir, folder, evaluate=True, rows=rows, loss_type="anchored", **options)
+
+
+def moved_reference(model_dir: Path, folder: Path) -> dict[str, Any]:
+    """A run with a reference that moves, and the second half of it resumed from its checkpoint."""
+    options = {
+        **MOVES, "max_steps": 4,
+        "save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch", "learning_rate": 1e-2,
+    }  # fmt: skip
+    whole = trainer(model_dir, folder / "run", **options)
+    whole.train()
+    resumed = trainer(model_dir, folder / "resumed", **options)
+    resumed.train(resume_from_checkpoint=str(folder / "run" / "checkpoint-2"))
+    resumed.accelerator.wait_for_everyone()  # the first process writes
+    references = [load_file(folder / run / "checkpoint-4" / FILE) for run in ("run", "resumed")]
+    first = load_file(model_dir / "model.safetensors")
+    assert all((references[0][name] - value).abs().max() > 1e-3 for name, value in first.items()), "it has not moved"
+    for name, value in references[0].items():
+        torch.testing.assert_close(references[1][name], value, rtol=1e-4, atol=1e-5)
+    return {"whole": outcome(whole), "resumed": outcome(resumed), "reference": references[0]}
+
+
+def measured_alpha(model_dir: Path, folder: Path) -> dict[str, Any]:
+    """The second process is given its rows in another order, as a stream may do."""
+    ours = trainer(model_dir, folder, loss_type="bias_variance", loss_kwargs={"alpha": "auto"})
+    if RANK:
+        ours.train_dataset = ours.train_dataset.select(range(ROWS - 1, -1, -1))
+    estimate = estimate_alpha(ours, rows=5)
+    assert 0 < estimate.alpha < 1
+    return {"every process": vars(estimate)}
+
+
+def refused_alpha(model_dir: Path, folder: Path) -> dict[str, Any]:
+    expected = pytest.raises(ValueError, match="measures gradients of single rows before training")
+    with expected if WORLD > 1 else nullcontext():
+        trainer(model_dir, folder, loss_type="bias_variance", loss_kwargs={"alpha": "auto"})
+    return {}
+
+
+def scripted(model_dir: Path, folder: Path, peft=None, **options) -> dict[str, Any]:
+    """Online, with completions that follow from the prompt."""
+    torch.manual_seed(0)
+    trained = online(
+        model_dir,
+        folder,
+        cls=Scripted,
+        per_device_train_batch_size=ROWS // WORLD,
+        trainer_kwargs={"peft_config": peft},
+        **{**SGD, **PLACED, **options},
+    )
     trained.train()
     return outcome(trained)
 
 
-def moved_reference(model_dir: Path, folder: Path) -> dict[str, Any]:
-    """A run that is resumed from its checkpoint, with a reference that has moved."""
-    moving = {"sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 0.5}
-    options = {
-        **moving,
-        "max_steps": 4,
-        "save_strategy": "steps",
-        "save_steps": 2,
-        "optim": "adamw_torch",
-        "learning_rate": 1e-2,
-    }
-    whole = trainer(model_dir, folder / "run", **options)
-    whole.train()
-    resumed = trainer(model_dir, folder / "again", **options)
-    resumed.train(resume_from_checkpoint=str(folder / "run" / "checkpoint-2"))
-    whole.accelerator.wait_for_everyone()  # the first process writes
-    files = [load_file(path / "checkpoint-4" / FILE) for path in (folder / "run", folder / "again")]
-    first = load_file(model_dir / "model.safetensors")
-    return {"whole": outcome(whole), "resumed": outcome(resumed), "files": files, "first": first}
+class Longest(trl_ext.OnlineDPOTrainer):
+    """Remembers how many tokens the longest completions had that this process sampled."""
+
+    longest: tuple[int, ...] = ()
+
+    def generate(self, *args, **kwargs):
+        completions = super().generate(*args, **kwargs)
+        self.longest += (max(map(len, completions.ids)),)
+        return completions
 
 
+def by_text(completions, **kwargs) -> list[float]:
+    return [float(sum(map(ord, text)) % 89) for text in completions]
+
+
+def generated(model_dir: Path, folder: Path, **options) -> dict[str, Any]:
+    """Online, with completions of the model that end after different numbers of tokens in the two processes."""
+    models = [AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32) for _ in range(2)]
+    models[0].generation_config.eos_token_id = list(range(1, 512, 3))
+    with torch.no_grad():
+        models[1].lm_head.weight.mul_(-1.0)  # another reference, whose words are others
+    trained = Longest(
+        model=models[0],
+        ref_model=models[1],
+        reward_funcs=by_text,
+        args=trl_ext.OnlineDPOConfig(
+            **short(
+                folder,
+                per_device_train_batch_size=ROWS // WORLD,
+                mixture_coef=0.7,
+                mixture_samples="half",
+                max_new_tokens=24,
+                max_length=64,
+                **SGD,
+                **options,
+            )
+        ),
+        processing_class=AutoTokenizer.from_pretrained(model_dir),
+        train_dataset=prompts(ROWS),
+    )
+    trained.train()
+    assert trained.state.log_history[0]["rewards/margins"] != 0, "nothing was learnt"
+    assert len(set(gather_object([trained.longest]))) == WORLD, "the processes have stopped together"
+    return outcome(trained)
+
+
+ADAPTER = partial(scripted, peft=lora(), loss_type="anchored", **MOVES, max_steps=3, learning_rate=1.0)
+HEAD = partial(train, peft=lora(modules_to_save=["lm_head"]), loss_type="offset")
 CASES = {
-    "ddp": {"ref": moved_reference},
+    "ddp": {
+        "every loss": every_loss,
+        "groups, precomputed": partial(groups, precompute_ref_log_probs=True, share_prefix=True),
+        "lora, shared prompts": partial(train, peft=lora(), loss_type="offset", share_prefix=True),
+        "accumulation": partial(
+            train, steps=2, loss_type=["inpo", "sppo_soft"], share_prefix=False, learning_rate=1e-3
+        ),
+        "measured alpha": measured_alpha,
+        "online": partial(scripted, num_generations=4, loss_type=["offset", "anchored"]),
+    },
     "fsdp": {
-        "head": functools.partial(train, peft=functools.partial(lora, modules_to_save=["lm_head"])),
-        "ref": moved_reference,
+        "every loss": every_loss,
+        "trained head": HEAD,
+        "moved reference": moved_reference,
+        "moved adapter": ADAPTER,
+        "groups, precomputed": partial(groups, precompute_ref_log_probs=True),
+        "alpha": refused_alpha,
+        "online": partial(scripted, num_generations=4, loss_type="anchored", pairing="group"),
+        "generated": partial(generated, generation_kwargs={"do_sample": False}),
+        "sampled": partial(generated, temperature=1e-4),
     },
     "zero": {
-        "full": train,
-        "head": functools.partial(train, peft=functools.partial(lora, modules_to_save=["lm_head"])),
-        "ref": moved_reference,
+        "every loss": every_loss,
+        "trained head": HEAD,
+        "moved reference": moved_reference,
+        "moved adapter": ADAPTER,
+        "alpha": refused_alpha,
     },
 }

@@ -6,11 +6,15 @@ import torch
 from accelerate import Accelerator
 
 
+EXTREMES = {"min": torch.amin, "max": torch.amax}
+
+
 def means_over_processes(accelerator: Accelerator, metrics: Mapping[str, float | torch.Tensor]) -> dict[str, float]:
     """
     The mean of each metric over the rows of all processes, with one gather and one transfer for all of them.
 
-    Sums and counts are added up over processes before they are divided, so that processes with fewer rows count less.
+    Sums and counts are added up over processes before they are divided, so that processes with fewer rows count less. Of a
+    metric whose name ends with `/min` or `/max`, the smallest or largest value is taken.
 
     Args:
         accelerator ([`~accelerate.Accelerator`]):
@@ -20,13 +24,20 @@ def means_over_processes(accelerator: Accelerator, metrics: Mapping[str, float |
             of shape `(B,)`, one value per row, NaN where a row has none.
 
     Returns:
-        `dict[str, float]`: the means; a metric for which no row of any process has a value is left out.
+        `dict[str, float]`: the means (smallest, largest values); a metric for which no row of any process has a value is left out.
     """
     if not metrics:
         return {}
+    extremes = [EXTREMES.get(name.rpartition("/")[2]) for name in metrics]
     rows = []
-    for value in metrics.values():
+    for extreme, value in zip(extremes, metrics.values(), strict=True):
         value = torch.as_tensor(value, dtype=torch.float32, device=accelerator.device).detach().flatten()
+        value = extreme(value, dim=0, keepdim=True) if extreme else value
         rows.append(torch.stack([value.nansum(), (~value.isnan()).sum()]))
-    sums = accelerator.gather(torch.stack(rows).unsqueeze(0)).sum(dim=0).tolist()
-    return {name: total / count for name, (total, count) in zip(metrics, sums, strict=True) if count}
+    gathered = accelerator.gather(torch.stack(rows).unsqueeze(0)).cpu()
+    values = {}
+    for name, extreme, (totals, counts) in zip(metrics, extremes, gathered.permute(1, 2, 0), strict=True):
+        if counts.any():
+            total = extreme(totals[counts > 0]) if extreme else totals.sum() / counts.sum()
+            values[name] = total.item()
+    return values

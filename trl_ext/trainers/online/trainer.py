@@ -727,9 +727,7 @@ class OnlineDPOTrainer(TRLOnlineDPOTrainer):
             folder = f"{self._get_output_dir(trial=trial)}/checkpoint-{self.state.global_step}"
             save_reference(self.accelerator.unwrap_model(self.ref_model), folder)
 
-    def _load_optimizer_and_scheduler(
-        self, checkpoint
-    ):  # which DeepSpeed resumes by too, unlike `_load_from_checkpoint`
+    def _load_optimizer_and_scheduler(self, checkpoint):  # DeepSpeed never calls `_load_from_checkpoint`
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and self.args.sync_ref_model and self.ref_model is not None:
             load_reference(self.accelerator.unwrap_model(self.ref_model), checkpoint)
