@@ -1,19 +1,19 @@
 # Everything starts here: the virtual environment is made when it is not there.
 # The first Python of a supported version that runs: a name on the path may be a shim of one that is not installed
-SUPPORTED := import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))
-PYTHON ?= $(shell for name in python3 python3.12 python3.11 python3.10; do \
+SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))
+PYTHON ?= $(shell for name in python3 python3.14 python3.13 python3.12 python3.11; do \
 	$$name -c '$(SUPPORTED)' 2>/dev/null && echo $$name && break; done)
 BIN := .venv/bin
 WORKERS ?= 2
 
-.PHONY: help demo test test-gpu lint format clean
+.PHONY: help demo test test-gpu mutants lint format clean
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
 
 # torch first, on its own: pinned, so that no other build of it is resolved
 .venv/ready: pyproject.toml constraints.txt
-	@test -n "$(PYTHON)" || { echo "No Python 3.10, 3.11 or 3.12 found. Install one, or name it: make $(MAKECMDGOALS) PYTHON=..."; exit 1; }
+	@test -n "$(PYTHON)" || { echo "No Python 3.11, 3.12, 3.13 or 3.14 found. Install one, or name it: make $(MAKECMDGOALS) PYTHON=..."; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
@@ -23,10 +23,13 @@ demo: .venv/ready  ## train DPO and our losses in a small world, nothing to down
 	$(BIN)/trl-ext demo $(ARGS)
 
 test: .venv/ready  ## run the tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not gpu" $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
 
 test-gpu: .venv/ready  ## run the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+mutants: .venv/ready  ## put faults into the code: which does no test notice? ROOM=losses SAMPLE=200
+	$(BIN)/python tests/mutants.py $(ROOM) $(if $(SAMPLE),--sample $(SAMPLE)) --workers $(WORKERS) $(ARGS)
 
 lint: .venv/ready  ## check style and formatting
 	$(BIN)/ruff check .

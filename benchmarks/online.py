@@ -76,7 +76,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="12m", help="shape of the model")
     parser.add_argument("--vocab", type=int, default=32000, help="entries of the vocabulary")
-    parser.add_argument("--prompts", type=int, default=4, help="prompts a step")
+    parser.add_argument("--prompts", type=int, default=4, help="prompts per step")
     parser.add_argument("--prompt", type=int, nargs=2, default=[60, 100], metavar=("MIN", "MAX"), help="their tokens")
     parser.add_argument("--new-tokens", type=int, default=96, help="tokens of a completion")
     parser.add_argument("--lora", action="store_true", help="train a LoRA of rank 16 on all linear layers")

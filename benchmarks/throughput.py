@@ -77,7 +77,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--profile", choices=PROFILES, help="lengths like those of a dataset, in place of the two above"
     )
-    parser.add_argument("--pairs", type=int, default=4, help="pairs a step")
+    parser.add_argument("--pairs", type=int, default=4, help="pairs per step")
     parser.add_argument(
         "--k",
         type=int,

@@ -19,6 +19,14 @@ if not torch.cuda.is_available():
 import pytest
 
 
+def pytest_collection_modifyitems(items):
+    """Tests that need a GPU skip themselves where there is none."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
 CHAT_TEMPLATE = (
     "{%- for message in messages %}{{- '<|im_start|>' + message.role + '\n' }}"
     "{%- if message.role == 'assistant' and '</think>' not in message.content and loop.last and enable_thinking is "

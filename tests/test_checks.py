@@ -11,6 +11,7 @@ import trl_ext
 from tests.conftest import preference_rows
 from tests.helpers import assert_same_parameters, build, parameters
 from trl_ext.data.checks import check_tokenized, is_empty, warn_of_empty_completions
+from trl_ext.losses.base import warn_once
 
 
 def tokenized(*rows):
@@ -136,6 +137,7 @@ def test_conversations_need_a_chat_template(loss_type, tiny_model_dir, tmp_path)
 def test_beta_of_zero_teaches_nothing(tmp_path, caplog):
     def warned(**kwargs):
         caplog.clear()
+        warn_once.cache_clear()
         trl_ext.DPOConfig(output_dir=str(tmp_path), bf16=False, **kwargs)
         return [record.message for record in caplog.records if "teach nothing" in record.message]
 

@@ -9,8 +9,7 @@ import pytest
 
 from trl_ext import demo, list_losses
 from trl_ext.cli import main
-from trl_ext.demo import world
-from trl_ext.demo.training import IN_ROUNDS
+from trl_ext.demo import IN_ROUNDS, world
 
 
 def run(*arguments):
@@ -103,15 +102,61 @@ def test_own_dataset(shared_data, tmp_path, capsys):
     ("arguments", "message"),
     [
         (["--loss", "ofset"], "Did you mean 'offset'"),
+        (["--loss", "inpo"], "trl-ext iterate"),
+        (["--loss", "sigmoid", "sppo_soft"], "trl-ext iterate"),
+        (["--loss", "gpo", "--online"], "trl-ext iterate"),
+        (["--loss", "bco_pair", "--online"], "['hinge', 'ipo', 'sigmoid'] are"),
         (["--steps", "0"], "at least 1 step"),
-        (["--dataset", "nowhere.txt"], "nowhere"),
+        (["--steps", "-3", "--online"], "at least 1 step"),
+        (["--seed", "-1"], "whole number from 0"),
+        (["--output-dir", "notes.txt"], "notes.txt` cannot be written to"),
+        (["--output-dir", "notes.txt/out"], "cannot be written to"),
+        (["--dataset", "notes.txt"], "expected a file that ends in"),
+        (["--dataset", "nowhere.jsonl"], "There is no dataset 'nowhere.jsonl'"),
+        (["--dataset", "notes.jsonl", "--online"], "only the small world has"),
     ],
 )
-def test_mistakes(arguments, message, tmp_path, monkeypatch, capsys):
+def test_mistakes_are_refused_at_once(arguments, message, tmp_path, monkeypatch, capsys):
+    """Before a model is built, and before the hub is asked."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "nowhere.txt").write_text("")
+    monkeypatch.setattr("trl_ext.demo.lm.build_model", None)
+    (tmp_path / "notes.txt").write_text("")
     assert main(["demo", *arguments]) == 2
-    assert message in capsys.readouterr().err
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["notes.txt"]
+
+
+def test_a_loss_without_its_columns_is_refused_at_once(monkeypatch, tmp_path, capsys):
+    from trl_ext.losses import registry
+
+    class Needy(registry.OffsetLoss):
+        columns = ("score_chosen", "clicks")
+
+    monkeypatch.setitem(registry._classes, "needy", Needy)
+    monkeypatch.setattr("trl_ext.demo.lm.build_model", None)
+    assert main(["demo", "--loss", "needy", "--output-dir", str(tmp_path)]) == 2
+    assert "needs the columns ['clicks']" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("environment", "expected"), [({}, 1), ({"OMP_NUM_THREADS": "2"}, 3)])
+def test_threads(environment, expected, monkeypatch):
+    """One, for models this small, unless the environment says how many; what was there before comes back."""
+    import torch
+
+    from trl_ext.demo.training import one_thread
+
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with one_thread():
+            assert torch.get_num_threads() == expected
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.slow
@@ -148,8 +193,3 @@ def test_online(tmp_path, monkeypatch):
     ]  # fmt: skip
     assert all(math.isfinite(row["reward"]) for row in rows)
     assert json.loads((tmp_path / "results.json").read_text())["settings"]["online"] is True
-
-
-def test_online_needs_the_world(tmp_path, capsys):
-    assert main(["demo", "--online", "--dataset", "pairs.jsonl", "--output-dir", str(tmp_path)]) == 2
-    assert "only the small world has" in capsys.readouterr().err

@@ -1,13 +1,14 @@
 """Our losses in the trainer: the right numbers through every path that TRL has."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 import trl
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 import trl_ext
 from tests.conftest import preference_rows
@@ -21,6 +22,7 @@ from tests.helpers import (
     parameters,
 )
 from trl_ext import DPOConfig, DPOTrainer, PreferenceBatch, get_loss
+from trl_ext.trainers.reference import SyncReferenceAdapter, add_reference_adapter
 
 
 METRICS = {
@@ -35,34 +37,50 @@ METRICS = {
 SHARED_METRICS = {"lengths/chosen", "lengths/rejected", "logratios/chosen", "logratios/rejected"}
 
 
-def completion_logps(model, input_ids, attention_mask, completion_mask):
-    """Sum of completion log-probs from full logits, in float64: the slow, plain way."""
+def completion_logps(model, input_ids, attention_mask, completion_mask, ld_alpha=None):
+    """Sum of completion log-probs from full logits, in float64: the slow, plain way, row by row."""
     logits = model(input_ids=input_ids, attention_mask=attention_mask).logits.double()[:, :-1]
     logps = logits.log_softmax(-1).gather(-1, input_ids[:, 1:, None]).squeeze(-1)
-    return (logps * completion_mask[:, 1:]).sum(1)
+    rows = [values[mask.bool()] for values, mask in zip(logps, completion_mask[:, 1:], strict=True)]
+    if ld_alpha is None:
+        return torch.stack([row.sum() for row in rows])
+    # LD-DPO: what goes beyond the shorter of the two completions of a pair counts `ld_alpha` times
+    pairs = len(rows) // 2
+    shorter = [min(len(rows[i % pairs]), len(rows[i % pairs + pairs])) for i in range(len(rows))]
+    return torch.stack([row[:n].sum() + ld_alpha * row[n:].sum() for row, n in zip(rows, shorter, strict=True)])
 
 
-def plain_batch(trainer, policy, reference, batch, prefix=""):
+def plain_batch(trainer, policy, reference, batch, prefix="", ld_alpha=None):
     """The batch a loss should see, worked out without TRL or our trainer; the policy keeps its gradient."""
     sides = [batch[prefix + key] for key in ("input_ids", "attention_mask", "completion_mask")]
-    logps = completion_logps(policy, *sides)
+    logps = completion_logps(policy, *sides, ld_alpha)
     with torch.no_grad():
-        ref_logps = completion_logps(reference, *sides)
+        ref_logps = completion_logps(reference, *sides, ld_alpha)
     lengths = sides[2].sum(1)
     columns = {name: batch[name] for name in trainer._numeric_columns}
     return PreferenceBatch(*logps.chunk(2), *ref_logps.chunk(2), *lengths.chunk(2), beta=trainer.beta, columns=columns)
 
 
-@pytest.mark.parametrize("loss_type", OUR_LOSSES)
-def test_loss_and_gradients_equal_the_plain_way(loss_type, tiny_model_dir, tmp_path):
+@pytest.mark.parametrize(
+    ("loss_type", "loss_kwargs", "ld_alpha"),
+    [
+        *((name, {}, None) for name in OUR_LOSSES),
+        # Losses that read lengths, on both pairs
+        ("bias_variance", {"base": "ipo", "alpha": 0.3}, None),
+        ("bias_variance", {"base": "length_regularized", "alpha": 0.3}, None),
+        *((name, {}, 0.3) for name in ("offset", "bias_variance", "sppo_soft")),
+    ],
+)
+def test_loss_and_gradients_equal_the_plain_way(loss_type, loss_kwargs, ld_alpha, tiny_model_dir, tmp_path):
     # A reference that differs from the policy, so that no term vanishes
     torch.manual_seed(1)
     reference = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
     for parameter in reference.parameters():
         parameter.data += 0.05 * torch.randn_like(parameter)
     trainer = build(
-        DPOTrainer, DPOConfig, tiny_model_dir, tmp_path, loss_type=loss_type, trainer_kwargs={"ref_model": reference}
-    )
+        DPOTrainer, DPOConfig, tiny_model_dir, tmp_path, loss_type=loss_type, loss_kwargs=loss_kwargs or None,
+        ld_alpha=ld_alpha, trainer_kwargs={"ref_model": reference},
+    )  # fmt: skip
     batch = first_batch(trainer)
     loss, gradients = loss_and_gradients(trainer, batch)
 
@@ -70,11 +88,11 @@ def test_loss_and_gradients_equal_the_plain_way(loss_type, tiny_model_dir, tmp_p
         AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float64),
         copy.deepcopy(reference).double(),
     )
-    expected_batch = plain_batch(trainer, policy, reference, batch)
+    expected_batch = plain_batch(trainer, policy, reference, batch, ld_alpha=ld_alpha)
     if loss_type == "bias_variance":
-        empty = plain_batch(trainer, policy, reference, batch, "empty_trace_")
+        empty = plain_batch(trainer, policy, reference, batch, "empty_trace_", ld_alpha)
         expected_batch = PreferenceBatch(**{**vars(expected_batch), "empty_trace": empty})
-    expected = get_loss(loss_type)(expected_batch).mean()
+    expected = get_loss(loss_type, **loss_kwargs)(expected_batch).mean()
     expected.backward()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     largest = max(parameter.grad.abs().max().item() for parameter in policy.parameters())
@@ -136,28 +154,82 @@ def test_anchored_without_scores_is_trls_sigmoid(tiny_model_dir, tmp_path):
 @pytest.mark.parametrize("loss_type", OUR_LOSSES)
 @pytest.mark.parametrize(
     "overrides",
-    [
-        {"precompute_ref_log_probs": True},
-        {"ld_alpha": 0.3},
-        {"gradient_checkpointing": False},
-        {"sync_ref_model": True, "ref_model_sync_steps": 1},
-        {"bf16": True},
-        {"remove_unused_columns": False},
-    ],
+    [{"precompute_ref_log_probs": True}, {"gradient_checkpointing": False}, {"remove_unused_columns": False}],
     ids=lambda overrides: "-".join(overrides),
 )
-def test_option(loss_type, overrides, tiny_model_dir, tmp_path):
-    """Each option runs, logs the loss's metrics, and where it must not change the numbers, does not."""
-    trainer = build(DPOTrainer, DPOConfig, tiny_model_dir, tmp_path / "a", loss_type=loss_type, **overrides)
-    trainer.train()
-    evaluation = trainer.evaluate()
-    logged = history(trainer)[0]
-    assert METRICS[loss_type] | SHARED_METRICS <= logged.keys()
+def test_option_that_changes_no_number(loss_type, overrides, tiny_model_dir, tmp_path):
+    runs = []
+    for options in (overrides, {}):
+        trainer = build(
+            DPOTrainer, DPOConfig, tiny_model_dir, tmp_path / str(len(runs)), loss_type=loss_type, **options
+        )
+        trainer.train()
+        evaluation = trainer.evaluate()
+        runs.append(trainer)
+    assert METRICS[loss_type] | SHARED_METRICS <= history(runs[0])[0].keys()
     assert {f"eval_{name}" for name in METRICS[loss_type]} <= evaluation.keys()
-    if not {"ld_alpha", "sync_ref_model", "bf16"} & overrides.keys():
-        plain = build(DPOTrainer, DPOConfig, tiny_model_dir, tmp_path / "b", loss_type=loss_type)
-        plain.train()
-        assert_same_parameters(parameters(plain), parameters(trainer), rtol=1e-4, atol=2e-5)
+    assert_same_parameters(parameters(runs[1]), parameters(runs[0]), rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("loss_type", ["offset", "anchored", "bias_variance", "sppo_soft"])
+def test_half_precision_is_close_to_full(loss_type, tiny_model_dir, tmp_path):
+    losses = []
+    for bf16 in (True, False):
+        trainer = build(DPOTrainer, DPOConfig, tiny_model_dir, tmp_path, loss_type=loss_type, bf16=bf16)
+        with torch.no_grad():
+            for parameter in trainer.model.parameters():
+                parameter *= 1.1  # the policy moves away from its reference
+        trainer.train()
+        losses.append([entry["loss"] for entry in history(trainer)[:3]])
+    assert losses[0] == pytest.approx(losses[1], rel=0.05)
+    assert losses[0] != losses[1]
+
+
+@pytest.mark.parametrize("loss_type", ["sigmoid", "offset", "sppo_soft"])
+def test_a_reference_that_follows_the_policy(loss_type, tiny_model_dir, tmp_path):
+    """Every second step the reference is `0.25 policy + 0.75 reference`, by hand from the weights at that step."""
+    seen = []
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            seen.append({name: value.detach().clone() for name, value in model.state_dict().items()})
+
+    trainer = build(
+        DPOTrainer, DPOConfig, tiny_model_dir, tmp_path, loss_type=loss_type, max_steps=4, learning_rate=1e-2,
+        sync_ref_model=True, ref_model_sync_steps=2, ref_model_mixup_alpha=0.25, trainer_kwargs={"callbacks": [Watch()]},
+    )  # fmt: skip
+    expected = {name: value.detach().clone() for name, value in trainer.ref_model.state_dict().items()}
+    trainer.train()
+    for step in (1, 3):
+        expected = {name: 0.25 * seen[step][name] + 0.75 * value for name, value in expected.items()}
+    for name, value in trainer.ref_model.state_dict().items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}")
+    # The third step is the first that is measured against the moved reference
+    margins = [entry["rewards/margins"] for entry in history(trainer)[:4]]
+    assert margins[0] == pytest.approx(0, abs=1e-6) and abs(margins[2]) > 1e-6
+
+
+def test_an_adapter_that_follows_another():
+    """The reference adapter moves by `ref_model_mixup_alpha`, every `ref_model_sync_steps` steps."""
+    torch.manual_seed(0)
+    base = torch.nn.Sequential(torch.nn.Linear(3, 3))
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
+    add_reference_adapter(model)
+    of = lambda name: {n: p for n, p in model.named_parameters() if f".{name}." in n}  # noqa: E731
+    before = {name: value.detach().clone() for name, value in of("ref").items()}
+    assert len(before) == 2 and not any(value.requires_grad for value in of("ref").values())
+    for name, value in of("default").items():
+        torch.testing.assert_close(before[name.replace(".default.", ".ref.")], value.detach())
+        value.data += 1.0
+    args = SimpleNamespace(ref_model_sync_steps=3, ref_model_mixup_alpha=0.25)
+    callback = SyncReferenceAdapter()
+    for step in (1, 2):
+        callback.on_step_end(args, SimpleNamespace(global_step=step), None, model=model)
+    for name, value in of("ref").items():
+        assert torch.equal(value, before[name])
+    callback.on_step_end(args, SimpleNamespace(global_step=3), None, model=model)
+    for name, value in of("ref").items():
+        torch.testing.assert_close(value, before[name] + 0.25)
 
 
 @pytest.mark.parametrize("loss_type", OUR_LOSSES)

@@ -1,16 +1,21 @@
 """What `pip install` gives, and what `import trl_ext` costs."""
 
 import importlib
+import importlib.metadata
 import pkgutil
+import re
 import statistics
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 import trl_ext
+from tests import mutants
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -72,3 +77,53 @@ def test_losses_import_nothing_else_of_ours():
 def test_typed_and_versioned():
     assert (ROOT / "trl_ext" / "py.typed").is_file()
     assert f"## {trl_ext.__version__}\n" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_one_range_of_python_versions():
+    """Metadata, ruff, the Makefile and the prose offer the same versions, and this is one of them."""
+    makefile = (ROOT / "Makefile").read_text()
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    project = settings["project"]
+    classified = [re.fullmatch(r"Programming Language :: Python :: 3\.(\d+)", each) for each in project["classifiers"]]
+    minors = [int(match[1]) for match in classified if match]
+    first, last = minors[0], minors[-1]
+    assert minors == list(range(first, last + 1))
+    assert sys.version_info.minor in minors
+    assert project["requires-python"] == f">=3.{first}"
+    assert settings["tool"]["ruff"]["target-version"] == f"py3{first}"
+    for name in ("README.md", "CONTRIBUTING.md"):
+        prose = (ROOT / name).read_text()
+        assert re.findall(r"Python 3\.(\d+) to 3\.(\d+)", prose) == [(str(first), str(last))], name
+    assert f"(3, {first}) <= sys.version_info[:2] <= (3, {last})" in makefile
+    assert [int(minor) for minor in re.findall(r"python3\.(\d+)", makefile)] == minors[::-1]
+    *others, end = [f"3.{minor}" for minor in minors]
+    assert f"No Python {', '.join(others)} or {end} found" in makefile
+
+
+def test_rooms_of_the_mutation_tests():
+    """Each room has files, and its tests are there."""
+    for files, paths in mutants.ROOMS.values():
+        assert list(ROOT.glob(files))
+        assert all((ROOT / path).exists() for path in paths)
+    assert all((ROOT / name).exists() for name in mutants.ALSO_COPIED)
+
+
+def test_pins_fit_together():
+    """Each pinned package is content with the pinned versions of the others, and none of ours lacks a pin."""
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = dict(line.lower().replace("_", "-").split("==") for line in lines if not line.startswith("#"))
+    assert pins["triton"] == "3.7.1", "torch 2.13.0 of PyPI asks for triton 3.7.1; its build for CPUs does not say so"
+    for name in ["trl-ext", *pins]:
+        extras = ("", "dev", "plots", "test") if name == "trl-ext" else ("",)
+        try:
+            needs = importlib.metadata.requires(name) or []
+        except importlib.metadata.PackageNotFoundError:  # of another platform or version of Python
+            continue
+        for need in map(Requirement, needs):
+            if need.marker and not any(need.marker.evaluate({"extra": extra}) for extra in extras):
+                continue
+            pin = pins.get(need.name.lower().replace("_", "-"))
+            if pin is None:
+                assert name != "trl-ext" or need.name == "trl-ext", f"{need} has no pin"
+            else:
+                assert need.specifier.contains(pin), f"{name} asks for {need}; the pin is {pin}"

@@ -138,14 +138,38 @@ def test_moe_with_its_auxiliary_loss(tmp_path):
         torch.testing.assert_close(our_grads[name], grads[name], rtol=1e-3, atol=1e-5)
 
 
-def moe_trainer(model, tmp_path, backend, coefficient):
+def test_the_auxiliary_loss_is_added_once_in_a_mix(tmp_path):
+    """Whatever the number of TRL's losses beside ours, and whatever their weights."""
+    from tests.logprobs.families import EXACT, tiny
+
+    losses = {}
+    names = ("sigmoid", "sft", "length_regularized")
+    for loss_type in (*names, list(names)):
+        for coefficient in (0.0, 0.5):
+            model = tiny("qwen3_moe", {**EXACT["qwen3_moe"], "vocab_size": 600})
+            weights = {"loss_weights": [0.5, 2.0, 3.0]} if isinstance(loss_type, list) else {}
+            trainer = moe_trainer(model, tmp_path, "auto", coefficient, loss_type=loss_type, **weights)
+            loss, _ = loss_and_gradients(trainer, first_batch(trainer))
+            losses[str(loss_type), coefficient] = loss.item()
+    auxiliary = losses["sigmoid", 0.5] - losses["sigmoid", 0.0]
+    assert auxiliary > 0.1
+    expected = sum(w * losses[name, 0.0] for w, name in zip((0.5, 2.0, 3.0), names, strict=True))
+    assert losses[str(list(names)), 0.0] == pytest.approx(expected, rel=1e-5)
+    assert losses[str(list(names)), 0.5] == pytest.approx(expected + auxiliary, rel=1e-5)
+    assert trainer._metrics["train"]["loss/sigmoid"] == [pytest.approx(losses["sigmoid", 0.0], rel=1e-5)]
+    assert len(trainer._metrics["train"]["aux_loss"]) == 1
+
+
+def moe_trainer(model, tmp_path, backend, coefficient, **overrides):
     from tests.conftest import build_tokenizer
     from tests.helpers import options
 
     return trl_ext.DPOTrainer(
         model=model,
         ref_model=copy.deepcopy(model),
-        args=trl_ext.DPOConfig(**options(tmp_path, logprob_backend=backend, router_aux_loss_coef=coefficient)),
+        args=trl_ext.DPOConfig(
+            **options(tmp_path, logprob_backend=backend, router_aux_loss_coef=coefficient, **overrides)
+        ),
         processing_class=build_tokenizer(),
         train_dataset=Dataset.from_list(preference_rows(4)),
     )
@@ -269,3 +293,27 @@ def test_auto_on_a_gpu_is_liger(tiny_model_dir, tmp_path):
     theirs = build(trl.DPOTrainer, trl.DPOConfig, tiny_model_dir, tmp_path, use_cpu=False)
     theirs.train()
     assert history(trainer)[0]["loss"] == pytest.approx(history(theirs)[0]["loss"], rel=1e-3)
+
+
+# A reference model of another kind
+
+
+def test_a_reference_that_cannot_share_prompts(tiny_model_dir, tmp_path, caplog):
+    """The reference reads the same batches, so a recurrent one keeps both models on plain rows."""
+    from tests.logprobs.families import INEXACT, tiny
+
+    def reference():
+        return tiny("mamba", {**INEXACT["mamba"][0], "vocab_size": 400})
+
+    with caplog.at_level(logging.WARNING):
+        trainer = ours(tiny_model_dir, tmp_path, loss_type="offset", trainer_kwargs={"ref_model": reference()})
+    assert not trainer._scorer.share_prefix
+    assert "of the reference model, it has layers of type" in caplog.text
+    batch = first_batch(trainer)
+    loss, _ = loss_and_gradients(trainer, batch)
+    theirs = ours(
+        tiny_model_dir, tmp_path, loss_type="offset", logprob_backend="trl", trainer_kwargs={"ref_model": reference()}
+    )
+    torch.testing.assert_close(loss, loss_and_gradients(theirs, batch)[0], rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match=r"share_prefix=True.* of the reference model"):
+        ours(tiny_model_dir, tmp_path, share_prefix=True, trainer_kwargs={"ref_model": reference()})

@@ -1,11 +1,15 @@
 """Says which private name of TRL has moved, when one has."""
 
+import ast
 import inspect
+import re
+from pathlib import Path
 
 import torch
 import trl
 from datasets import Dataset
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationMixin
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
 from trl.trainer import utils
 
@@ -39,6 +43,69 @@ def test_online_attributes(tiny_model_dir, tmp_path):
     trainer = online(tiny_model_dir, tmp_path, cls=OnlineDPOTrainer, config=OnlineDPOConfig)
     for name in trl_seam.ONLINE_ATTRIBUTES:
         assert hasattr(trainer, name), name
+
+
+def test_names_of_vllm():
+    source = inspect.getsource(OnlineDPOTrainer)
+    for name in trl_seam.VLLM_ATTRIBUTES:
+        assert f"self.{name}" in source, name
+
+
+def test_names_of_other_libraries(tiny_model_dir):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    examples = {
+        "transformers.GenerationMixin": model,
+        "transformers.PreTrainedConfig": model.config,
+        "transformers.PreTrainedModel": model,
+        "transformers.TrainingArguments": trl.DPOConfig,
+        "transformers.masking_utils.AttentionMaskInterface": ALL_MASK_ATTENTION_FUNCTIONS,
+        "datasets.Dataset": Dataset.from_list(preference_rows(1)),
+        "torch.compile": torch.compile(model, backend="eager"),
+    }
+    assert examples.keys() == trl_seam.LIBRARY_NAMES.keys()
+    for origin, names in trl_seam.LIBRARY_NAMES.items():
+        for name in names:
+            assert hasattr(examples[origin], name), f"{origin}.{name}"
+
+
+def test_a_custom_loop_is_called_with_what_ours_takes():
+    """`generate` hands a custom loop the model, the ids, and the processors and config that ours looks at."""
+    source = inspect.getsource(GenerationMixin.generate)
+    assert "custom_generate" in source and "synced_gpus" in source
+    for name in ("input_ids", "logits_processor", "generation_config"):
+        assert name in inspect.signature(GenerationMixin._sample).parameters, name
+
+
+def test_every_private_name_stands_in_the_seam():
+    """A name with an underscore that the package uses is its own, or listed."""
+    package = Path(trl_seam.__file__).parents[1]
+    used, own = {}, set()
+    for path in package.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                own.add(node.name)
+            elif isinstance(node, ast.Attribute):
+                used.setdefault(node.attr, path)
+                if isinstance(node.ctx, ast.Store) and isinstance(node.value, ast.Name) and node.value.id == "self":
+                    own.add(node.attr)
+            elif isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("getattr", "hasattr", "setattr"):
+                name = node.args[1]
+                if isinstance(name, ast.Constant):
+                    used.setdefault(name.value, path)
+            elif isinstance(node, ast.ImportFrom) and node.level == 0 and not node.module.startswith("trl_ext"):
+                for alias in node.names:
+                    used.setdefault(alias.name, path)
+    upstream = {name for owner in (trl.DPOTrainer, OnlineDPOTrainer) for name in dir(owner)}
+    sources = "".join(inspect.getsource(owner) for owner in (trl.DPOTrainer, OnlineDPOTrainer))
+    upstream |= set(re.findall(r"self\.(_\w+) = ", sources))
+    private = {name: path for name, path in used.items() if name.startswith("_") and not name.startswith("__")}
+    assert {"_metrics", "_tokenizer", "_is_stateful"} <= private.keys()
+    missing = {
+        name: path.name
+        for name, path in private.items()
+        if (name not in own or name in upstream) and name not in trl_seam.PRIVATE_NAMES and name != "_replace"
+    }
+    assert not missing
 
 
 def test_online_arguments_are_trls():

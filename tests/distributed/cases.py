@@ -71,7 +71,14 @@ def train(model_dir: Path, folder: Path, **options) -> dict[str, Any]:
 def moved_reference(model_dir: Path, folder: Path) -> dict[str, Any]:
     """A run that is resumed from its checkpoint, with a reference that has moved."""
     moving = {"sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 0.5}
-    options = {**moving, "max_steps": 4, "save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch", "learning_rate": 1e-2}
+    options = {
+        **moving,
+        "max_steps": 4,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "optim": "adamw_torch",
+        "learning_rate": 1e-2,
+    }
     whole = trainer(model_dir, folder / "run", **options)
     whole.train()
     resumed = trainer(model_dir, folder / "again", **options)
@@ -79,13 +86,18 @@ def moved_reference(model_dir: Path, folder: Path) -> dict[str, Any]:
     whole.accelerator.wait_for_everyone()  # the first process writes
     files = [load_file(path / "checkpoint-4" / FILE) for path in (folder / "run", folder / "again")]
     first = load_file(model_dir / "model.safetensors")
-    return {"whole": outcome(whole), "resumed": outcome(resumed), "files": files, "first":first}
+    return {"whole": outcome(whole), "resumed": outcome(resumed), "files": files, "first": first}
 
 
 CASES = {
     "ddp": {"ref": moved_reference},
-    "fsdp": {"head": functools.partial(train, peft=functools.partial(lora, modules_to_save=["lm_head"])),
-    "ref": moved_reference},
-    "zero": {"full": train, "head": functools.partial(train, peft=functools.partial(lora, modules_to_save=["lm_head"])),
-    "ref": moved_reference},
+    "fsdp": {
+        "head": functools.partial(train, peft=functools.partial(lora, modules_to_save=["lm_head"])),
+        "ref": moved_reference,
+    },
+    "zero": {
+        "full": train,
+        "head": functools.partial(train, peft=functools.partial(lora, modules_to_save=["lm_head"])),
+        "ref": moved_reference,
+    },
 }

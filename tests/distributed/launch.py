@@ -28,7 +28,12 @@ def in_two_processes(module: str, strategy: str, model_dir: Path, folder: Path, 
     """What each case returned in each process, and the error that ended the launch, if one did."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += ["-m", "tests.distributed.launch", module, strategy, str(model_dir), str(folder), *names]
-    environment = {**os.environ, **ENVIRONMENT, "TEST_STRATEGY": strategy, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path[1:]])}
+    environment = {
+        **os.environ,
+        **ENVIRONMENT,
+        "TEST_STRATEGY": strategy,
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path[1:]]),
+    }
     folder.mkdir(parents=True)
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
     files = {name: [folder / f"{name}-{rank}.pt" for rank in range(2)] for name in names}
@@ -41,7 +46,9 @@ def in_two_processes(module: str, strategy: str, model_dir: Path, folder: Path, 
     return results, "\n".join(errors) or (done.stderr[-4000:] if done.returncode else "")
 
 
-def compare(subtests, module: str, strategy: str, model_dir: Path, folder: Path, tolerance: dict | None = None) -> None:
+def compare(
+    subtests, module: str, strategy: str, model_dir: Path, folder: Path, tolerance: dict | None = None
+) -> None:
     """Each case of a module that knows the strategy: the first process of two against the only one."""
     cases = importlib.import_module(module).CASES[strategy]
     two, error = in_two_processes(module, strategy, model_dir, folder / "two", list(cases))

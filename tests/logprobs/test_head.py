@@ -106,8 +106,12 @@ def test_float64_stays_float64(memory):
 
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["full", "frozen"])
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_bfloat16_is_no_further_from_float64_than_trl(backend, frozen):
+# Liger rounds the gradient of the logits once more than TRL. With a tile per token, a weight gradient that is summed over
+# tiles in half precision would be further away than TRL's.
+@pytest.mark.parametrize(
+    ("backend", "memory", "bar"), [("torch", None, 1.0), ("torch", 503 * 7 / 2**20, 1.0), ("liger", None, 1.1)]
+)
+def test_bfloat16_is_no_further_from_float64_than_trl(backend, memory, bar, frozen):
     from trl.kernels import ChunkedLogProbFunction
 
     values, targets, upstream = draw(64, 32, 503, False, torch.bfloat16)
@@ -123,9 +127,9 @@ def test_bfloat16_is_no_further_from_float64_than_trl(backend, frozen):
         pairs = [(log_probs, exact), (h.grad, h64.grad)] + ([] if frozen else [(w.grad, w64.grad)])
         return [((mine.double() - theirs).norm() / theirs.norm()).item() for mine, theirs in pairs]
 
-    ours = distances(lambda h, w: Head(backend)(h, w, None, targets).log_probs)
+    ours = distances(lambda h, w: Head(backend, memory)(h, w, None, targets).log_probs)
     theirs = distances(lambda h, w: ChunkedLogProbFunction.apply(h, w, None, targets, 1.0, 32768)[0])
-    assert all(mine <= their * 1.1 for mine, their in zip(ours, theirs, strict=True)), (ours, theirs)
+    assert all(mine <= their * bar for mine, their in zip(ours, theirs, strict=True)), (ours, theirs)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -159,9 +159,9 @@ def test_no_gradient_reaches_the_scores_of_a_group():
 
 @pytest.mark.parametrize("standardize", [False, True])
 def test_float16_groups_with_a_mask(standardize):
-    """Masked entries are -65504 there, and the softmax of that overflows: it must not reach value or gradient."""
+    """Masked entries are -65504 there, and their log-probability is -inf beside 80: it must not reach value or gradient."""
     mask = [[True, True, False, False], [True, False, True, True]]
-    ratios, scores = [[8.0, -4.0, 0.0, 2.0], [1.0, 9.0, 3.0, -6.0]], [[1.0, 2.0, 9.0, 9.0], [0.5, 9.0, 1.5, 0.0]]
+    ratios, scores = [[80.0, -4.0, 0.0, 2.0], [1.0, 9.0, 90.0, 86.0]], [[1.0, 2.0, 9.0, 9.0], [0.5, 9.0, 1.5, 0.0]]
     loss = get_loss("anchored", tau=1.0, standardize=standardize)
     half, exact = group(ratios, scores, mask, dtype=torch.float16), group(ratios, scores, mask)
     values = loss(half)
@@ -171,6 +171,17 @@ def test_float16_groups_with_a_mask(standardize):
     loss(exact).sum().backward()
     for row, expected in zip(half.logps.grad.tolist(), exact.logps.grad.tolist(), strict=True):
         assert row == pytest.approx(expected, abs=2e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_group_of_none(dtype):
+    """A prompt without completions adds nothing, in value and gradient."""
+    batch = group([[4.0, 1.0], [0.0, 1.0]], [[2.0, 0.0], [0.0, 0.0]], [[False, False], [True, True]], dtype=dtype)
+    loss = get_loss("anchored", tau=1.0)(batch)
+    loss.sum().backward()
+    assert loss.tolist() == pytest.approx([0.0, math.log1p(math.e) - 0.5], rel=2e-3)
+    assert batch.logps.grad[0].tolist() == [0.0, 0.0]
+    assert batch.logps.grad[1].isfinite().all()
 
 
 def test_masked_entries_beside_very_negative_log_ratios():

@@ -74,11 +74,13 @@ def test_tie_is_refused_by_log():
 
 def test_check_columns():
     columns = {
-        "score_chosen": torch.tensor([2.0, 1.0, 0.5, 3.0]),
-        "score_rejected": torch.tensor([1.0, 1.0, 1.0, -1.0]),
+        "score_chosen": torch.tensor([2.0, 1.0, 0.5, 3.0, 3.0]),
+        "score_rejected": torch.tensor([1.0, 1.0, 1.0, -1.0, 0.0]),
     }
-    assert get_loss("offset").check_columns(columns).tolist() == [False, True, True, False]
-    assert get_loss("offset", scaling="log_ratio").check_columns(columns).tolist() == [False, True, True, True]
+    assert get_loss("offset").check_columns(columns).tolist() == [False, True, True, False, False]
+    assert get_loss("offset", scaling="log_ratio").check_columns(columns).tolist() == [False, True, True, True, True]
+    floored = get_loss("offset", scaling="log_ratio", margin_floor=0.1).check_columns(columns)
+    assert floored.tolist() == [False, False, False, True, True]
     assert not get_loss("offset", margin_floor=0.1).check_columns(columns).any()
     assert get_loss("offset", scaling="linear").check_columns(columns) is None
     assert get_loss("offset", alpha=0.0).check_columns(columns) is None
@@ -95,4 +97,15 @@ def test_margin_floor():
 def test_metric():
     batch = pairs([0.0, 0.0], score_chosen=[1 + math.e, 2.0], score_rejected=[1.0, 1.0])
     assert get_loss("offset", alpha=3.0).metrics(batch)["offset/mean"].item() == pytest.approx(1.5)
-    assert get_loss("offset", alpha=0.0).metrics(batch)["offset/mean"].item() == 0.0
+    # At 0 margins are not read: a tie, whose logarithm is infinite, has no offset either
+    tie = pairs([0.0], score_chosen=[1.0], score_rejected=[1.0])
+    for given in (batch, tie):
+        assert get_loss("offset", alpha=0.0).metrics(given)["offset/mean"].item() == 0.0
+
+
+def test_help_names_what_must_be_positive():
+    assert "needs `score_chosen - score_rejected` to be positive" in get_loss("offset").column_help
+    ratio = get_loss("offset", scaling="log_ratio").column_help
+    assert "`scaling='log_ratio'` needs `score_chosen - score_rejected` and both scores to be positive" in ratio
+    with pytest.raises(ValueError, match="2 of 3 pairs"):
+        get_loss("offset")(pairs([0.0] * 3, score_chosen=[1.0, 1.0, 2.0], score_rejected=[1.0] * 3))

@@ -328,8 +328,9 @@ def test_what_is_no_name_is_refused(name):
 
 def test_names_of_any_other_kind():
     cls = dataclass(type("Named", (), {"__call__": lambda self, batch: batch.delta}))
-    assert register_loss("my-loss.v2", aliases="Ä")(cls) is cls
-    assert (resolve_name("my-loss.v2"), resolve_name("Ä")) == ("my-loss.v2", "my-loss.v2")
+    assert register_loss("my-loss.v2", aliases="Übung")(cls) is cls  # one alias may stand alone
+    assert (resolve_name("my-loss.v2"), resolve_name("Übung")) == ("my-loss.v2", "my-loss.v2")
+    assert list_aliases("my-loss.v2") == ["Übung"]
 
 
 def test_half_precision_columns_are_widened():

@@ -35,9 +35,11 @@ def check_group(example: dict[str, Any], row: int, split: str) -> None:
     if "prompt" not in example:
         raise ValueError(f"{where} has completions and scores but no 'prompt'; its columns are {sorted(example)}.")
     if not isinstance(completions, (list, tuple)) or not isinstance(scores, (list, tuple)):
-        raise ValueError(f"{where}: `completions` and `scores` must be lists, one entry a completion.")
+        raise ValueError(f"{where}: `completions` and `scores` must be lists, one entry per completion.")
     if len(completions) != len(scores):
-        raise ValueError(f"{where} has {len(completions)} completions and {len(scores)} scores; give one score each.")
+        raise ValueError(
+            f"{where} has {len(completions)} completions and {len(scores)} scores; give one score for each."
+        )
     if len(completions) < 2:
         raise ValueError(f"{where} has {len(completions)} completions; a group needs at least 2. Remove the row.")
     for score in scores:
@@ -53,7 +55,7 @@ def from_groups(dataset: Dataset | IterableDataset, pairing: str, split: str) ->
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
             Groups; other columns are kept, repeated for each pair.
         pairing (`str`):
-            `"best_worst"` and `"all"`: pairs with `score_chosen` and `score_rejected`. `"group"`: one row a group, with
+            `"best_worst"` and `"all"`: pairs with `score_chosen` and `score_rejected`. `"group"`: one row per group, with
             the columns `other_completions` and `other_scores`; map-style datasets only.
         split (`str`):
             What the dataset is called in errors.

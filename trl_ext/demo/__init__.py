@@ -1,8 +1,8 @@
 """
 `trl-ext demo`: the main job with nothing to download.
 
-`world.py` is the world and its true reward, `lm.py` the small language model, `training.py` the runs, `online.py` those
-that sample while they train, `report.py` the table and the plot.
+`world.py` is the world and its true reward, `lm.py` the small language model, `checks.py` what is refused before anything is
+built, `training.py` the runs, `online.py` those that sample while they train, `report.py` the table and the plot.
 """
 
 import argparse
@@ -10,15 +10,24 @@ import argparse
 
 # Plain DPO is the row that the others are compared with
 BASELINE = "sigmoid"
+# Losses of self-play: they read what only rounds write into the pairs, or win rates, and the world gives rewards
+IN_ROUNDS = ("inpo", "sppo_soft")
+STEPS, ONLINE_STEPS = 120, 40
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's flags."""
     parser.description = (
-        "Build a small language model, sample preferences whose true reward is known, train DPO and the losses of this "
-        "package from the same start, and compare them. Takes a few minutes on two cores."
+        "Build a small language model, sample preferences whose true reward is known, train DPO and losses of this package "
+        "from the same start, and compare them. Takes a few minutes; nothing is downloaded."
     )
-    parser.add_argument("--loss", nargs="+", metavar="NAME", help="losses to train (default: sigmoid and all of ours)")
+    parser.add_argument(
+        "--loss",
+        nargs="+",
+        metavar="NAME",
+        help=f"losses to train, by name or alias (default: sigmoid and all of ours but {' and '.join(IN_ROUNDS)}, which "
+        "learn in rounds: `trl-ext iterate`)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of everything (default: 0)")
     parser.add_argument(
         "--output-dir", default="trl-ext-demo", help="where models and results go (default: %(default)s)"
@@ -35,7 +44,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="train online: the policy writes, a judge that likes long answers scores, OnlineDPOTrainer learns",
     )
     parser.add_argument(
-        "--steps", type=int, default=None, help="training steps a loss (default: 120, and 40 with --online)"
+        "--steps",
+        type=int,
+        default=None,
+        help=f"training steps per loss (default: {STEPS}, and {ONLINE_STEPS} with --online)",
     )
 
 

@@ -18,7 +18,7 @@ MAX_NEW_TOKENS = 64
 
 
 def word_tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
-    """One token a word."""
+    """One token per word."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     special = ["<pad>", "<eos>", "<unk>"]
@@ -75,7 +75,7 @@ def fine_tune(
     rng: random.Random,
     advance: Callable[[], None],
 ) -> float:
-    """Next-token training on (prompt, completion) texts; returns the last step's loss in nats a token."""
+    """Next-token training on (prompt, completion) texts; returns the last step's loss in nats per token."""
     batch_size = 48
     encoded = [
         tokenizer(prompt + completion + tokenizer.eos_token)["input_ids"][:max_length] for prompt, completion in texts
@@ -105,7 +105,7 @@ def sample(
     prompts: list[str],
     max_new_tokens: int = MAX_NEW_TOKENS,
 ) -> list[torch.Tensor]:
-    """One completion a prompt at temperature 1: token ids up to and with the end of sequence."""
+    """One completion per prompt at temperature 1: token ids up to and with the end of sequence."""
     completions = []
     for start in range(0, len(prompts), 256):
         inputs = tokenizer(
@@ -127,7 +127,7 @@ def kl_to_reference(
     completions: list[torch.Tensor],
 ) -> float:
     """
-    KL of the policy to the reference, in nats a completion.
+    KL of the policy to the reference, in nats per completion.
 
     The sum, over the tokens of the policy's own completions, of the KL between the two next-token distributions: the
     same expectation as the mean log-ratio, with less noise.

@@ -12,8 +12,7 @@ from trl_ext.demo import lm, world
 
 
 SETTINGS = {"learning_rate": 3e-4, "beta": 0.1, "per_device_train_batch_size": 24, "num_generations": 4}
-STEPS = 40
-# In logits a word: judges are known to like long answers
+# In logits per word: judges are known to like long answers
 LENGTH_BIAS = 0.05
 LOSS_KWARGS = {"length_regularized": {"alpha": 0.06}}
 

@@ -45,7 +45,7 @@ def save(rows: list[dict[str, Any]], settings: dict[str, Any], folder: Path) -> 
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Reward (or, where it is unknown, preference accuracy) against KL, a labelled point a loss."""
+    """Reward (or, where it is unknown, preference accuracy) against KL, one labelled point per loss."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -66,7 +66,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
             ha="center", va="bottom" if above else "top",
         )  # fmt: skip
     axes.margins(0.15)
-    axes.set_xlabel("KL to the reference (nats a completion)")
+    axes.set_xlabel("KL to the reference (nats per completion)")
     axes.set_ylabel("true reward (logits)" if metric == "reward" else "preference accuracy (held-out pairs)")
     axes.set_title("What each loss gains, and how far it moves the model")
     axes.grid(alpha=0.3)

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import copy
 import logging
+import os
 import random
 import sys
 import time
@@ -13,28 +14,25 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import torch
 import transformers
 from datasets import Dataset
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, set_seed
 
-from trl_ext import DPOConfig, DPOTrainer, list_losses
+from trl_ext import DPOConfig, DPOTrainer
 from trl_ext.data import load_preferences
-from trl_ext.demo import BASELINE, lm, online, report, world
-from trl_ext.losses import TRL_LOSS_TYPES, resolve_name
+from trl_ext.demo import BASELINE, checks, lm, online, report, world
 
 
 # The same for all losses: a large learning rate, since the model is tiny and the runs are short
 SETTINGS = {"learning_rate": 3e-4, "beta": 0.1, "per_device_train_batch_size": 16}
-STEPS = 120
 # Where a default would not do in this world
 LOSS_KWARGS = {
     # Bradley-Terry labels contradict the scores now and then: "log" has no offset for a margin that is not positive
     "offset": {"scaling": "linear"},
 }
-# Losses of self-play: one round on given pairs says nothing about them
-IN_ROUNDS = ("inpo", "sppo_soft")
 FINE_TUNING_STEPS = 240
 PAIRS, HELD_OUT_PAIRS, SAMPLES = 1200, 256, 384
 
@@ -63,20 +61,13 @@ class Steps(TrainerCallback):
 def demonstrate(args: argparse.Namespace) -> int:
     """The whole demonstration, from an empty folder to a table, a plot and trained models."""
     console = Console()
-    names = [BASELINE, *(name for name in list_losses() if name not in IN_ROUNDS)] if args.loss is None else args.loss
-    names = list(dict.fromkeys(resolve_name(name, also=TRL_LOSS_TYPES) for name in names))
-    if args.online and args.dataset:
-        raise ValueError("`--online` needs a judge, which only the small world has; leave out `--dataset`.")
-    default = online.STEPS if args.online else STEPS
-    steps = default if args.steps is None else args.steps
-    if steps < 1:
-        raise ValueError(f"`--steps {steps}`: at least 1 step is needed.")
-    folder = Path(args.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    names, steps = checks.losses(args), checks.steps(args)
+    checks.data(args)
+    folder = checks.output_folder(args)
     set_seed(args.seed)
     rng = random.Random(args.seed)
 
-    with quiet(), progress_bars(console) as progress:
+    with quiet(), one_thread(), progress_bars(console) as progress:
         if args.dataset:
             model, tokenizer, tasks = own_data(load_preferences(args.dataset), rng, progress)
         else:
@@ -294,6 +285,22 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pat
 def progress_bars(console: Console) -> Progress:
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     return Progress(*columns, console=console)
+
+
+@contextlib.contextmanager
+def one_thread():
+    """
+    One thread for torch, unless the environment sets a number.
+
+    With matrices this small, threads wait for each other longer than they compute.
+    """
+    before = torch.get_num_threads()
+    if not {"OMP_NUM_THREADS", "MKL_NUM_THREADS"} & os.environ.keys():
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextlib.contextmanager

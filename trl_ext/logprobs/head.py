@@ -7,7 +7,7 @@ on what needs a gradient, so that as few matrix products run as the case allows:
 | what needs a gradient | forward | backward | products |
 | --- | --- | --- | --- |
 | nothing (reference, evaluation) | logits | - | 1 |
-| hidden states (LoRA, a frozen head) | logits, one gradient row a token | rows times the upstream gradient | 2 |
+| hidden states (LoRA, a frozen head) | logits, one gradient row per token | rows times the upstream gradient | 2 |
 | head too, all logits fit three tiles | logits, probabilities kept | two products | 3 |
 | head too | logits | logits again, two products | 4 |
 
@@ -105,7 +105,7 @@ class Head:
         """
         Args:
             hidden (`torch.Tensor` of shape `(N, H)`):
-                Hidden states, one a scored token.
+                Hidden states, one per scored token.
             weight (`torch.Tensor` of shape `(V, H)`):
                 Weight of the head.
             bias (`torch.Tensor` of shape `(V,)` or `None`):
@@ -135,7 +135,7 @@ class Head:
         return TokenLogProbs(*outputs)
 
     def tile_rows(self, hidden: torch.Tensor, vocabulary: int, bytes_per_logit: int) -> int:
-        """Tokens a tile, at least 1."""
+        """Tokens per tile, at least 1."""
         budget = self.memory_mb or DEFAULT_MEMORY_MB.get(hidden.device.type, DEFAULT_MEMORY_MB["default"])
         rows = int(budget * 2**20 / (vocabulary * bytes_per_logit))
         return max(1, min(rows, hidden.shape[0]))

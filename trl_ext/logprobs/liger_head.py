@@ -99,7 +99,7 @@ def chunk_multiplier(rows: int, shape: tuple[int, int], vocabulary: int) -> int:
     """
     Liger's `chunk_mem_const` for tiles of at most `rows` tokens.
 
-    Liger takes `next_power_of_2(ceil(tokens / ceil(V / (C H))))` tokens a tile, `C` being this number; it is at least 1,
+    Liger takes `next_power_of_2(ceil(tokens / ceil(V / (C H))))` tokens per tile, `C` being this number; it is at least 1,
     so a tile is never smaller than the hidden states themselves.
     """
     tokens, width = shape

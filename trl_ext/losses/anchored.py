@@ -142,7 +142,8 @@ class AnchoredLoss(Loss):
     def _listwise(self, batch: GroupBatch) -> torch.Tensor:
         if self.label_smoothing:
             raise ValueError("anchored: `label_smoothing` has a meaning for pairs only; set it to 0 for groups.")
-        # The most negative number, not -inf: a masked entry then adds 0 * finite, not 0 * inf = NaN
+        # The most negative number, not -inf, which would make NaN of a group of none. Beside large log-ratios the
+        # log-probability of a masked entry is -inf all the same in float16: it is not multiplied by its 0
         u = self.scale(batch.beta) * batch.logratios
         log_p = F.log_softmax(u.masked_fill(~batch.mask, torch.finfo(u.dtype).min), dim=1)
         scores = widened(batch.scores)

@@ -1,1 +1,1 @@
-"""TRL's trainers with more losses. Only this folder knows TRL; `trl_seam.py` holds what is private to it."""
+"""TRL's trainers with more losses. `trl_seam.py` holds what is private to TRL and transformers."""

@@ -702,7 +702,9 @@ class DPOTrainer(trl.DPOTrainer):
             folder = f"{self._get_output_dir(trial=trial)}/checkpoint-{self.state.global_step}"
             save_reference(self.accelerator.unwrap_model(self.ref_model), folder)
 
-    def _load_optimizer_and_scheduler(self, checkpoint):  # which DeepSpeed resumes by too, unlike `_load_from_checkpoint`
+    def _load_optimizer_and_scheduler(
+        self, checkpoint
+    ):  # which DeepSpeed resumes by too, unlike `_load_from_checkpoint`
         if checkpoint is not None:
             check_losses(checkpoint, self._all_weights, self._losses)
         super()._load_optimizer_and_scheduler(checkpoint)

@@ -1,16 +1,14 @@
 """From `loss_type`, `loss_weights` and `loss_kwargs` to losses: built once, refused early."""
 
 import dataclasses
-import logging
 import math
 from typing import Any
 
 from transformers import TrainingArguments
 
 from trl_ext.losses import TRL_LOSS_TYPES, get_loss, list_aliases, loss_class, resolve_name
+from trl_ext.losses.base import warn_once
 
-
-logger = logging.getLogger(__name__)
 
 # TRL loss types whose formula divides by beta
 _TRL_DIVIDES_BY_BETA = ("ipo", "sppo_hard")
@@ -38,7 +36,7 @@ def build_losses(names: list[str], loss_kwargs: dict[str, Any] | None) -> dict[s
         names (`list[str]`):
             Canonical loss types, TRL's among them.
         loss_kwargs (`dict[str, Any]` or `None`):
-            Hyper-parameters: flat where one loss of ours is named, else a dict a loss name (or alias).
+            Hyper-parameters: flat where one loss of ours is named, else a dict per loss, by its name or an alias.
 
     Raises:
         `ValueError`: For hyper-parameters that no loss would read, or that their loss refuses.
@@ -74,7 +72,7 @@ def build_losses(names: list[str], loss_kwargs: dict[str, Any] | None) -> dict[s
     else:
         raise ValueError(
             f"`loss_kwargs={loss_kwargs}` is flat, but `loss_type={names}` names {len(ours)} losses that could take "
-            f"it: {ours}. Give one dict a loss: {{{ours[0]!r}: {{...}}, {ours[1]!r}: {{...}}}}."
+            f"it: {ours}. Give one dict per loss: {{{ours[0]!r}: {{...}}, {ours[1]!r}: {{...}}}}."
         )
     return {name: get_loss(name, **keyed.get(name, {})) for name in ours}
 
@@ -92,7 +90,7 @@ def check_combination(args: TrainingArguments, names: list[str], losses: dict[st
             raise ValueError(f"`beta=0` has no meaning for {divided}, which divide by it. Set a positive `beta`.")
         flat = [name for name in names if name not in _WITHOUT_BETA and getattr(losses.get(name), "reads_beta", True)]
         if flat:
-            logger.warning(f"With `beta=0` the losses {flat} do not depend on the policy: they teach nothing.")
+            warn_once(f"With `beta=0` the losses {flat} do not depend on the policy: they teach nothing.")
     weights = args.loss_weights
     if weights is not None:
         if len(weights) != len(names):

@@ -1,7 +1,10 @@
 """
-Every private TRL name that this package leans on, in one place.
+The private names of TRL and transformers that this package leans on, in one place.
 
-`tests/test_trl_seam.py` runs each of them, so a TRL release that moves one fails a test that names it.
+Public names of TRL (`trl.data_utils`, `trl.trainer.utils`, its trainers and configs) are imported where they are used, in
+`data/`, `rounds/` and `trainers/`. What begins with an underscore, or replaces a piece of a method, is listed or wrapped here:
+`tests/test_trl_seam.py` runs each of them, so a release that moves one fails a test that names it, and refuses a private name
+that is used anywhere in the package and does not stand here.
 """
 
 import contextlib
@@ -32,8 +35,11 @@ from trl_ext.logprobs.substitute import Substitute
 DPO_METHODS = (
     "_prepare_dataset",
     "_set_signature_columns_if_needed",
+    "_get_output_dir",
+    "_load_from_checkpoint",
     "_load_optimizer_and_scheduler",
     "_precompute_ref_logps",
+    "_prepare_inputs",
     "_save_checkpoint",
     "compute_ref_log_probs",
     "compute_loss",
@@ -42,6 +48,10 @@ DPO_METHODS = (
 )
 DPO_ATTRIBUTES = (
     "_metrics",
+    "_name",
+    "_paper",
+    "_signature_columns",
+    "_tag_names",
     "_total_train_tokens",
     "_tp_size",
     "_is_vision_dataset",
@@ -58,14 +68,20 @@ DPO_ATTRIBUTES = (
 ONLINE_METHODS = (
     "_generate",
     "_generate_vllm",
-    "_save_checkpoint",
+    "_get_output_dir",
+    "_load_from_checkpoint",
     "_load_optimizer_and_scheduler",
+    "_maybe_log_save_evaluate",
+    "_prepare_inputs",
+    "_save_checkpoint",
     "create_accelerator_and_postprocess",
     "create_model_card",
     "evaluate",
 )
 ONLINE_ATTRIBUTES = (
     "_beta",
+    "_name",
+    "_paper",
     "_tokenizer",
     "eos_token_ids",
     "generation_config",
@@ -80,10 +96,41 @@ ONLINE_ATTRIBUTES = (
     "vllm_mode",
 )
 
+# Set by TRL where vLLM generates, and nowhere else
+VLLM_ATTRIBUTES = ("_last_loaded_step",)
+
+# Of transformers, datasets and torch, by what has them
+LIBRARY_NAMES = {
+    "transformers.GenerationMixin": ("_sample",),  # transformers' own decoding loop, which the CPU's draw runs in
+    "transformers.PreTrainedConfig": ("_attn_implementation", "_commit_hash", "_name_or_path"),
+    "transformers.PreTrainedModel": ("_is_stateful",),
+    "transformers.TrainingArguments": ("_VALID_DICT_FIELDS",),
+    "transformers.masking_utils.AttentionMaskInterface": ("_local_mapping",),
+    "datasets.Dataset": ("_fingerprint", "_get_cache_file_path"),
+    "torch.compile": ("_orig_mod",),
+}
+# Of `trl.trainer.utils`: what its fused forward looks up
+FORWARD_NAMES = ("_ChunkedLogProbFunction", "_use_triton")
+
+PRIVATE_NAMES = frozenset(
+    name
+    for names in (
+        DPO_METHODS,
+        DPO_ATTRIBUTES,
+        ONLINE_METHODS,
+        ONLINE_ATTRIBUTES,
+        VLLM_ATTRIBUTES,
+        FORWARD_NAMES,
+        *LIBRARY_NAMES.values(),
+    )
+    for name in names
+    if name.startswith("_")
+)
+
 # Keys of a batch that are not arguments of the model (`_non_model_keys` in `DPOTrainer._compute_loss`)
 NON_MODEL_KEYS = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps")
 
-# Fields of the fused head's output that have one row a sequence
+# Fields of the fused head's output that have one row per sequence
 ROW_FIELDS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1", "label_mask")
 
 
