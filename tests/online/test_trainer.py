@@ -418,6 +418,17 @@ def test_win_rate_of_the_policy_against_itself(tiny_model_dir, tmp_path):
     assert metrics["eval_reference/scores"] == pytest.approx(sum(map(len, texts)) / 6)
 
 
+def test_each_of_several_evaluation_datasets_has_its_metrics(tiny_model_dir, tmp_path):
+    data = {"one": prompts(8).select([0]), "two": prompts(8).select([1])}
+    trainer = online(tiny_model_dir, tmp_path, cls=Scripted, trainer_kwargs={"eval_dataset": data})
+    metrics = trainer.evaluate()
+    for name, rows in data.items():
+        lengths = [len(scripted(rows["prompt"][0], k)) for k in range(2)]
+        assert metrics[f"eval_{name}_completions/mean_score"] == pytest.approx(sum(lengths) / 2)
+        assert f"eval_{name}_loss" in metrics
+    assert "eval_completions/mean_score" not in metrics
+
+
 def test_win_rate_by_an_oracle(tiny_model_dir, tmp_path):
     """The longer of two wins with 0.7: the first completions tie with the reference's, the second beat them."""
     kwargs = {"eval_dataset": prompts(6), "reward_funcs": None, "preference_fn": soft}

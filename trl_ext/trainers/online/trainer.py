@@ -237,6 +237,7 @@ class OnlineDPOTrainer(TRLOnlineDPOTrainer):
         )
         self._scorer = build_scorer(self.model, args, aux_loss=False)
         self._metrics = {"train": Means(), "eval": Means()}
+        self._eval_prefix = "eval"
         self._tied_batches, self._said_tied = 0, False
         self._sampling = self._sampling_config()
         if self.use_vllm:
@@ -670,7 +671,7 @@ class OnlineDPOTrainer(TRLOnlineDPOTrainer):
             "pairs/dropped_prompts_empty_trace", 1
         ):
             self._say_tied("the steps that were just logged")
-        prefix = "eval_" if mode == "eval" else ""
+        prefix = f"{self._eval_prefix}_" if mode == "eval" else ""
         logs.update({prefix + name: value for name, value in own.items()})
         Trainer.log(self, logs, start_time)
 
@@ -692,6 +693,7 @@ class OnlineDPOTrainer(TRLOnlineDPOTrainer):
         devices = [self.accelerator.device] if self.accelerator.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(self.args.seed + self.accelerator.process_index)
+            self._eval_prefix = metric_key_prefix  # with the name of one of several datasets
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
