@@ -26,19 +26,25 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAINER_TESTS = [
+    "tests/test_checks.py",
     "tests/test_columns.py",
     "tests/test_dpo_config.py",
     "tests/test_dpo_trainer.py",
+    "tests/test_evaluation.py",
     "tests/test_groups.py",
+    "tests/test_metrics.py",
     "tests/test_mixing.py",
     "tests/test_parity.py",
     "tests/test_reasoning.py",
+    "tests/test_reference_free.py",
     "tests/test_scoring.py",
+    "tests/test_second_stage.py",
     "tests/test_trl_seam.py",
     "tests/test_vision.py",
     "tests/online",
 ]
 DATA_TESTS = [
+    "tests/test_checks.py",
     "tests/test_columns.py",
     "tests/test_groups.py",
     "tests/test_inspection.py",

@@ -30,6 +30,7 @@ class Many(Loss):
     two: tuple[int, float] = (1, 2.0)
     by_name: dict[str, float] = field(default_factory=dict)
     either: float | list[float] = 1.0
+    either_dict: float | dict[str, float] = 1.0
     several: int | str = 1
     perhaps: list[float] | None = None
     perhaps_name: Optional[Literal["a", "b"]] = None  # noqa: UP045
@@ -118,6 +119,8 @@ def test_accepted(name, value, kept):
         ("either", "a", "`either='a'` is a str; expected float or list[float]."),
         ("either", NAN, "`either=nan` is not finite; expected a finite float or list[float]."),
         ("either", [1.0, NAN], "`either[1]=nan` is not finite; expected a finite float."),
+        ("either_dict", {"a": NAN}, "`either_dict['a']=nan` is not finite; expected a finite float."),
+        ("either_dict", {1: 1.0}, "the key 1 of `either_dict` is a int; expected str."),
         ("several", 1.5, "`several=1.5` is not a whole number; expected int or str."),
         ("perhaps", 1.0, "`perhaps=1.0` is a float; expected list[float] or None."),
         ("perhaps", [None], "`perhaps[0]=None` is a NoneType; expected float."),
