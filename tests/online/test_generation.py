@@ -112,6 +112,13 @@ def test_draws_follow_the_distribution():
     assert not shares[probabilities == 0].any()
 
 
+@pytest.mark.parametrize(("point", "token"), [(0.0, 1), (1.0, 4)])
+def test_the_ends_of_the_distribution_are_no_impossible_tokens(point, token, monkeypatch):
+    monkeypatch.setattr(torch, "rand_like", lambda tensor: torch.full_like(tensor, point))
+    scores = torch.tensor([[0.0, 0.5, 0.0, 0.2, 0.3, 0.0]]).log()
+    assert DrawToken()(None, scores).argmax() == token
+
+
 def test_warpers_come_before_the_draw(model, batch):
     config = GenerationConfig(max_new_tokens=12, do_sample=True, top_k=1, use_cache=True, pad_token_id=0)
     with torch.no_grad():

@@ -74,7 +74,7 @@ def test_of_all_completions():
 
 
 LOGPS = torch.tensor([[-1.0, -2.0, -4.0], [-3.0, -8.0, -5.0]])
-REFS = torch.tensor([[-2.0, -2.5, -3.0], [-3.5, -6.0, -9.0]])
+REFS = torch.tensor([[-2.0, -2.5, -3.0], [-4.0, -6.0, -9.0]])
 
 
 def test_of_pairs_by_hand():
@@ -84,7 +84,7 @@ def test_of_pairs_by_hand():
     assert selection.members.tolist() == [[1, 0], [0, 1]]
     logps, refs = (tensor.gather(1, selection.members) for tensor in (LOGPS, REFS))
     values = means(of_learnt(selection, torch.tensor([True, True]), logps, refs, 0.5))
-    kl = [0.5, 1.0, 0.5, -2.0]  # chosen and rejected of the first, of the second
+    kl = [0.5, 1.0, 1.0, -2.0]  # chosen and rejected of the first, of the second
     assert values == {
         "objective/kl": pytest.approx(sum(kl) / 4),
         "objective/entropy": pytest.approx((2 + 1 + 3 + 8) / 4),
@@ -94,9 +94,9 @@ def test_of_pairs_by_hand():
         "objective/scores_margin": pytest.approx(3.0),
         "logps/chosen": pytest.approx(-2.5),
         "logps/rejected": pytest.approx(-4.5),
-        "rewards/chosen": pytest.approx(0.25),
+        "rewards/chosen": pytest.approx((0.25 + 0.5) / 2),
         "rewards/rejected": pytest.approx((0.5 - 1.0) / 2),
-        "rewards/margins": pytest.approx((-0.25 + 1.25) / 2),
+        "rewards/margins": pytest.approx((-0.25 + 1.5) / 2),
         "rewards/accuracies": 0.5,
     }
 

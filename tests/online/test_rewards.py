@@ -50,6 +50,15 @@ def test_refused_probabilities(answer):
         call_preference_fn(lambda *args: answer, ["p", "q"], ["a", "b"], ["c", "d"])
 
 
+def test_an_error_of_an_oracle_says_whose_it_is():
+    def broken(*args):
+        raise KeyError("judge")
+
+    with pytest.raises(RuntimeError, match="`preference_fn` raised KeyError on 2 comparisons: 'judge'") as error:
+        call_preference_fn(broken, ["p", "q"], ["a", "b"], ["c", "d"])
+    assert isinstance(error.value.__cause__, KeyError)
+
+
 def test_each_two_completions_are_compared_once():
     seen = []
 

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from peft import LoraConfig
+from torch._dynamo import OptimizedModule
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl.experimental.online_dpo import OnlineDPOConfig as TRLConfig
 from trl.experimental.online_dpo import OnlineDPOTrainer as TRLTrainer
@@ -417,6 +418,17 @@ def test_win_rate_of_the_policy_against_itself(tiny_model_dir, tmp_path):
     assert metrics["eval_reference/scores"] == pytest.approx(sum(map(len, texts)) / 6)
 
 
+def test_each_of_several_evaluation_datasets_has_its_metrics(tiny_model_dir, tmp_path):
+    data = {"one": prompts(8).select([0]), "two": prompts(8).select([1])}
+    trainer = online(tiny_model_dir, tmp_path, cls=Scripted, trainer_kwargs={"eval_dataset": data})
+    metrics = trainer.evaluate()
+    for name, rows in data.items():
+        lengths = [len(scripted(rows["prompt"][0], k)) for k in range(2)]
+        assert metrics[f"eval_{name}_completions/mean_score"] == pytest.approx(sum(lengths) / 2)
+        assert f"eval_{name}_loss" in metrics
+    assert "eval_completions/mean_score" not in metrics
+
+
 def test_win_rate_by_an_oracle(tiny_model_dir, tmp_path):
     """The longer of two wins with 0.7: the first completions tie with the reference's, the second beat them."""
     kwargs = {"eval_dataset": prompts(6), "reward_funcs": None, "preference_fn": soft}
@@ -546,9 +558,20 @@ def test_the_mixture_projects_no_prompt(peft, tiny_model_dir, tmp_path):
     assert set(widths) == {1}
 
 
+def compiled_calls(trainer, monkeypatch):
+    """How often compiled models run while completions are generated, and while a batch is learnt from."""
+    counts, calls, call = [], [], OptimizedModule.__call__
+    monkeypatch.setattr(OptimizedModule, "__call__", lambda *args, **kwargs: calls.append(1) or call(*args, **kwargs))
+    for step in (trainer.generate, trainer.compute_loss):
+        calls.clear()
+        step(trainer.model_wrapped, batch(trainer))
+        counts.append(len(calls))
+    return counts
+
+
 @pytest.mark.parametrize("peft", [False, True], ids=["full", "lora"])
 @torch._dynamo.config.patch(disable=True)
-def test_a_compiled_model_trains_alike(peft, tiny_model_dir, tmp_path):
+def test_a_compiled_model_trains_alike(peft, tiny_model_dir, tmp_path, monkeypatch):
     """With the wrappers of `torch.compile`, but no compiler: that takes a minute."""
     runs = []
     for compiled in (True, False):
@@ -558,9 +581,9 @@ def test_a_compiled_model_trains_alike(peft, tiny_model_dir, tmp_path):
             tmp_path / str(compiled),
             torch_compile=compiled,
             mixture_coef=0.5,
-            max_steps=2,
+            max_steps=1,
             save_strategy="steps",
-            save_steps=2,
+            save_steps=1,
             trainer_kwargs={"peft_config": lora() if peft else None, "eval_dataset": prompts(2)},
         )
         before, stops = trainer.model.generation_config, trainer.model.generation_config.eos_token_id
@@ -569,8 +592,10 @@ def test_a_compiled_model_trains_alike(peft, tiny_model_dir, tmp_path):
         runs.append((parameters(trainer), metrics["eval_loss"], metrics["eval_win_rate"]))
         if compiled:
             assert hasattr(trainer.model_wrapped, "_orig_mod")
+            generated, learnt = compiled_calls(trainer, monkeypatch)
+            assert generated == 0 < learnt  # in generating, each length would be compiled anew
         assert trainer.model.generation_config is before and before.eos_token_id == stops
-        assert (tmp_path / str(compiled) / "checkpoint-2").is_dir()
+        assert (tmp_path / str(compiled) / "checkpoint-1").is_dir()
     assert_same_parameters(runs[0][0], runs[1][0], rtol=1e-4, atol=1e-6)
     assert runs[0][1:] == pytest.approx(runs[1][1:], rel=1e-4)
 

@@ -45,7 +45,7 @@ def pair_up(
         mask (`torch.Tensor` of shape `(B, K)`):
             `False` where there is no completion, or none that could be scored.
         pairing (`str`, *optional*, defaults to `"best_worst"`):
-            `"best_worst"`: the highest against the lowest score, at most one pair a group. `"all"`: each two completions
+            `"best_worst"`: the highest against the lowest score, at most one pair per group. `"all"`: each two completions
             of different scores.
         probabilities (`torch.Tensor` of shape `(B, K, K)`, *optional*):
             Probability that the completion of the row is preferred to that of the column. Decides the order of two

@@ -191,7 +191,7 @@ def check_prompts(
     first = next(iter(dataset))["prompt"]
     _check_prompt(first, 0, split, first)
     if isinstance(first, list):
-        require_chat_template(tokenizer)
+        require_chat_template(tokenizer if tokenizer.chat_template else getattr(tokenizer, "tokenizer", tokenizer))
     if isinstance(dataset, Dataset):
         prompts = dataset.select_columns(["prompt"]).with_format("arrow")[:]["prompt"]
         for row, prompt in enumerate(prompts):

@@ -237,6 +237,7 @@ class OnlineDPOTrainer(TRLOnlineDPOTrainer):
         )
         self._scorer = build_scorer(self.model, args, aux_loss=False)
         self._metrics = {"train": Means(), "eval": Means()}
+        self._eval_prefix = "eval"
         self._tied_batches, self._said_tied = 0, False
         self._sampling = self._sampling_config()
         if self.use_vllm:
@@ -348,9 +349,8 @@ class OnlineDPOTrainer(TRLOnlineDPOTrainer):
             with without_defaults(self.accelerator.unwrap_model(model)):
                 prompt_rows, prompt_mask, ids, mask, vision = self._generate(model, texts * times, images * times)
             ids, mask = ids[: count * len(prompts)], mask[: count * len(prompts)]
-            prompt_rows = [row[keep.bool()] for row, keep in zip(prompt_rows, prompt_mask, strict=True)][
-                : len(prompts)
-            ]
+            prompt_rows = [row[keep.bool()] for row, keep in zip(prompt_rows, prompt_mask, strict=True)]
+            prompt_rows = prompt_rows[: len(prompts)]
         else:
             texts = [self._render(inputs, row, thinking) for row in range(len(prompts))]
             prompt_rows = self._prompt_ids(prompts, texts)
@@ -444,14 +444,13 @@ class OnlineDPOTrainer(TRLOnlineDPOTrainer):
             with torch.no_grad(), self._reference() as reference, self.accelerator.autocast():
                 ref_logps = log_probs(reference)
         lengths = completion_lengths(batch["completion_mask"]).view(members, groups).T
-        # Of each selection; one without a prompt stands there with one row, of which nothing is learnt
-        counts = [max(len(selection.rows), 1) for selection in selections]
-        nothing = [(None,) * len(counts)] if ref_logps is None else []
-        split = [tensor.split(counts) for tensor in (logps, ref_logps, lengths) if tensor is not None]
-        parts = [
-            tuple(part if part is None else part[: len(selection.rows)] for part in each)
-            for selection, each in zip(selections, zip(*split[:1], *nothing, *split[1:], strict=True), strict=True)
-        ]
+        parts, start = [], 0
+        for selection in selections:
+            here = slice(start, start + len(selection.rows))
+            parts.append([None if tensor is None else tensor[here] for tensor in (logps, ref_logps, lengths)])
+            start += max(
+                len(selection.rows), 1
+            )  # one without prompts stands there with one, of which nothing is learnt
         columns = {
             name: torch.tensor([float(value) for value in inputs[name]], device=logps.device) for name in self._columns
         }
@@ -577,7 +576,7 @@ class OnlineDPOTrainer(TRLOnlineDPOTrainer):
         return texts
 
     def _total(
-        self, selections: list[Selection], parts: list[tuple], columns: Mapping[str, torch.Tensor]
+        self, selections: list[Selection], parts: list[list], columns: Mapping[str, torch.Tensor]
     ) -> torch.Tensor:
         """Weighted sum of the losses: a mean over the prompts of the batch, times each prompt's `weight`."""
         extra = {name: values for name, values in columns.items() if name != WEIGHT}
@@ -629,7 +628,7 @@ class OnlineDPOTrainer(TRLOnlineDPOTrainer):
     def _note(self, name: str, value: torch.Tensor | float, rows: int = 1) -> None:
         self._metrics["train" if self.model.training else "eval"].add(name, value, rows)
 
-    def _log_step(self, selections: list[Selection], parts: list[tuple], weight: torch.Tensor | None) -> None:
+    def _log_step(self, selections: list[Selection], parts: list[list], weight: torch.Tensor | None) -> None:
         """What this batch adds to the metrics. TRL's names where TRL has one."""
         self._note("beta", self.beta)
         learnt = 0
@@ -672,7 +671,7 @@ class OnlineDPOTrainer(TRLOnlineDPOTrainer):
             "pairs/dropped_prompts_empty_trace", 1
         ):
             self._say_tied("the steps that were just logged")
-        prefix = "eval_" if mode == "eval" else ""
+        prefix = f"{self._eval_prefix}_" if mode == "eval" else ""
         logs.update({prefix + name: value for name, value in own.items()})
         Trainer.log(self, logs, start_time)
 
@@ -694,6 +693,7 @@ class OnlineDPOTrainer(TRLOnlineDPOTrainer):
         devices = [self.accelerator.device] if self.accelerator.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(self.args.seed + self.accelerator.process_index)
+            self._eval_prefix = metric_key_prefix  # with the name of one of several datasets
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
