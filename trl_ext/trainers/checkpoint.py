@@ -21,7 +21,7 @@ def _described(weights: Mapping[str, float], losses: Mapping[str, Any]) -> dict[
 
 def save_losses(folder: str | Path, weights: Mapping[str, float], losses: Mapping[str, Any]) -> None:
     """
-    Write what [`check_losses`] reads.
+    Write what [`refuse_other_losses`] reads.
 
     Args:
         folder (`str` or `Path`):
@@ -34,7 +34,7 @@ def save_losses(folder: str | Path, weights: Mapping[str, float], losses: Mappin
     (Path(folder) / FILE).write_text(json.dumps(_described(weights, losses), indent=2) + "\n")
 
 
-def check_losses(folder: str | Path, weights: Mapping[str, float], losses: Mapping[str, Any]) -> None:
+def refuse_other_losses(folder: str | Path, weights: Mapping[str, float], losses: Mapping[str, Any]) -> None:
     """
     Raise a `ValueError` if the checkpoint was trained with other losses than those given.
 

@@ -5,6 +5,7 @@ import copy
 import dataclasses
 import functools
 import json
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ from trl_ext.logprobs import completion_lengths, sum_completions
 from trl_ext.losses import GroupBatch, PreferenceBatch
 from trl_ext.losses.base import SigmoidLoss
 from trl_ext.losses.bias_variance import present
-from trl_ext.trainers.checkpoint import check_losses, save_losses
+from trl_ext.trainers.checkpoint import refuse_other_losses, save_losses
 from trl_ext.trainers.dpo_config import DPOConfig
 from trl_ext.trainers.loss_terms import build_losses, check_combination, resolve_loss_types
 from trl_ext.trainers.metrics import means_over_processes
@@ -272,7 +273,8 @@ class DPOTrainer(trl.DPOTrainer):
             return False
         if args is None or not args.precompute_ref_log_probs:
             return True
-        return args.distributed_state.distributed_type == "FSDP"
+        # Before the accelerator is made, this is where it stands
+        return bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
     # Dataset
 
@@ -704,7 +706,7 @@ class DPOTrainer(trl.DPOTrainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint):  # DeepSpeed never calls `_load_from_checkpoint`
         if checkpoint is not None:
-            check_losses(checkpoint, self._all_weights, self._losses)
+            refuse_other_losses(checkpoint, self._all_weights, self._losses)
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and self.args.sync_ref_model:
             load_reference(self.accelerator.unwrap_model(self.ref_model), checkpoint)

@@ -37,6 +37,7 @@ from trl_ext.generation import (
 )
 from trl_ext.logprobs import completion_lengths, sum_completions
 from trl_ext.losses import GroupBatch, PreferenceBatch
+from trl_ext.trainers.checkpoint import refuse_other_losses, save_losses
 from trl_ext.trainers.model_card import complete_model_card, describe_losses
 from trl_ext.trainers.online.checks import (
     check_arguments,
@@ -196,9 +197,8 @@ class OnlineDPOTrainer(TRLOnlineDPOTrainer):
                 unbind_forward(base_model(given))
         self._needs_reference = needs_reference(losses)
         if ref_model is not None and not self._needs_reference:
-            logger.warning(f"`ref_model` is not used: none of the losses {list(losses)} reads a reference.")
-            ref_model = None
-        elif ref_model is None and self._needs_reference and peft_config is None:
+            raise ValueError(f"None of the losses {list(losses)} reads a reference model. Leave `ref_model` out.")
+        if ref_model is None and self._needs_reference and peft_config is None:
             if not (args.sync_ref_model and is_peft_model(model)):
                 # TRL's says what ZeRO-3 needs in place of a copy
                 ref_model = create_reference_model(model) if is_deepspeed_zero3_enabled() else frozen_copy(model)
@@ -235,7 +235,7 @@ class OnlineDPOTrainer(TRLOnlineDPOTrainer):
         self._keep_ties = preference_fn is not None and all(
             "preference_prob" in loss.optional_columns or reads_win_rates(loss) for loss in losses.values()
         )
-        self._scorer = build_scorer(self.model, args, aux_loss=False)
+        self._scorer = build_scorer(self.model, args, False, self.ref_model if self._has_ref_model else None)
         self._metrics = {"train": Means(), "eval": Means()}
         self._eval_prefix = "eval"
         self._tied_batches, self._said_tied = 0, False
@@ -723,11 +723,17 @@ class OnlineDPOTrainer(TRLOnlineDPOTrainer):
 
     def _save_checkpoint(self, model, trial):
         super()._save_checkpoint(model, trial)
+        folder = f"{self._get_output_dir(trial=trial)}/checkpoint-{self.state.global_step}"
+        if self.is_world_process_zero():
+            save_losses(folder, self._weights, self._losses)
         if self.args.sync_ref_model and self.ref_model is not None:
-            folder = f"{self._get_output_dir(trial=trial)}/checkpoint-{self.state.global_step}"
             save_reference(self.accelerator.unwrap_model(self.ref_model), folder)
 
-    def _load_optimizer_and_scheduler(self, checkpoint):  # DeepSpeed never calls `_load_from_checkpoint`
+    def _load_optimizer_and_scheduler(
+        self, checkpoint
+    ):  # which DeepSpeed resumes by too, unlike `_load_from_checkpoint`
+        if checkpoint is not None:
+            refuse_other_losses(checkpoint, self._weights, self._losses)
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and self.args.sync_ref_model and self.ref_model is not None:
             load_reference(self.accelerator.unwrap_model(self.ref_model), checkpoint)
