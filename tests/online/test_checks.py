@@ -357,7 +357,9 @@ def test_probabilities_need_an_oracle():
 
 def test_resuming_with_another_loss_is_refused(tiny_model_dir, tmp_path):
     saved = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
-    online(tiny_model_dir, tmp_path, cls=Scripted, loss_type="offset", loss_kwargs={"scaling": "linear"}, **saved).train()
+    online(
+        tiny_model_dir, tmp_path, cls=Scripted, loss_type="offset", loss_kwargs={"scaling": "linear"}, **saved
+    ).train()
     checkpoint = str(tmp_path / "checkpoint-1")
     with pytest.raises(ValueError, match=r"was trained with the losses .*offset.* A resumed run continues the same"):
         online(tiny_model_dir, tmp_path, cls=Scripted, loss_type="sigmoid", **saved).train(
