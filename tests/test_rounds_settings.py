@@ -135,7 +135,7 @@ REFUSED = [
     ({"judge": {"vote": []}}, "expected one of the keys"),
     ({"judge": {"mean": "tests.test_rounds:length"}}, "takes a list of judges"),
     ({"judge": {"mean": []}}, "at least one reward"),
-    ({"judge": {"mean": [PAIR]}}, "cannot be one of several"),
+    ({"judge": {"mean": [PAIR]}}, "a judge of two gives none"),
     ({"judge": {"mean": ["implicit"]}}, "'implicit' cannot be one of several"),
     ({"judge": 3}, "is none of"),
     ({"scoring": {"temperature": "fit"}}, "no labels to fit it to"),
@@ -228,9 +228,9 @@ def test_prompts_that_cannot_be_used(rows, message, tiny_model_dir, tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("rows.csv", "prompt\n", "cannot be read"),
-        ("rows.jsonl", "", "cannot be read: it is empty"),
-        ("rows.jsonl", '{"prompt": "a"', "cannot be read: JSON parse error"),
+        ("rows.csv", "prompt\n", "`prompts`: Cannot read .*a header and no rows"),
+        ("rows.jsonl", "", "`prompts`: Cannot read .*the file is empty"),
+        ("rows.jsonl", '{"prompt": "a"', "`prompts`: Cannot read .*line 1 is no JSON"),
         (None, None, "There is no dataset of prompts"),
     ],
 )

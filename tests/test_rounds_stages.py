@@ -297,4 +297,4 @@ def test_functions_are_known_by_name_in_the_next_run(tmp_path):
     for changed in ({"judge": {"pair": prompts_file}, "n": 3}, {"judge": RewardFunction(longer), "n": 3}):
         with pytest.raises(ValueError, match=r"other settings: \['judge'\] differ"):
             disk.claim(tmp_path, changed)
-    assert disk._lasting(RewardFunction(longer)) == "trl_ext.data.scores:RewardFunction"
+    assert disk._lasting(RewardFunction(longer)) == "trl_ext.data.rewards:RewardFunction"

@@ -15,12 +15,9 @@ from datasets.exceptions import DatasetsError
 from trl.scripts import dpo
 from trl.scripts.utils import DatasetConfig
 
+from trl_ext.data.load import BUILDERS
 from trl_ext.data.paths import refuse_missing_path, refuse_unwritable_folder
 from trl_ext.trainers.arguments import explained, refuse_liger_without_gpu
-
-
-# How `load_dataset` reads a file, by its suffix
-BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
 def run(arguments: list[str]) -> None:

@@ -12,7 +12,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl_ext.data.paths import refuse_missing_path
 
 
-_BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+# How `load_dataset` reads a file, by its suffix
+BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
 def load_preferences(name_or_path: str, split: str = "train") -> Dataset:
@@ -32,8 +33,8 @@ def load_preferences(name_or_path: str, split: str = "train") -> Dataset:
     """
     refuse_missing_path(name_or_path, "dataset")
     path = Path(name_or_path).expanduser()
-    if path.is_file() and path.suffix.lower() not in _BUILDERS:
-        raise ValueError(f"Cannot read {name_or_path!r}: expected a file that ends in {sorted(_BUILDERS)}.")
+    if path.is_file() and path.suffix.lower() not in BUILDERS:
+        raise ValueError(f"Cannot read {name_or_path!r}: expected a file that ends in {sorted(BUILDERS)}.")
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)  # what it would say of an error is in ours
     try:
@@ -60,7 +61,7 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
 
 def _load(path: Path, name: str) -> Dataset | DatasetDict:
     if path.is_file():
-        return load_dataset(_BUILDERS[path.suffix.lower()], data_files=str(path), split="train")
+        return load_dataset(BUILDERS[path.suffix.lower()], data_files=str(path), split="train")
     if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
         return load_from_disk(str(path))
     return load_dataset(str(path) if path.is_dir() else name)
@@ -76,9 +77,9 @@ def _reason(path: Path, name: str, error: Exception) -> str:
         return (
             f"There is no dataset {name!r}: no file or folder of that name here, and none on the hub{known} ({said})."
         )
-    files = [path] if path.is_file() else sorted(each for each in path.rglob("*") if each.suffix.lower() in _BUILDERS)
+    files = [path] if path.is_file() else sorted(each for each in path.rglob("*") if each.suffix.lower() in BUILDERS)
     if not files:
-        return f"Cannot read {name!r}: the folder holds no file that ends in {sorted(_BUILDERS)}."
+        return f"Cannot read {name!r}: the folder holds no file that ends in {sorted(BUILDERS)}."
     columns = {}
     for file in files:
         try:
@@ -104,6 +105,8 @@ def _columns(file: Path) -> list[str]:
     if not text.strip():
         raise ValueError("the file is empty.")
     if file.suffix.lower() == ".csv":
+        if len(text.split("\n")) < 2 or not text.split("\n", maxsplit=1)[1].strip():
+            raise ValueError("the file has a header and no rows.")
         return text.split("\n", maxsplit=1)[0].strip().split(",")
     return _json_columns(text)
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import yaml
 from datasets import Dataset
-from datasets.exceptions import DatasetsError
 from transformers import AutoConfig
 
 from trl_ext.data.load import load_preferences
@@ -100,10 +99,8 @@ def load_rows(name: str, setting: str) -> Dataset:
     """A dataset with at least one row; another one, or one that cannot be read, is a `ValueError`."""
     try:
         data = load_preferences(name)
-    except (ValueError, StopIteration, DatasetsError) as error:
-        raise ValueError(
-            f"`{setting}={name!r}` cannot be read: {error.__cause__ or str(error) or 'it is empty'}"
-        ) from error
+    except ValueError as error:
+        raise ValueError(f"`{setting}`: {error}") from error
     if not len(data):
         raise ValueError(f"`{setting}={name!r}` has no rows.")
     return data

@@ -22,8 +22,6 @@ def build_judge(judge: Any) -> Any:
         return judge
     built = _judge(judge)
     for each in _members(built):
-        if isinstance(each, PairFunction) and each is not built:
-            raise ValueError(f"`judge={judge!r}`: a judge of two cannot be one of several. Give it alone.")
         if isinstance(each, RewardModel):
             if isinstance(each.model, str) and each.model == IMPLICIT:
                 raise ValueError(f"`judge={judge!r}`: 'implicit' cannot be one of several. Give it alone.")
