@@ -8,7 +8,9 @@ from trl_ext.data.paths import refuse_missing_path
 @pytest.mark.parametrize(
     "name", ["./out", "../out", "/no/such", "~/no-such-folder", "a/b/c", "pairs.jsonl", "owner/pairs.JSON", "C:\\data"]
 )
-def test_a_path_that_is_not_there_is_refused(name):
+def test_a_path_that_is_not_there_is_refused(name, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
     with pytest.raises(ValueError, match=r"There is no model .* looks like a path on this machine"):
         refuse_missing_path(name, "model")
 
