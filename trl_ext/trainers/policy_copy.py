@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
-# Tensors of a saved model that are compared with those in memory: enough to see training, cheap to read
-COMPARED = 4
+# What of each file of a saved model is compared with memory: enough to see training, cheap to read from disk and device
+TENSORS, TENSOR_ROWS = 4, 256
 
 
 def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
@@ -36,17 +36,17 @@ def differs_from_source(model: PreTrainedModel) -> bool:
     """
     Whether `model` has other weights than the local folder that it was loaded from.
 
-    A few tensors are compared, spread over the model. A model that was loaded from the hub, or saved in another form than
+    The first rows of a few tensors are compared, spread over the model. A model that was loaded from the hub, or saved in another form than
     safetensors, is taken to be as it was loaded.
     """
     folder = Path(getattr(model.config, "_name_or_path", "") or "")
     files = sorted(folder.glob("*.safetensors")) if str(folder) != "." and folder.is_dir() else []
-    parameters = dict(model.named_parameters())
+    parameters = {name: value for name, value in model.named_parameters() if value.dim() and not value.is_meta}
     for file in files:
         with safe_open(file, framework="pt") as saved:
             names = sorted(name for name in saved.keys() if name in parameters)
-            for name in names[:: max(1, len(names) // COMPARED)]:
-                value = parameters[name].detach().cpu()
-                if not torch.equal(saved.get_tensor(name).to(value.dtype), value):
+            for name in names[:: max(1, len(names) // TENSORS)]:
+                value = parameters[name].detach()[:TENSOR_ROWS].cpu()
+                if not torch.equal(saved.get_slice(name)[:TENSOR_ROWS].to(value.dtype), value):
                     return True
     return False
