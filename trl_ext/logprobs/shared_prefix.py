@@ -167,7 +167,7 @@ def shared_prefix_layout(
         ],
         dim=1,
     )
-    # One transfer: what follows is bookkeeping on a few numbers a row
+    # One transfer: what follows is bookkeeping on a few numbers per row
     facts = torch.cat([right_padded.view(1), lengths, prefixes, same.flatten()]).cpu().numpy().astype(np.int64)
     lengths, prefixes, same = np.split(facts[1:], [rows, 2 * rows])
     same = same.reshape(members, members, groups).astype(bool)
