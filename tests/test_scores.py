@@ -38,6 +38,19 @@ def test_a_function_on_pairs_and_groups():
     assert score_preferences(groups, length)["scores"] == [[1.0, 3.0], [2.0, 2.0, 2.0]]
 
 
+@pytest.mark.parametrize("texts", [1, 2, 3, 4, 5])
+def test_whatever_is_left_for_the_last_batch(texts):
+    sizes = []
+
+    def noted(prompts, completions):
+        sizes.append(len(completions))
+        return length(prompts, completions)
+
+    groups = Dataset.from_list([{"prompt": "p", "completions": ["a" * (k + 1) for k in range(texts)]}])
+    assert score_preferences(groups, noted, batch_size=2)["scores"] == [[float(k + 1) for k in range(texts)]]
+    assert sizes == [2] * (texts // 2) + [1] * (texts % 2)
+
+
 def test_nothing_is_scored_twice(monkeypatch):
     calls = []
 

@@ -138,6 +138,19 @@ def test_a_wrong_path_is_refused_at_once(tmp_path):
         trl_ext.DPOTrainer(model="/no/such/model", train_dataset=Dataset.from_list(preference_rows(4)))
 
 
+def test_a_wrong_path_is_refused_before_pairs_are_scored(tmp_path):
+    def judge(prompts, completions):
+        raise AssertionError("the pairs were scored first")
+
+    with pytest.raises(ValueError, match=r"There is no model '/no/such/model'"):
+        trl_ext.DPOTrainer(
+            model="/no/such/model",
+            args=trl_ext.DPOConfig(output_dir=str(tmp_path), bf16=False, loss_type="offset"),
+            train_dataset=Dataset.from_list(preference_rows(4)).select_columns(["prompt", "chosen", "rejected"]),
+            reward_model=judge,
+        )
+
+
 def test_first_batch_is_scored_by_the_copy(tiny_model_dir, tmp_path):
     """Log-ratios of a policy that moves after the trainer was built are those to where it stood."""
     trainer = second_stage(moved(tiny_model_dir), tiny_model_dir, tmp_path, loss_type="length_regularized")

@@ -161,6 +161,7 @@ class DPOTrainer(trl.DPOTrainer):
             losses = build_losses(names, args.loss_kwargs if isinstance(args, DPOConfig) else None)
             check_combination(args, names, losses)
         if reward_model is not None:
+            self._check_paths(model, ref_model)  # before the scoring, which may take long
             train_dataset, eval_dataset = (
                 _scored(data, reward_model, losses) for data in (train_dataset, eval_dataset)
             )
@@ -194,8 +195,8 @@ class DPOTrainer(trl.DPOTrainer):
                 logger.warning(remark)
         if eval_dataset is not None:
             eval_dataset = self._checked_eval(eval_dataset)
+        self._check_paths(model, ref_model)
         for given in (model, ref_model):
-            refuse_missing_path(given, "model")
             if isinstance(given, torch.nn.Module):
                 unbind_forward(base_model(given))  # of an earlier trainer, or of the model this one is a copy of
         self._needs_reference = not losses or any(name not in losses or losses[name].needs_reference for name in names)
@@ -249,6 +250,11 @@ class DPOTrainer(trl.DPOTrainer):
             self._paper = {"title": first.title, "id": first.paper.split(",")[0], "citation": first.citation}
             self._tag_names = [*self._tag_names, "trl-ext", *described]
 
+    @staticmethod
+    def _check_paths(*models: Any) -> None:
+        for model in models:
+            refuse_missing_path(model, "model")
+
     # Reference
 
     @staticmethod
@@ -293,7 +299,7 @@ class DPOTrainer(trl.DPOTrainer):
         if unweighted:
             raise ValueError(
                 f"The train dataset has a column 'weight', which scales each pair's loss, but TRL's {unweighted} cannot "
-                "be weighted a pair at a time. Use `sigmoid` or a loss of this package, or drop the column: "
+                "be weighted per pair. Use `sigmoid` or a loss of this package, or drop the column: "
                 "dataset.remove_columns('weight')."
             )
         weighted = {name: losses[name] if name in losses else SigmoidLoss() for name in names}
