@@ -18,7 +18,9 @@ def test_a_torn_line_is_passed_over(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "line", [b"1", b"null", b'"ab"', b'["b"]', b'["b", "2"]', b"[1, 2.0]", b'["b", 2.0, 3]', b"\xff\x00", b"{}"]
+    "line",
+    [b"1", b"null", b'"ab"', b'["b"]', b'["b", "2"]', b"[1, 2.0]", b'["b", 2.0, 3]', b"\xff\x00", b"{}"],
+    ids=repr,
 )
 def test_what_is_no_result_is_passed_over(line, tmp_path):
     ledger = Ledger(tmp_path, "x")
