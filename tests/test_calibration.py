@@ -80,3 +80,19 @@ def test_where_no_temperature_fits(tmp_path):
         assert report.temperature is report.nll_fitted is None and message in report.remark
     report.plot(tmp_path / "plot.png")
     assert (tmp_path / "plot.png").exists()
+
+
+def test_what_is_drawn(tmp_path, monkeypatch):
+    import matplotlib.pyplot as plt
+
+    drawn = []
+    monkeypatch.setattr(plt, "close", drawn.append)
+    calibrate([1.0, 2.0, -1.0, 0.5]).plot(tmp_path / "plot.png")
+    (axes,) = drawn[0].axes
+    assert (axes.get_xlabel(), axes.get_ylabel(), axes.get_title()) == (
+        "score of the chosen minus that of the rejected completion",
+        "pairs",
+        "75% of the labels agree",
+    )
+    assert len(axes.patches) == 40 and sum(bar.get_height() for bar in axes.patches) == 4
+    assert axes.get_lines()[0].get_xdata() == [0, 0] and (tmp_path / "plot.png").exists()

@@ -18,6 +18,7 @@ from tests.helpers import options
 from trl_ext import list_losses
 from trl_ext.cli import main
 from trl_ext.data import inspect_preferences, load_preferences
+from trl_ext.data.inspection import Inspection
 from trl_ext.data.tokens import pair_lengths
 
 
@@ -152,6 +153,73 @@ def test_what_to_mind():
     shown.print(ratings.tables()[1])
     text = shown.export_text()
     assert "look like ratings" in text and text.count("yes") + text.count("no") >= len(ratings.losses)
+
+
+def test_the_tables():
+    report = Inspection(
+        facts={"rows": "3", "form": "text"}, losses={"one": "", "two": "no scores", "three": ""}, remarks={"three": "ratings"},
+        lengths={}, margins=[], unit="words",
+    )  # fmt: skip
+    facts, losses = report.tables()
+    assert [list(column.cells) for column in facts.columns] == [["rows", "form"], ["3", "text"]]
+    assert (facts.title, facts.show_header, losses.title) == ("The data", False, "Losses that can use it")
+    assert [(column.header, list(column.cells)) for column in losses.columns] == [
+        ("loss_type", ["one", "two", "three"]),
+        ("can", ["yes", "no", "yes"]),
+        ("why not, or what to mind", ["", "no scores", "ratings"]),
+    ]
+
+
+@pytest.mark.parametrize("margins", [[], [1.0, -2.0, 0.5]])
+def test_what_is_drawn(margins, tmp_path, monkeypatch):
+    import matplotlib.pyplot as plt
+
+    drawn = []
+    monkeypatch.setattr(plt, "close", drawn.append)
+    lengths = {"prompt": [9], "chosen": [1, 2, 3], "rejected": [4, 5]}
+    Inspection({}, {}, {}, lengths, margins, "tokens").plot(tmp_path / "plot.png")
+    (figure,) = drawn
+    first, *more = figure.axes
+    assert first.get_xlabel() == "length of completions (tokens)"
+    assert [text.get_text() for text in first.get_legend().get_texts()] == ["chosen", "rejected"]
+    counts = [sum(bar.get_height() for bar in bars) for bars in first.containers]
+    assert counts == [3, 2] and len(first.containers[0]) == 40
+    assert len(more) == (1 if margins else 0)
+    for axes in more:
+        assert axes.get_xlabel() == "score of the chosen minus that of the rejected completion"
+        assert sum(bar.get_height() for bar in axes.patches) == 3 and len(axes.patches) == 40
+        assert axes.get_lines()[0].get_xdata() == [0, 0]
+
+
+def test_all_facts_by_hand(tiny_model_dir):
+    rows = [
+        {"prompt": "p q", "chosen": "a b c", "rejected": "a", "score_chosen": 2.0, "score_rejected": 0.5},
+        {"prompt": "p q", "chosen": "a", "rejected": "a b c", "score_chosen": 1.0, "score_rejected": 1.0},
+        {"prompt": "r", "chosen": "a", "rejected": " ", "score_chosen": None, "score_rejected": 1.0},
+    ]
+    report = inspect_preferences(Dataset.from_list(rows))
+    assert report.facts == {
+        "rows": "3",
+        "columns": "prompt, chosen, rejected, score_chosen, score_rejected",
+        "form": "text",
+        "prompt, words": "median 2, 95% 2, most 2",
+        "chosen, words": "median 1, 95% 1, most 3",
+        "rejected, words": "median 1, 95% 1, most 3",
+        "mean length, chosen minus rejected": "+0.3",
+        "the longer answer wins": "2 of 3 (66.7%)",
+        "prompts, each once": "2",
+        "duplicate pairs": "0 of 3 (0.0%)",
+        "pairs there in both orders": "2 of 3 (66.7%)",
+        "chosen equals rejected": "0 of 3 (0.0%)",
+        "an empty completion": "1 of 3 (33.3%)",
+        "margins of the scores": "5% 0, 25% 0, 50% 0, 75% 0, 95% 0 (mean 0.75)",
+        "scores contradict the label": "0 of 2 (0.0%)",
+        "scores tie": "1 of 2 (50.0%)",
+    }
+    assert (report.margins, report.unit) == ([1.5, 0.0], "words")
+    groups = [{"prompt": "p", "completions": list("abc"[:n]), "scores": [1.0, 2.0, 3.0][:n]} for n in (2, 3)]
+    facts = inspect_preferences(Dataset.from_list(groups)).facts
+    assert facts["completions per group"] == "2 to 3" and facts["pairs"] == "2, best against worst"
 
 
 def test_rows_without_a_pair():

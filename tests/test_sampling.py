@@ -321,12 +321,17 @@ def test_vllm_gets_token_ids_and_no_defaults_of_the_model(vllm, tiny_model_dir, 
 
 def test_vllm_on_a_model_of_the_hub(vllm, tiny_model_dir, tmp_path, monkeypatch):
     """Its commit says which weights they are."""
-    commit = ["1a2b"]
-    monkeypatch.setattr(generators, "snapshot_download", lambda name, allow_patterns: f"/cache/{name}/{commit[0]}")
+    commit, asked = ["1a2b"], []
+    monkeypatch.setattr(
+        generators,
+        "snapshot_download",
+        lambda name, allow_patterns: asked.append((name, allow_patterns)) or f"/cache/{name}/{commit[0]}",
+    )
     keys = [generators.weights_key("owner/model")] * 2
     commit[0] = "3c4d"
     keys += [generators.weights_key("owner/model"), generators.weights_key("owner/other")]
     assert keys[0] == keys[1] and len({*keys}) == 3
+    assert asked[0] == ("owner/model", "config.json")  # not the weights, for their name alone
 
 
 def test_where_a_completion_ends(tiny_model_dir, tmp_path):
