@@ -47,6 +47,7 @@ DATA_TESTS = [
     "tests/test_cache.py",
     "tests/test_calibration.py",
     "tests/test_checks.py",
+    "tests/test_collator.py",
     "tests/test_columns.py",
     "tests/test_fingerprint.py",
     "tests/test_groups.py",

@@ -169,6 +169,34 @@ def test_rows_that_cannot_be_scored(row, message):
         score_preferences(data, length)
 
 
+def test_a_call_of_a_tool_is_no_empty_completion():
+    message = lambda **rest: [{"role": "assistant", **rest}]  # noqa: E731
+    call = [{"type": "function", "function": {"name": "clock"}}]
+    row = {"prompt": message(content="p"), "chosen": message(content=None, tool_calls=call)}
+    data = Dataset.from_list([{**row, "rejected": message(content="a", tool_calls=None)}])
+    assert score_preferences(data, lambda prompts, completions: [1.0, 2.0])["score_chosen"] == [1.0]
+    with pytest.raises(ValueError, match=r"Row 0: the completion .* is empty\. Remove the row"):
+        score_preferences(
+            Dataset.from_list([{**row, "rejected": message(content=None, tool_calls=None)}]),
+            lambda **texts: [1.0, 2.0],
+        )
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"chosen": "a", "rejected": "b"}, r"lacks \['prompt'\]; its columns are .* `trl\.extract_prompt` splits it off\.$"),
+        ({"prompt": "p", "chosen": "a"}, r"lacks \['rejected'\]; its columns are \['chosen', 'prompt'\]\.$"),
+        ({"prompt": "p", "completions": []}, r"Row 0: `completions` is \[\]; expected a list of at least one"),
+        ({"prompt": [], "chosen": [{"role": "user"}], "rejected": []}, r"Row 0: the prompt is \[\]; expected text"),
+        ({"prompt": "p", "chosen": "a", "rejected": ["b"]}, "Row 0: the completion .* is of another kind than its prompt"),
+    ],
+)  # fmt: skip
+def test_columns_that_cannot_be_scored(row, message):
+    with pytest.raises(ValueError, match=message):
+        score_preferences(Dataset.from_list([row]), length)
+
+
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
