@@ -52,6 +52,7 @@ DATA_TESTS = [
     "tests/test_fingerprint.py",
     "tests/test_groups.py",
     "tests/test_inspection.py",
+    "tests/test_pairing.py",
     "tests/test_paths.py",
     "tests/test_reasoning.py",
     "tests/test_recipes.py",
