@@ -19,6 +19,7 @@ from trl_ext import list_losses
 from trl_ext.cli import main
 from trl_ext.data import inspect_preferences, load_preferences
 from trl_ext.data.inspection import Inspection
+from trl_ext.data.load import _columns
 from trl_ext.data.tokens import pair_lengths
 
 
@@ -347,6 +348,63 @@ def test_a_plot_needs_matplotlib(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib.backend_bases", None)
     assert main(["inspect", "missing.jsonl", "--plot", "plot.png"]) == 2
     assert "A plot needs matplotlib: pip install matplotlib" in capsys.readouterr().err
+
+
+def test_kinds_of_data(tmp_path):
+    rows = [{"prompt": "p", "chosen": "a", "rejected": "b"}, {"prompt": "q", "chosen": "c", "rejected": "d"}]
+    data = Dataset.from_list(rows)
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "a.JSON").write_text(json.dumps(rows))
+    data.to_csv(tmp_path / "a.csv")
+    data.to_parquet(tmp_path / "a.parquet")
+    data.save_to_disk(tmp_path / "saved")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "a.jsonl").write_text(json.dumps(rows[0]))
+    (tmp_path / "folder" / "b.jsonl").write_text(json.dumps(rows[1]))
+    for name in ("a.jsonl", "a.JSON", "a.csv", "a.parquet", "saved", "folder"):
+        assert load_preferences(str(tmp_path / name)).to_list() == rows, name
+    assert load_preferences(str(tmp_path / "a.jsonl"), "test").to_list() == rows  # a file is one split, however called
+    DatasetDict({"test": data.select([0]), "train": data}).save_to_disk(tmp_path / "splits")
+    assert load_preferences(str(tmp_path / "splits")).to_list() == rows
+    assert load_preferences(str(tmp_path / "splits"), "test").to_list() == rows[:1]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.jsonl", b'{"a": 1}\n\n{"a": 1', "line 3 is no JSON (Expecting ',' delimiter, column 8): '{\"a\": 1'"),
+        (
+            "a.json",
+            b'\n [{"a": 1},\n  {"a" 1}]',
+            "line 3 is no JSON (Expecting ':' delimiter, column 8): '{\"a\" 1}]'",
+        ),
+        ("a.json", b'[{"a": 1}, 3]', "a row is '3'; expected an object with columns"),
+        ("a.json", b" [ ]", "the file holds no rows"),
+        ("a.jsonl", b'{"a": 1}\n3', "a row of line 2 is '3'; expected an object with columns"),
+        ("a.jsonl", b"abc\xff", "it is no text: the byte at position 3 is not UTF-8"),
+        ("a.csv", b"a,b\n", "the file has a header and no rows"),
+        ("a.csv", b"a,b", "the file has a header and no rows"),
+        ("a.csv", b" \n", "the file is empty"),
+    ],
+    ids=repr,
+)
+def test_why_a_file_cannot_be_read(name, content, said, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    try:
+        _columns(tmp_path / name)
+    except ValueError as error:
+        assert str(error).startswith(said)
+    else:
+        pytest.fail("the file was read")
+
+
+def test_columns_of_files(tmp_path):
+    (tmp_path / "a.csv").write_text("one,two\n1,2\n")
+    (tmp_path / "a.jsonl").write_text('\n{"one": 1, "two": 2}\n{"two": 3}\n')
+    (tmp_path / "a.json").write_text('[{"one": 1, "two": 2}]')
+    Dataset.from_dict({"one": [1], "two": [2]}).to_parquet(tmp_path / "a.PARQUET")
+    for path in tmp_path.iterdir():
+        assert _columns(path) == ["one", "two"], path
 
 
 def test_splits(tmp_path, capsys):

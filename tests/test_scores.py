@@ -280,3 +280,44 @@ def test_scores_survive_json(tmp_path):
     path = tmp_path / "scored.jsonl"
     path.write_text("\n".join(json.dumps(row) for row in scored))
     assert trl_ext.data.load_preferences(str(path))["score_chosen"] == scored["score_chosen"]
+
+
+def test_the_longest_come_first_each_once_and_are_kept(tmp_path):
+    """Memory runs out at once or never; equal texts are asked for once."""
+    batches = []
+
+    def counted(prompts, completions):
+        batches.append(completions)
+        return length(prompts, completions)
+
+    rows = [
+        {"prompt": "p", "completions": ["a", "aaaaa", "aa"]},
+        {"prompt": "p", "completions": ["aaaa", "aa", "aaa"]},
+    ]
+    scored = score_preferences(Dataset.from_list(rows), counted, batch_size=2, temperature=2.0)
+    assert batches == [["aaaaa", "aaaa"], ["aaa", "aa"], ["a"]]
+    assert scored["scores"] == [[0.5, 2.5, 1.0], [2.0, 1.0, 1.5]]
+    assert len(list((tmp_path / "cache" / "scores").glob("function-*.jsonl"))) == 1
+    assert scored.column_names == ["prompt", "completions", "scores"]
+
+
+def test_win_rates_by_hand(tmp_path):
+    """Each two completions of a row are compared once, and a win of one is a loss of the other."""
+    asked = []
+
+    def judge(prompts, first, second):
+        asked.extend(zip(prompts, first, second, strict=True))
+        return [{"ab": 0.75, "ac": 1.0, "bc": 0.25, "de": 0.125}[a + b] for a, b in zip(first, second, strict=True)]
+
+    rows = [{"prompt": "p", "completions": ["a", "b", "c"]}, {"prompt": "q", "completions": ["d", "e"]}]
+    scored = score_preferences(Dataset.from_list([*rows, {"prompt": "r", "completions": ["f"]}]), PairFunction(judge))
+    assert scored["scores"] == [[0.875, 0.25, 0.375], [0.125, 0.875], [0.0]]
+    assert sorted(asked) == [("p", "a", "b"), ("p", "a", "c"), ("p", "b", "c"), ("q", "d", "e")]
+    assert len(list((tmp_path / "cache" / "scores").glob("pair-*.jsonl"))) == 1
+
+
+def test_ensembles_of_ensembles():
+    by = lambda factor: lambda prompts, completions: [factor * len(text) for text in completions]  # noqa: E731
+    reward = [by(1), Ensemble([by(4), by(2), by(3)], "min"), [by(6), by(0)]]
+    scored = score_preferences(Dataset.from_list([{"prompt": "p", "chosen": "aaa", "rejected": "a"}]), reward)
+    assert (scored["score_chosen"], scored["score_rejected"]) == ([6.0], [2.0])  # (1 + 2 + 3) / 3 times the length
