@@ -172,11 +172,12 @@ def test_implicit_rewards(count, tiny_model_dir, tmp_path, monkeypatch):
         ]
 
     monkeypatch.setattr(log_probs, "pair_log_probs", fake)
-    rows = [{"prompt": "p", "tools": "[]", "completions": list("abc"[:count]), "scores": [0.0] * count, "other": 1},
-            {"prompt": "q", "tools": "[]", "completions": list("def"[:count]), "scores": [0.0] * count, "other": 1}]  # fmt: skip
+    beside = {"tools": "[]", "chat_template_kwargs": {"mood": "!"}, "scores": [0.0] * count, "other": 1}
+    rows = [{"prompt": "p", "completions": list("abc"[:count]), **beside},
+            {"prompt": "q", "completions": list("def"[:count]), **beside}]  # fmt: skip
     scored = implicit_rewards(Dataset.from_list(rows), "policy", "reference", "tokenizer", "args", 5)
     assert scored["scores"] == [[2.0, 4.0, 8.0][:count], [16.0, 32.0, 64.0][:count]]
-    columns = ["prompt", "tools", "chosen", "rejected"]
+    columns = ["prompt", "tools", "chat_template_kwargs", "chosen", "rejected"]
     assert asked == [(name, columns, ("tokenizer", "args", 5)) for name in ("policy", "reference")]
 
 
