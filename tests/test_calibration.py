@@ -41,6 +41,8 @@ def test_calibration():
     report = calibrate([1.0, 1.0, 1.0, -1.0])
     assert report.nll_fitted == pytest.approx(-0.75 * math.log(0.75) - 0.25 * math.log(0.25))
     assert report.remark == "" and "margins=" not in repr(report) and len(repr(calibrate([1.0, -2.0] * 999))) < 500
+    # Float32 would lose the second margin beside the first
+    assert calibrate([1.0, 1e-9, -1.0]).margin_mean == pytest.approx(1e-9 / 3, rel=1e-6)
     scored = Dataset.from_list(
         [{"score_chosen": 3.0, "score_rejected": 1.0}, {"score_chosen": 0.0, "score_rejected": 1.0}]
     )
