@@ -85,6 +85,16 @@ def test_tokens_are_counted_as_training_counts_them(form, tiny_model_dir, tmp_pa
     assert report.facts["prompt alone fills it (dropped)"] == "0 of 6 (0.0%)"
 
 
+def test_words_of_messages():
+    """Of all messages of a completion; one that only calls a tool has none."""
+    call = {"role": "assistant", "content": None}
+    row = messages({"prompt": "p q", "chosen": "a b", "rejected": "c"})
+    rows = [{**row, "chosen": [*row["chosen"], call, *row["rejected"]], "rejected": [call]}]
+    report = inspect_preferences(Dataset.from_list(rows))
+    assert report.lengths == {"prompt": [2], "chosen": [3], "rejected": [0]} and report.unit == "words"
+    assert report.facts["an empty completion"] == "1 of 1 (100.0%)"
+
+
 def test_tools_reach_the_template(tiny_model_dir):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
     tokenizer.chat_template = (

@@ -196,6 +196,8 @@ def test_work_is_shared_among_processes(tiny_model_dir, tmp_path, monkeypatch):
 
     parts = []
     monkeypatch.setattr(log_probs, "gather_object", lambda mine: parts.extend(mine) or [*parts])
+    placed, real = [], torch.nn.Module.to
+    monkeypatch.setattr(torch.nn.Module, "to", lambda self, *args: placed.append(args) or real(self, *args))
     for index in (0, 1):
         monkeypatch.setattr(log_probs, "processes", lambda index=index: Process(index))
         try:
@@ -203,4 +205,5 @@ def test_work_is_shared_among_processes(tiny_model_dir, tmp_path, monkeypatch):
         except KeyError:
             assert index == 0  # its other half comes from the second one
     assert [len(part) for part in parts] == [3, 2]
+    assert placed == [(Process.device,)] * 2  # the model, where the process computes
     assert shared == [pytest.approx(values, abs=1e-4) for values in whole]

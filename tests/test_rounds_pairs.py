@@ -131,6 +131,17 @@ def test_replay_without_what_the_template_reads_is_refused(tmp_path):
         load_replay(replay_file(tmp_path), Dataset.from_list([{"prompt": "p", "tools": "[]"}]), [])
 
 
+def test_weights_of_replayed_pairs_are_not_used(tmp_path, caplog):
+    path = tmp_path / "replay.jsonl"
+    row = {"prompt": "p", "chosen": "a", "rejected": "b", "score_chosen": 1.0}
+    for columns, said in (({"weight": 2.0}, True), ({"other": 2.0}, False)):
+        caplog.clear()
+        path.write_text(json.dumps({**row, **columns}))
+        with caplog.at_level("WARNING"):
+            data = load_replay(str(path), Dataset.from_list([{"prompt": "q"}]), ["score_chosen"])
+        assert data.to_list() == [row] and ("The column 'weight' of" in caplog.text) is said
+
+
 def test_replay_of_conversations_whose_prompt_is_not_split_off(tmp_path):
     """The form of the binarized UltraFeedback; its messages name their keys in another order."""
     turn = {"content": "hi", "role": "user"}
