@@ -143,6 +143,7 @@ REFUSED = [
     ({"judge": 3}, "is none of"),
     ({"scoring": {"temperature": "fit"}}, "no labels to fit it to"),
     ({"scoring": {"temperature": 0}}, "must be a positive number"),
+    ({"scoring": {"temperature": float("inf")}}, "must be a positive number"),
     ({"scoring": {"batch_size": "4"}}, "`scoring.batch_size='4'` is a str"),
     ({"judge": PAIR, "scoring": {"temperature": 2.0}}, "no meaning for a judge of two"),
     ({"replay_share": 1.0}, r"must lie in \[0, 1\)"),

@@ -273,6 +273,17 @@ def test_what_is_kept_depends_on_all_that_matters(tiny_model_dir, tmp_path):
     assert kept() == 1
 
 
+def test_chunks_are_kept_in_the_cache_by_default(tiny_model_dir, tmp_path, monkeypatch):
+    """One file per chunk, named by its first prompt, and taken from there the next time."""
+    monkeypatch.setenv("TRL_EXT_CACHE", str(tmp_path))
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    options = {"tokenizer": AutoTokenizer.from_pretrained(tiny_model_dir), "max_new_tokens": 2, "batch_size": 2}
+    first = sample_completions(PROMPTS, model, 1, **options)
+    assert sorted(path.name for path in tmp_path.glob("samples/*/*")) == ["0.json", "2.json", "4.json"]
+    monkeypatch.setattr(generators, "sample", None)
+    assert sample_completions(PROMPTS, model, 1, **options).to_list() == first.to_list()
+
+
 def test_marks_of_a_trace_stay_in_the_text(tiny_model_dir):
     """They may be special tokens, which are left out otherwise."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
