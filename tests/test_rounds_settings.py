@@ -321,7 +321,7 @@ def test_numbers_of_a_file_and_of_the_command_line(tmp_path):
     ("text", "overrides", "message"),
     [
         ("", {"rounds.x": 3}, "--rounds.x: 'rounds' is 5 and holds no settings"),
-        ("", {"round": 3}, r"unknown settings \['round'\]\. Did you mean 'rounds' for 'round'\?"),
+        ("", {"round": 3}, r"rounds\.yaml: unknown settings \['round'\]\. Did you mean 'rounds' for 'round'\?"),
         ("", {"model": None}, r"\['model'\] missing.*--model VALUE"),
         ("training: [1]\n", {}, "must be a dictionary"),
     ],

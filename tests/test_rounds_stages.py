@@ -165,6 +165,10 @@ def test_the_stages_in_their_order(rounds, tmp_path, monkeypatch):
         ("go beyond", "round-3", str(r2 / "model")),
         ("sample", 4, policies[1], after, 3), ("score", 4, policies[1], 2, after),
     ]  # fmt: skip
+    # What a killed run goes on from, and what other tools read
+    done = {path.name: sorted(each.stem for each in path.glob("*.done")) for path in (r1, r2, after)}
+    stages = ["model", "pairs", "samples", "scored"]
+    assert done == {"round-1": stages, "round-2": sorted([*stages, "policy"]), "after-round-3": ["samples", "scored"]}
     calls.clear()
     assert run.run() == metrics and not calls  # all is done
     with pytest.raises(ValueError, match=r"other settings: \['seed'\] differ"):
