@@ -1,5 +1,6 @@
 """Log-probabilities outside a trainer are those that the trainer gives to a reference model."""
 
+import contextlib
 import copy
 
 import pytest
@@ -156,6 +157,21 @@ def test_weights_are_loaded_as_for_training(tiny_model_dir, tmp_path, monkeypatc
     log_probs.load_model("x", trl_ext.DPOConfig(**options(tmp_path)))
     log_probs.load_model("y", trl_ext.DPOConfig(**options(tmp_path, model_init_kwargs={"dtype": "bfloat16"})))
     assert seen == [("x", {"dtype": "float32"}), ("y", {"dtype": "bfloat16"})]
+
+
+@pytest.mark.parametrize(
+    ("bf16", "fp16", "enabled"), [(False, False, False), (True, False, True), (False, True, True)]
+)
+def test_the_precision_is_that_of_the_training(bf16, fp16, enabled, tiny_model_dir, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        torch, "autocast", lambda *args, **options: asked.append((*args, options)) or contextlib.nullcontext()
+    )
+    args = trl_ext.DPOConfig(**options(tmp_path))
+    args.bf16, args.fp16 = bf16, fp16
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    pair_log_probs(str(tiny_model_dir), texts(preference_rows(1)), tokenizer, args)
+    assert asked[0] == ("cpu", torch.bfloat16 if bf16 else torch.float16, {"enabled": enabled})
 
 
 @pytest.mark.parametrize("count", [2, 3])
