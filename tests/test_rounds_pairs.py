@@ -131,6 +131,12 @@ def test_replay_without_what_the_template_reads_is_refused(tmp_path):
         load_replay(replay_file(tmp_path), Dataset.from_list([{"prompt": "p", "tools": "[]"}]), [])
 
 
+def test_replay_that_cannot_be_read(tmp_path):
+    (tmp_path / "replay.jsonl").write_text("")
+    with pytest.raises(ValueError, match=r"^`replay`: Cannot read .*the file is empty"):
+        load_replay(str(tmp_path / "replay.jsonl"), Dataset.from_list([{"prompt": "q"}]), [])
+
+
 def test_weights_of_replayed_pairs_are_not_used(tmp_path, caplog):
     path = tmp_path / "replay.jsonl"
     row = {"prompt": "p", "chosen": "a", "rejected": "b", "score_chosen": 1.0}
