@@ -41,6 +41,8 @@ def test_calibration():
     report = calibrate([1.0, 1.0, 1.0, -1.0])
     assert report.nll_fitted == pytest.approx(-0.75 * math.log(0.75) - 0.25 * math.log(0.25))
     assert report.remark == "" and "margins=" not in repr(report) and len(repr(calibrate([1.0, -2.0] * 999))) < 500
+    # Float32 would lose the second margin beside the first
+    assert calibrate([1.0, 1e-9, -1.0]).margin_mean == pytest.approx(1e-9 / 3, rel=1e-6)
     scored = Dataset.from_list(
         [{"score_chosen": 3.0, "score_rejected": 1.0}, {"score_chosen": 0.0, "score_rejected": 1.0}]
     )
@@ -80,3 +82,19 @@ def test_where_no_temperature_fits(tmp_path):
         assert report.temperature is report.nll_fitted is None and message in report.remark
     report.plot(tmp_path / "plot.png")
     assert (tmp_path / "plot.png").exists()
+
+
+def test_what_is_drawn(tmp_path, monkeypatch):
+    import matplotlib.pyplot as plt
+
+    drawn = []
+    monkeypatch.setattr(plt, "close", drawn.append)
+    calibrate([1.0, 2.0, -1.0, 0.5]).plot(tmp_path / "plot.png")
+    (axes,) = drawn[0].axes
+    assert (axes.get_xlabel(), axes.get_ylabel(), axes.get_title()) == (
+        "score of the chosen minus that of the rejected completion",
+        "pairs",
+        "75% of the labels agree",
+    )
+    assert len(axes.patches) == 40 and sum(bar.get_height() for bar in axes.patches) == 4
+    assert axes.get_lines()[0].get_xdata() == [0, 0] and (tmp_path / "plot.png").exists()

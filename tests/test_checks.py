@@ -2,6 +2,7 @@
 
 import json
 import logging
+from types import SimpleNamespace
 
 import pytest
 from datasets import Dataset
@@ -10,7 +11,7 @@ from transformers import AutoTokenizer
 import trl_ext
 from tests.conftest import preference_rows
 from tests.helpers import assert_same_parameters, build, parameters
-from trl_ext.data.checks import check_tokenized, is_empty, warn_of_empty_completions
+from trl_ext.data.checks import check_template, check_tokenized, is_empty, warn_of_empty_completions
 from trl_ext.losses.base import warn_once
 
 
@@ -132,6 +133,17 @@ def test_conversations_need_a_chat_template(loss_type, tiny_model_dir, tmp_path)
             train_dataset=data,
             processing_class=tokenizer,
         )
+
+
+def test_a_template_is_asked_for_where_there_are_messages():
+    """Also of what has no such attribute; of text, and of what has a template, nothing is asked."""
+    talk = Dataset.from_list([{"prompt": says("p"), "chosen": says("a"), "rejected": says("b")}])
+    with pytest.raises(
+        ValueError, match=r"The eval dataset holds conversations, and the tokenizer '' has no chat template"
+    ):
+        check_template(talk, object(), "eval")
+    check_template(talk, SimpleNamespace(chat_template="x"), "eval")
+    check_template(Dataset.from_list([{"prompt": "p", "chosen": "a", "rejected": "b"}]), object(), "eval")
 
 
 def test_beta_of_zero_teaches_nothing(tmp_path, caplog):

@@ -1,14 +1,17 @@
 """What a dataset must hold, and what it is told when it does not: before a model is loaded."""
 
+import math
 import re
+from types import SimpleNamespace
 
 import pytest
+import torch
 from datasets import Dataset, IterableDataset
 
 from tests.conftest import preference_rows
 from tests.helpers import build, options
 from trl_ext import DPOConfig, DPOTrainer, get_loss
-from trl_ext.data.columns import used_columns
+from trl_ext.data.columns import check_values, checked, used_columns
 
 
 def construct(tmp_path, rows, *, loss_type="offset", stream=False, eval_rows=None, **overrides):
@@ -190,3 +193,86 @@ def test_a_text_is_not_taken_for_a_score():
         used_columns(["prompt", "chosen", "rejected"], {"offset": get_loss("offset")}, "train")
     assert "rename_column" not in str(error.value)
     assert "`trl_ext.data.score_preferences` adds scores." in str(error.value)
+
+
+def loss(required=(), optional=(), bad=None):
+    return SimpleNamespace(
+        required_columns=required,
+        optional_columns=optional,
+        check_columns=lambda columns: bad,
+        column_help="Mend them.",
+    )
+
+
+def test_columns_stand_once_and_in_their_order():
+    losses = {"one": loss(["b", "score_chosen", "score_rejected"], ["c", "not there"]), "two": loss(["c"], ["b", "a"])}
+    available = ["weight", "a", "b", "c", "prompt", "score_chosen", "score_rejected", "unused"]
+    assert used_columns(available, losses, "train") == ["b", "score_chosen", "score_rejected", "c", "a", "weight"]
+    assert used_columns(["weight"], {}, "train") == []  # TRL's own losses alone: nothing reads the weights
+    for alone, other in (("score_chosen", "score_rejected"), ("rejected_empty_trace", "chosen_empty_trace")):
+        with pytest.raises(
+            ValueError, match=f"eval dataset has the column '{alone}' without '{other}': a pair needs both"
+        ):
+            used_columns([alone], {"one": loss((), [alone, other])}, "eval")
+
+
+@pytest.mark.parametrize(
+    ("available", "hint"),
+    [
+        (["rejected_score"], "rename_column('rejected_score', 'score_rejected')"),
+        (["score_rejectd", "unlike"], "rename_column('score_rejectd', 'score_rejected')"),
+        (["unlike"], "`trl_ext.data.score_preferences` adds scores."),
+        # One that the loss itself reads under its own name is not the one that is missing
+        (["score_chosen"], "`trl_ext.data.score_preferences` adds scores."),
+    ],
+)
+def test_hints_for_a_column_that_is_missing(available, hint):
+    with pytest.raises(ValueError, match=re.escape(hint)):
+        used_columns(available, {"one": loss(["score_rejected"], ["score_chosen"])}, "train")
+    with pytest.raises(ValueError) as error:
+        used_columns(["unlike"], {"one": loss(["other"])}, "train")
+    assert str(error.value).endswith("columns are ['unlike'].")
+
+
+def test_values_at_the_edges():
+    check_values({"preference_prob": [0, 1.0], "weight": [0.0, 3], "score": [-1e30, 5]}, {"one": loss()}, "train")
+    for name, value, problem in (
+        ("preference_prob", -0.1, "is no probability"),
+        ("preference_prob", 1.0001, "is no probability"),
+        ("weight", -0.1, "is negative"),
+        ("score", math.inf, "is not finite"),
+        ("score", True, "holds a bool, not a number"),
+        ("score", "1", "holds text, not a number (convert it: dataset.cast_column('score', Value('float32')))"),
+        ("score", None, "has no value"),
+    ):
+        with pytest.raises(ValueError) as error:
+            check_values({name: [0.5, value], "a": [1.0, 1.0]}, {}, "eval", first_row=7)
+        said = str(error.value)
+        assert f"The column {name!r} of the eval dataset {problem}" in said and f"in row 8: {value!r}." in said
+        assert said.endswith(f"read here: {sorted([name, 'a'])}.")
+
+
+def test_rows_that_a_loss_cannot_take():
+    values = {"a": [1.0, 2.0, 3.0], "weight": [1.0] * 3}
+    bad = torch.tensor([False, True, True])
+    with pytest.raises(ValueError, match=r"^2 of 3 pairs of the eval dataset .* in row 6 \(a=2\.0\)\. Mend them\.$"):
+        check_values(values, {"fine": loss(), "one": loss(bad=bad)}, "eval", first_row=5)
+    with pytest.raises(ValueError, match=r"^A pair of the eval dataset .* in row 5 \(a=1\.0\)"):
+        check_values({"a": [1.0]}, {"one": loss(bad=bad[1:2])}, "eval", first_row=5)
+    check_values(values, {"one": loss(bad=torch.zeros(3).bool())}, "eval")
+    seen = []
+    reader = loss()
+    reader.check_columns = seen.append
+    check_values({"a": [1, 1 + 1e-12]}, {"one": reader}, "eval")
+    assert seen[0]["a"].tolist() == [1.0, 1 + 1e-12]  # as exact as given
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_is_read(stream):
+    rows = [{"a": 1.0, "text": "x", "chosen_empty_trace": "y"}, {"a": None, "text": "x", "chosen_empty_trace": "y"}]
+    data = Dataset.from_list(rows)
+    data = data.to_iterable_dataset() if stream else data
+    assert checked(data, ["chosen_empty_trace"], {}, "train") is data  # texts are looked at elsewhere
+    with pytest.raises(ValueError, match="'a' of the train dataset has no value in row 1"):
+        list(checked(data, ["chosen_empty_trace", "a"], {}, "train"))
+    assert list(checked(data.take(1), ["a"], {}, "train")) == rows[:1]

@@ -206,6 +206,19 @@ def test_versions():
     assert RewardFunction(typed).key() is PairFunction(typed).key() is None
 
 
+def test_versions_of_objects_of_different_classes():
+    """An object has no name of its own: that of its class tells it from others of the same version."""
+
+    class One:
+        def __call__(self, prompts, completions):
+            return []
+
+    class Two(One):
+        pass
+
+    assert RewardFunction(One(), "1").key() == RewardFunction(One(), "1").key() != RewardFunction(Two(), "1").key()
+
+
 def test_edited_functions_are_asked_anew(package, tmp_path):
     """From file to score: an edit of a helper in another module, then back again."""
     folder = tmp_path / "kept"

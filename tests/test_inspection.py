@@ -18,6 +18,8 @@ from tests.helpers import options
 from trl_ext import list_losses
 from trl_ext.cli import main
 from trl_ext.data import inspect_preferences, load_preferences
+from trl_ext.data.inspection import Inspection
+from trl_ext.data.load import _columns
 from trl_ext.data.tokens import pair_lengths
 
 
@@ -81,6 +83,16 @@ def test_tokens_are_counted_as_training_counts_them(form, tiny_model_dir, tmp_pa
     assert report.facts["prompt alone fills it (dropped)"].startswith(f"{fills} of 6")
     report = inspect_preferences(Dataset.from_list(rows), tokenizer=tokenizer, max_length=longest + 1)
     assert report.facts["prompt alone fills it (dropped)"] == "0 of 6 (0.0%)"
+
+
+def test_words_of_messages():
+    """Of all messages of a completion; one that only calls a tool has none."""
+    call = {"role": "assistant", "content": None}
+    row = messages({"prompt": "p q", "chosen": "a b", "rejected": "c"})
+    rows = [{**row, "chosen": [*row["chosen"], call, *row["rejected"]], "rejected": [call]}]
+    report = inspect_preferences(Dataset.from_list(rows))
+    assert report.lengths == {"prompt": [2], "chosen": [3], "rejected": [0]} and report.unit == "words"
+    assert report.facts["an empty completion"] == "1 of 1 (100.0%)"
 
 
 def test_tools_reach_the_template(tiny_model_dir):
@@ -152,6 +164,73 @@ def test_what_to_mind():
     shown.print(ratings.tables()[1])
     text = shown.export_text()
     assert "look like ratings" in text and text.count("yes") + text.count("no") >= len(ratings.losses)
+
+
+def test_the_tables():
+    report = Inspection(
+        facts={"rows": "3", "form": "text"}, losses={"one": "", "two": "no scores", "three": ""}, remarks={"three": "ratings"},
+        lengths={}, margins=[], unit="words",
+    )  # fmt: skip
+    facts, losses = report.tables()
+    assert [list(column.cells) for column in facts.columns] == [["rows", "form"], ["3", "text"]]
+    assert (facts.title, facts.show_header, losses.title) == ("The data", False, "Losses that can use it")
+    assert [(column.header, list(column.cells)) for column in losses.columns] == [
+        ("loss_type", ["one", "two", "three"]),
+        ("can", ["yes", "no", "yes"]),
+        ("why not, or what to mind", ["", "no scores", "ratings"]),
+    ]
+
+
+@pytest.mark.parametrize("margins", [[], [1.0, -2.0, 0.5]])
+def test_what_is_drawn(margins, tmp_path, monkeypatch):
+    import matplotlib.pyplot as plt
+
+    drawn = []
+    monkeypatch.setattr(plt, "close", drawn.append)
+    lengths = {"prompt": [9], "chosen": [1, 2, 3], "rejected": [4, 5]}
+    Inspection({}, {}, {}, lengths, margins, "tokens").plot(tmp_path / "plot.png")
+    (figure,) = drawn
+    first, *more = figure.axes
+    assert first.get_xlabel() == "length of completions (tokens)"
+    assert [text.get_text() for text in first.get_legend().get_texts()] == ["chosen", "rejected"]
+    counts = [sum(bar.get_height() for bar in bars) for bars in first.containers]
+    assert counts == [3, 2] and len(first.containers[0]) == 40
+    assert len(more) == (1 if margins else 0)
+    for axes in more:
+        assert axes.get_xlabel() == "score of the chosen minus that of the rejected completion"
+        assert sum(bar.get_height() for bar in axes.patches) == 3 and len(axes.patches) == 40
+        assert axes.get_lines()[0].get_xdata() == [0, 0]
+
+
+def test_all_facts_by_hand(tiny_model_dir):
+    rows = [
+        {"prompt": "p q", "chosen": "a b c", "rejected": "a", "score_chosen": 2.0, "score_rejected": 0.5},
+        {"prompt": "p q", "chosen": "a", "rejected": "a b c", "score_chosen": 1.0, "score_rejected": 1.0},
+        {"prompt": "r", "chosen": "a", "rejected": " ", "score_chosen": None, "score_rejected": 1.0},
+    ]
+    report = inspect_preferences(Dataset.from_list(rows))
+    assert report.facts == {
+        "rows": "3",
+        "columns": "prompt, chosen, rejected, score_chosen, score_rejected",
+        "form": "text",
+        "prompt, words": "median 2, 95% 2, most 2",
+        "chosen, words": "median 1, 95% 1, most 3",
+        "rejected, words": "median 1, 95% 1, most 3",
+        "mean length, chosen minus rejected": "+0.3",
+        "the longer answer wins": "2 of 3 (66.7%)",
+        "prompts, each once": "2",
+        "duplicate pairs": "0 of 3 (0.0%)",
+        "pairs there in both orders": "2 of 3 (66.7%)",
+        "chosen equals rejected": "0 of 3 (0.0%)",
+        "an empty completion": "1 of 3 (33.3%)",
+        "margins of the scores": "5% 0, 25% 0, 50% 0, 75% 0, 95% 0 (mean 0.75)",
+        "scores contradict the label": "0 of 2 (0.0%)",
+        "scores tie": "1 of 2 (50.0%)",
+    }
+    assert (report.margins, report.unit) == ([1.5, 0.0], "words")
+    groups = [{"prompt": "p", "completions": list("abc"[:n]), "scores": [1.0, 2.0, 3.0][:n]} for n in (2, 3)]
+    facts = inspect_preferences(Dataset.from_list(groups)).facts
+    assert facts["completions per group"] == "2 to 3" and facts["pairs"] == "2, best against worst"
 
 
 def test_rows_without_a_pair():
@@ -279,6 +358,63 @@ def test_a_plot_needs_matplotlib(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib.backend_bases", None)
     assert main(["inspect", "missing.jsonl", "--plot", "plot.png"]) == 2
     assert "A plot needs matplotlib: pip install matplotlib" in capsys.readouterr().err
+
+
+def test_kinds_of_data(tmp_path):
+    rows = [{"prompt": "p", "chosen": "a", "rejected": "b"}, {"prompt": "q", "chosen": "c", "rejected": "d"}]
+    data = Dataset.from_list(rows)
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "a.JSON").write_text(json.dumps(rows))
+    data.to_csv(tmp_path / "a.csv")
+    data.to_parquet(tmp_path / "a.parquet")
+    data.save_to_disk(tmp_path / "saved")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "a.jsonl").write_text(json.dumps(rows[0]))
+    (tmp_path / "folder" / "b.jsonl").write_text(json.dumps(rows[1]))
+    for name in ("a.jsonl", "a.JSON", "a.csv", "a.parquet", "saved", "folder"):
+        assert load_preferences(str(tmp_path / name)).to_list() == rows, name
+    assert load_preferences(str(tmp_path / "a.jsonl"), "test").to_list() == rows  # a file is one split, however called
+    DatasetDict({"test": data.select([0]), "train": data}).save_to_disk(tmp_path / "splits")
+    assert load_preferences(str(tmp_path / "splits")).to_list() == rows
+    assert load_preferences(str(tmp_path / "splits"), "test").to_list() == rows[:1]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.jsonl", b'{"a": 1}\n\n{"a": 1', "line 3 is no JSON (Expecting ',' delimiter, column 8): '{\"a\": 1'"),
+        (
+            "a.json",
+            b'\n [{"a": 1},\n  {"a" 1}]',
+            "line 3 is no JSON (Expecting ':' delimiter, column 8): '{\"a\" 1}]'",
+        ),
+        ("a.json", b'[{"a": 1}, 3]', "a row is '3'; expected an object with columns"),
+        ("a.json", b" [ ]", "the file holds no rows"),
+        ("a.jsonl", b'{"a": 1}\n3', "a row of line 2 is '3'; expected an object with columns"),
+        ("a.jsonl", b"abc\xff", "it is no text: the byte at position 3 is not UTF-8"),
+        ("a.csv", b"a,b\n", "the file has a header and no rows"),
+        ("a.csv", b"a,b", "the file has a header and no rows"),
+        ("a.csv", b" \n", "the file is empty"),
+    ],
+    ids=repr,
+)
+def test_why_a_file_cannot_be_read(name, content, said, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    try:
+        _columns(tmp_path / name)
+    except ValueError as error:
+        assert str(error).startswith(said)
+    else:
+        pytest.fail("the file was read")
+
+
+def test_columns_of_files(tmp_path):
+    (tmp_path / "a.csv").write_text("one,two\n1,2\n")
+    (tmp_path / "a.jsonl").write_text('\n{"one": 1, "two": 2}\n{"two": 3}\n')
+    (tmp_path / "a.json").write_text('[{"one": 1, "two": 2}]')
+    Dataset.from_dict({"one": [1], "two": [2]}).to_parquet(tmp_path / "a.PARQUET")
+    for path in tmp_path.iterdir():
+        assert _columns(path) == ["one", "two"], path
 
 
 def test_splits(tmp_path, capsys):

@@ -4,11 +4,11 @@ import pytest
 from datasets import Dataset
 from transformers import AutoTokenizer
 
-from tests.conftest import preference_rows
+from tests.conftest import build_tokenizer, preference_rows
 from tests.helpers import build, first_batch, loss_and_gradients
 from trl_ext import DPOConfig, DPOTrainer
 from trl_ext.data import EMPTY_TRACE, strip_reasoning_traces
-from trl_ext.data.reasoning import answer_text, tokenize_empty_trace, trace_is_open
+from trl_ext.data.reasoning import answer_text, check_pairs, tokenize_empty_trace, trace_is_open
 from trl_ext.data.sampling import _render
 
 
@@ -221,3 +221,43 @@ def test_strip_reasoning_content():
     ]
     (row,) = list(strip_reasoning_traces(Dataset.from_list(rows)))
     assert row["chosen_empty_trace"] == [{"role": "assistant", "content": "b", "reasoning_content": None}]
+
+
+def test_only_the_last_message_is_stripped():
+    call = {"role": "assistant", "content": "<think>first</think>call", "reasoning_content": None}
+    last = {"role": "assistant", "content": "<think>second</think> end", "reasoning_content": "kept apart"}
+    hidden = {"role": "assistant", "content": None, "reasoning_content": "all of it"}
+    rows = Dataset.from_list([{"prompt": "p", "chosen": [call, last], "rejected": [hidden]}])
+    (row,) = strip_reasoning_traces(rows)
+    assert row["chosen_empty_trace"] == [call, {"role": "assistant", "content": "end", "reasoning_content": None}]
+    assert row["rejected_empty_trace"] == [{"role": "assistant", "content": None, "reasoning_content": None}]
+
+
+def test_rows_are_marked_and_filled():
+    whole = {"prompt": "p", "chosen": "a", "rejected": "b", "chosen_empty_trace": "c", "rejected_empty_trace": "d"}
+    assert check_pairs(whole, 0, "train") == {**whole, "has_traces": True}
+    no_empty = {**whole, "chosen_empty_trace": None, "rejected_empty_trace": None}
+    assert check_pairs(no_empty, 0, "train") == {**no_empty, "has_traces": True}
+    untraced = {**whole, "chosen": None, "rejected": None}
+    assert check_pairs(untraced, 0, "train") == {**whole, "chosen": "c", "rejected": "d", "has_traces": False}
+    for side in ("chosen", "rejected"):
+        mixed = {**whole, f"{side}_empty_trace": [{"role": "assistant", "content": "c"}]}
+        with pytest.raises(
+            ValueError, match=rf"Row 3 of the eval dataset: '{side}_empty_trace' is a list, '{side}' a str"
+        ):
+            check_pairs(mixed, 3, "eval")
+
+
+def test_rows_without_a_pair_have_nothing_to_score():
+    tokenizer = build_tokenizer()
+    empty = {"chosen_empty_trace": None, "rejected_empty_trace": None}
+    assert tokenize_empty_trace({"prompt": "p", "prompt_ids": [1, 2], **empty, "has_traces": True}, tokenizer) == {
+        "empty_trace_prompt_ids": [1, 2], "empty_trace_chosen_ids": [], "empty_trace_rejected_ids": [],
+    }  # fmt: skip
+    given = row(prompt="what is it", chosen_empty_trace=" good", rejected_empty_trace=" bad", has_traces=False)
+    ids = tokenize_empty_trace(given, tokenizer)
+    assert ids["chosen_ids"] == ids["rejected_ids"] == [] and "prompt_ids" not in ids
+    start = tokenizer("what is it" + EMPTY_TRACE)["input_ids"]
+    assert [ids[f"empty_trace_{side}_ids"] for side in ("prompt", "chosen", "rejected")] == [
+        start, tokenizer(" good<|eos|>")["input_ids"], tokenizer(" bad<|eos|>")["input_ids"],
+    ]  # fmt: skip

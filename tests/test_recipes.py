@@ -223,6 +223,14 @@ def test_weights_that_cannot_be():
         weighted_reward([lambda **kwargs: [1.0]])(prompts=["a"], completions=["b"], objective_weights=[[0.5, 0.5]])
 
 
+@pytest.mark.parametrize("counts", [(1, 1), (2, 1), (1, 2), (3, 3)])
+def test_rewards_that_lack_values(counts):
+    """One too few for two completions would leave one of them without a reward."""
+    functions = [lambda count=count, **kwargs: [1.0] * count for count in counts]
+    with pytest.raises(ValueError, match=r"zip\(\)"):
+        weighted_reward(functions)(prompts=["a", "b"], completions=["x", "y"], objective_weights=[[0.5, 0.5]] * 2)
+
+
 def test_a_price_turns_whole_rows():
     row = {"prompt": "p", "chosen": "a", "rejected": "b", "note_chosen": "of a", "note_rejected": "of b", "kind_chosen": "alone",
            "reward_chosen": 2.0, "reward_rejected": 1.0, "cost_chosen": 3.0, "cost_rejected": 0.0}  # fmt: skip

@@ -85,7 +85,9 @@ def test_long_texts_keep_their_end(reward_dir):
     assert all(abs(expected - other) > 1e-3 for other in others)
 
 
-@pytest.mark.parametrize(("positions", "known", "expected"), [(64, 10**30, 64), (64, 32, 32), (0, 48, 48)])
+@pytest.mark.parametrize(
+    ("positions", "known", "expected"), [(64, 10**30, 64), (64, 32, 32), (0, 48, 48), (0, 4096, 4096)]
+)
 def test_the_length_is_the_models_own_by_default(positions, known, expected):
     model = encoder()
     model.config.max_position_embeddings = positions

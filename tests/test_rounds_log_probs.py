@@ -1,5 +1,6 @@
 """Log-probabilities outside a trainer are those that the trainer gives to a reference model."""
 
+import contextlib
 import copy
 
 import pytest
@@ -158,6 +159,21 @@ def test_weights_are_loaded_as_for_training(tiny_model_dir, tmp_path, monkeypatc
     assert seen == [("x", {"dtype": "float32"}), ("y", {"dtype": "bfloat16"})]
 
 
+@pytest.mark.parametrize(
+    ("bf16", "fp16", "enabled"), [(False, False, False), (True, False, True), (False, True, True)]
+)
+def test_the_precision_is_that_of_the_training(bf16, fp16, enabled, tiny_model_dir, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        torch, "autocast", lambda *args, **options: asked.append((*args, options)) or contextlib.nullcontext()
+    )
+    args = trl_ext.DPOConfig(**options(tmp_path))
+    args.bf16, args.fp16 = bf16, fp16
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    pair_log_probs(str(tiny_model_dir), texts(preference_rows(1)), tokenizer, args)
+    assert asked[0] == ("cpu", torch.bfloat16 if bf16 else torch.float16, {"enabled": enabled})
+
+
 @pytest.mark.parametrize("count", [2, 3])
 def test_implicit_rewards(count, tiny_model_dir, tmp_path, monkeypatch):
     """log policy - log reference, for each completion in its own place."""
@@ -172,11 +188,12 @@ def test_implicit_rewards(count, tiny_model_dir, tmp_path, monkeypatch):
         ]
 
     monkeypatch.setattr(log_probs, "pair_log_probs", fake)
-    rows = [{"prompt": "p", "tools": "[]", "completions": list("abc"[:count]), "scores": [0.0] * count, "other": 1},
-            {"prompt": "q", "tools": "[]", "completions": list("def"[:count]), "scores": [0.0] * count, "other": 1}]  # fmt: skip
+    beside = {"tools": "[]", "chat_template_kwargs": {"mood": "!"}, "scores": [0.0] * count, "other": 1}
+    rows = [{"prompt": "p", "completions": list("abc"[:count]), **beside},
+            {"prompt": "q", "completions": list("def"[:count]), **beside}]  # fmt: skip
     scored = implicit_rewards(Dataset.from_list(rows), "policy", "reference", "tokenizer", "args", 5)
     assert scored["scores"] == [[2.0, 4.0, 8.0][:count], [16.0, 32.0, 64.0][:count]]
-    columns = ["prompt", "tools", "chosen", "rejected"]
+    columns = ["prompt", "tools", "chat_template_kwargs", "chosen", "rejected"]
     assert asked == [(name, columns, ("tokenizer", "args", 5)) for name in ("policy", "reference")]
 
 
@@ -195,6 +212,8 @@ def test_work_is_shared_among_processes(tiny_model_dir, tmp_path, monkeypatch):
 
     parts = []
     monkeypatch.setattr(log_probs, "gather_object", lambda mine: parts.extend(mine) or [*parts])
+    placed, real = [], torch.nn.Module.to
+    monkeypatch.setattr(torch.nn.Module, "to", lambda self, *args: placed.append(args) or real(self, *args))
     for index in (0, 1):
         monkeypatch.setattr(log_probs, "processes", lambda index=index: Process(index))
         try:
@@ -202,4 +221,5 @@ def test_work_is_shared_among_processes(tiny_model_dir, tmp_path, monkeypatch):
         except KeyError:
             assert index == 0  # its other half comes from the second one
     assert [len(part) for part in parts] == [3, 2]
+    assert placed == [(Process.device,)] * 2  # the model, where the process computes
     assert shared == [pytest.approx(values, abs=1e-4) for values in whole]

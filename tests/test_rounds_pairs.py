@@ -96,6 +96,16 @@ def test_replayed_scores_reach_a_loss_that_may_read_them(rounds, tmp_path):
         )
 
 
+def test_each_round_draws_other_pairs_to_replay(rounds, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(iterate, "mix_replay", lambda pairs, *args: asked.append(args) or pairs)
+    run = rounds(replay=replay_file(tmp_path), replay_share=0.25, seed=10)
+    pairs_of(run, tmp_path)
+    (tmp_path / "run" / "round-2").mkdir()
+    run._pair(2, Dataset.from_list(GROUPS))
+    assert asked == [(run.replay, 0.25, 11), (run.replay, 0.25, 12)]
+
+
 def test_texts_are_enough_for_a_loss_that_reads_texts(rounds, tmp_path):
     pairs = pairs_of(rounds(replay=replay_file(tmp_path), replay_share=0.75), tmp_path)
     assert pairs.column_names == ["prompt", "chosen", "rejected"] and len(pairs) == 8
@@ -119,6 +129,23 @@ def test_replay_of_another_form_is_refused(prompt, row, message, tmp_path):
 def test_replay_without_what_the_template_reads_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"lacks the columns \['tools'\]"):
         load_replay(replay_file(tmp_path), Dataset.from_list([{"prompt": "p", "tools": "[]"}]), [])
+
+
+def test_replay_that_cannot_be_read(tmp_path):
+    (tmp_path / "replay.jsonl").write_text("")
+    with pytest.raises(ValueError, match=r"^`replay`: Cannot read .*the file is empty"):
+        load_replay(str(tmp_path / "replay.jsonl"), Dataset.from_list([{"prompt": "q"}]), [])
+
+
+def test_weights_of_replayed_pairs_are_not_used(tmp_path, caplog):
+    path = tmp_path / "replay.jsonl"
+    row = {"prompt": "p", "chosen": "a", "rejected": "b", "score_chosen": 1.0}
+    for columns, said in (({"weight": 2.0}, True), ({"other": 2.0}, False)):
+        caplog.clear()
+        path.write_text(json.dumps({**row, **columns}))
+        with caplog.at_level("WARNING"):
+            data = load_replay(str(path), Dataset.from_list([{"prompt": "q"}]), ["score_chosen"])
+        assert data.to_list() == [row] and ("The column 'weight' of" in caplog.text) is said
 
 
 def test_replay_of_conversations_whose_prompt_is_not_split_off(tmp_path):
@@ -207,6 +234,13 @@ def test_penalties_by_hand_and_the_smallest_of_equal_ones():
         balance_lengths(Dataset.from_list(rows), step=0)
     with pytest.raises(ValueError, match=r"`largest=0\.1` no smaller"):
         balance_lengths(Dataset.from_list(rows), step=0.2, largest=0.1)
+
+
+def test_penalties_up_to_one_by_default():
+    rows = [{"completions": ["aaa", "b"], "scores": [2.4, 0.0]}, {"completions": ["aaaaa", "b"], "scores": [9.0, 0.0]}]
+    # Gaps: (2 + 4) / 2 = 3 up to 1.2; only from there (-2 + 4) / 2 = 1
+    assert balance_lengths(Dataset.from_list(rows))[1] == 0.0
+    assert balance_lengths(Dataset.from_list(rows), largest=1.5)[1] == pytest.approx(1.201)
 
 
 def test_the_last_step_is_tried():

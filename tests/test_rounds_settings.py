@@ -2,6 +2,7 @@
 """Settings of the rounds: read from YAML and the command line, and refused before anything is sampled."""
 
 import json
+from typing import Any
 
 import pytest
 import yaml
@@ -14,7 +15,7 @@ from trl_ext.data.paths import refuse_unwritable_folder
 from trl_ext.data.scores import Ensemble, PairFunction, RewardFunction, RewardModel
 from trl_ext.rounds import IterativeDPO, RoundsConfig
 from trl_ext.rounds.checks import keyword_arguments, load_rows, read_yaml, refuse_unknown, refuse_wrong_types
-from trl_ext.rounds.judge import build_judge, gives_win_rates
+from trl_ext.rounds.judge import build_judge, gives_win_rates, judging_models
 from trl_ext.trainers.loss_terms import resolve_loss_types
 
 
@@ -60,6 +61,8 @@ def test_nearest_names():
         refuse_unknown(["bta", "beta", "zzz"], ["beta", "alpha"], "here")
     with pytest.raises(ValueError, match=r"unknown settings \['zzz'\]\.$"):
         refuse_unknown(["zzz"], [str(number) for number in range(41)], "here")
+    with pytest.raises(ValueError, match=r"Known: \['0', '1', '10', .*'9'\]\.$"):
+        refuse_unknown(["zzz"], [str(number) for number in range(40)], "here")
     refuse_unknown(["beta"], ["beta"], "here")
 
 
@@ -99,7 +102,7 @@ def test_arguments_of_a_function():
     def function(a, *, b: int, c=3, **rest):
         pass
 
-    assert list(keyword_arguments(function)) == ["b", "c"] and keyword_arguments(function)["b"] is int
+    assert keyword_arguments(function) == {"b": int, "c": Any}
 
 
 REFUSED = [
@@ -140,6 +143,7 @@ REFUSED = [
     ({"judge": 3}, "is none of"),
     ({"scoring": {"temperature": "fit"}}, "no labels to fit it to"),
     ({"scoring": {"temperature": 0}}, "must be a positive number"),
+    ({"scoring": {"temperature": float("inf")}}, "must be a positive number"),
     ({"scoring": {"batch_size": "4"}}, "`scoring.batch_size='4'` is a str"),
     ({"judge": PAIR, "scoring": {"temperature": 2.0}}, "no meaning for a judge of two"),
     ({"replay_share": 1.0}, r"must lie in \[0, 1\)"),
@@ -274,6 +278,22 @@ def test_judges():
     judge = {"min": ["tests.test_rounds:length", {"mean": ["somebody/model"]}]}
     built = Ensemble([RewardFunction(length), Ensemble([RewardModel("somebody/model")], "mean")], "min")
     assert build_judge(judge) == built and not gives_win_rates(built)
+    assert judging_models(built) == ["somebody/model"] and judging_models(RewardModel("one")) == ["one"]
+    assert judging_models(RewardModel(object())) == judging_models(RewardFunction(length)) == []
+    assert judging_models(Ensemble([length, ["one", RewardModel("two")]])) == ["one", "two"]
+
+
+def test_a_folder_may_have_a_colon_in_its_name(tmp_path, monkeypatch):
+    (tmp_path / "tests.test_rounds:length").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert build_judge("tests.test_rounds:length") == RewardModel("tests.test_rounds:length")
+
+
+def test_what_cannot_be_imported():
+    for name in ("tests.test_rounds", "tests.test_rounds:", ":length", "tests.nothing:length"):
+        with pytest.raises(ValueError, match=f"The judge '{name}' cannot be imported"):
+            build_judge({"pair": name})
+    assert build_judge({"pair": longer}) == PairFunction(longer)
 
 
 def from_text(folder, text, overrides=None):
@@ -301,7 +321,7 @@ def test_numbers_of_a_file_and_of_the_command_line(tmp_path):
     ("text", "overrides", "message"),
     [
         ("", {"rounds.x": 3}, "--rounds.x: 'rounds' is 5 and holds no settings"),
-        ("", {"round": 3}, r"unknown settings \['round'\]\. Did you mean 'rounds' for 'round'\?"),
+        ("", {"round": 3}, r"rounds\.yaml: unknown settings \['round'\]\. Did you mean 'rounds' for 'round'\?"),
         ("", {"model": None}, r"\['model'\] missing.*--model VALUE"),
         ("training: [1]\n", {}, "must be a dictionary"),
     ],

@@ -6,6 +6,7 @@ import types
 import pytest
 import torch
 from datasets import Dataset
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.conftest import preference_rows
@@ -164,6 +165,10 @@ def test_the_stages_in_their_order(rounds, tmp_path, monkeypatch):
         ("go beyond", "round-3", str(r2 / "model")),
         ("sample", 4, policies[1], after, 3), ("score", 4, policies[1], 2, after),
     ]  # fmt: skip
+    # What a killed run goes on from, and what other tools read
+    done = {path.name: sorted(each.stem for each in path.glob("*.done")) for path in (r1, r2, after)}
+    stages = ["model", "pairs", "samples", "scored"]
+    assert done == {"round-1": stages, "round-2": sorted([*stages, "policy"]), "after-round-3": ["samples", "scored"]}
     calls.clear()
     assert run.run() == metrics and not calls  # all is done
     with pytest.raises(ValueError, match=r"other settings: \['seed'\] differ"):
@@ -219,6 +224,20 @@ def test_extrapolation_by_hand(tiny_model_dir, tmp_path):
     extrapolate(trained, tiny_model_dir, 0.5, tmp_path / "out")
     for name, value in AutoModelForCausalLM.from_pretrained(tmp_path / "out").named_parameters():
         torch.testing.assert_close(value, 2.5 * before[name])
+
+
+def test_extrapolation_keeps_the_precision_and_needs_the_same_parameters(tiny_model_dir, tmp_path):
+    before = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.bfloat16)
+    before.save_pretrained(tmp_path / "before")
+    extrapolate(moved(tmp_path / "before", tmp_path / "trained", 2.0), tmp_path / "before", 1.0, tmp_path / "out")
+    saved = load_file(tmp_path / "out" / "model.safetensors")
+    for name, value in before.named_parameters():
+        assert saved[name].dtype == torch.bfloat16 and torch.equal(saved[name], 3 * value)
+    config = before.config
+    config.num_hidden_layers, config.layer_types = 1, config.layer_types[:1]
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "shorter")
+    with pytest.raises(ValueError, match=r"have different parameters: \['model\.layers\.1\."):
+        extrapolate(tmp_path / "trained", tmp_path / "shorter", 1.0, tmp_path / "other")
 
 
 def test_an_extrapolated_policy_has_its_tokenizer(rounds, tiny_model_dir, tmp_path):

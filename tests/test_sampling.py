@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import trl_ext.data.generators as generators
 from tests.conftest import preference_rows
@@ -53,6 +53,50 @@ def test_killed_and_started_again(killed_at, tiny_model_dir, tmp_path, monkeypat
     monkeypatch.setattr(generators, "sample", lambda *args: again.append(1) or real(*args))
     assert draw(tiny_model_dir, tmp_path / "killed").to_list() == whole.to_list()
     assert len(again) == 3 - killed_at
+
+
+@pytest.mark.parametrize("temperature", [0, 0.7])
+def test_what_transformers_are_asked(temperature, monkeypatch):
+    """Two prompts of different lengths, two completions each; the first of both come first, as `generate` gives them."""
+    asked = []
+
+    def fake(model, inputs, mask, config, n):
+        asked.append((inputs.tolist(), mask.tolist(), config, n, torch.initial_seed(), model.training))
+        return torch.tensor([[10], [20], [11], [21]])
+
+    monkeypatch.setattr(generators, "sample", fake)
+    options = {"n": 2, "temperature": temperature, "top_p": 0.8, "max_new_tokens": 5, "seed": 3}
+    model, tokenizer = torch.nn.Linear(1, 1), SimpleNamespace(pad_token_id=7)
+    model.generation_config = GenerationConfig()
+    before = torch.initial_seed(), torch.get_rng_state()
+    generate = generators.with_transformers(model, tokenizer, [8, 9], **options)
+    assert generate([[1, 2, 3], [4]], 0) == [[[10], [11]], [[20], [21]]]
+    for start in (0, 2):
+        generate([[1, 2, 3], [4]], start)
+    inputs, mask, config, n, seed, training = asked[0]
+    assert (inputs, mask) == ([[1, 2, 3], [7, 7, 4]], [[1, 1, 1], [0, 0, 1]]) and n == 2 and not training
+    assert (config.max_new_tokens, config.pad_token_id, config.eos_token_id) == (5, 7, [8, 9])
+    assert config.use_cache is True and config.do_sample is bool(temperature)
+    if temperature:
+        assert (config.temperature, config.top_p, config.top_k) == (0.7, 0.8, 0)
+    # The seed of a chunk is its own, and that of the process is as it was
+    assert asked[1][4] == seed != asked[2][4] and model.training
+    generators.with_transformers(model, tokenizer, [8, 9], **{**options, "seed": 4})([[1, 2, 3], [4]], 0)
+    assert asked[3][4] != seed
+    assert before[0] == torch.initial_seed() and torch.equal(before[1], torch.get_rng_state())
+
+
+@pytest.mark.parametrize(("pad", "stops", "expected"), [(None, [8, 9], 8), (None, [], 0), (0, [8], 0)])
+def test_which_token_fills_rows_up(pad, stops, expected, monkeypatch):
+    asked = []
+    monkeypatch.setattr(generators, "sample", lambda model, *args: asked.append(args) or torch.tensor([[1], [1]]))
+    model = torch.nn.Linear(1, 1)
+    model.generation_config = GenerationConfig()
+    options = {"n": 1, "temperature": 1.0, "top_p": 1.0, "max_new_tokens": 1, "seed": 0}
+    generators.with_transformers(model, SimpleNamespace(pad_token_id=pad), stops, **options)([[1, 2], [3]], 0)
+    inputs, _, config, _ = asked[0]
+    assert inputs.tolist() == [[1, 2], [expected, 3]]
+    assert config.pad_token_id == expected and config.eos_token_id == (stops or None)
 
 
 def test_reasoning_switched_off(tiny_model_dir, tmp_path):
@@ -229,6 +273,17 @@ def test_what_is_kept_depends_on_all_that_matters(tiny_model_dir, tmp_path):
     assert kept() == 1
 
 
+def test_chunks_are_kept_in_the_cache_by_default(tiny_model_dir, tmp_path, monkeypatch):
+    """One file per chunk, named by its first prompt, and taken from there the next time."""
+    monkeypatch.setenv("TRL_EXT_CACHE", str(tmp_path))
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    options = {"tokenizer": AutoTokenizer.from_pretrained(tiny_model_dir), "max_new_tokens": 2, "batch_size": 2}
+    first = sample_completions(PROMPTS, model, 1, **options)
+    assert sorted(path.name for path in tmp_path.glob("samples/*/*")) == ["0.json", "2.json", "4.json"]
+    monkeypatch.setattr(generators, "sample", None)
+    assert sample_completions(PROMPTS, model, 1, **options).to_list() == first.to_list()
+
+
 def test_marks_of_a_trace_stay_in_the_text(tiny_model_dir):
     """They may be special tokens, which are left out otherwise."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
@@ -321,12 +376,17 @@ def test_vllm_gets_token_ids_and_no_defaults_of_the_model(vllm, tiny_model_dir, 
 
 def test_vllm_on_a_model_of_the_hub(vllm, tiny_model_dir, tmp_path, monkeypatch):
     """Its commit says which weights they are."""
-    commit = ["1a2b"]
-    monkeypatch.setattr(generators, "snapshot_download", lambda name, allow_patterns: f"/cache/{name}/{commit[0]}")
+    commit, asked = ["1a2b"], []
+    monkeypatch.setattr(
+        generators,
+        "snapshot_download",
+        lambda name, allow_patterns: asked.append((name, allow_patterns)) or f"/cache/{name}/{commit[0]}",
+    )
     keys = [generators.weights_key("owner/model")] * 2
     commit[0] = "3c4d"
     keys += [generators.weights_key("owner/model"), generators.weights_key("owner/other")]
     assert keys[0] == keys[1] and len({*keys}) == 3
+    assert asked[0] == ("owner/model", "config.json")  # not the weights, for their name alone
 
 
 def test_where_a_completion_ends(tiny_model_dir, tmp_path):

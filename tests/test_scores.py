@@ -182,6 +182,34 @@ def test_rows_that_cannot_be_scored(row, message):
         score_preferences(data, length)
 
 
+def test_a_call_of_a_tool_is_no_empty_completion():
+    message = lambda **rest: [{"role": "assistant", **rest}]  # noqa: E731
+    call = [{"type": "function", "function": {"name": "clock"}}]
+    row = {"prompt": message(content="p"), "chosen": message(content=None, tool_calls=call)}
+    data = Dataset.from_list([{**row, "rejected": message(content="a", tool_calls=None)}])
+    assert score_preferences(data, lambda prompts, completions: [1.0, 2.0])["score_chosen"] == [1.0]
+    with pytest.raises(ValueError, match=r"Row 0: the completion .* is empty\. Remove the row"):
+        score_preferences(
+            Dataset.from_list([{**row, "rejected": message(content=None, tool_calls=None)}]),
+            lambda **texts: [1.0, 2.0],
+        )
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"chosen": "a", "rejected": "b"}, r"lacks \['prompt'\]; its columns are .* `trl\.extract_prompt` splits it off\.$"),
+        ({"prompt": "p", "chosen": "a"}, r"lacks \['rejected'\]; its columns are \['chosen', 'prompt'\]\.$"),
+        ({"prompt": "p", "completions": []}, r"Row 0: `completions` is \[\]; expected a list of at least one"),
+        ({"prompt": [], "chosen": [{"role": "user"}], "rejected": []}, r"Row 0: the prompt is \[\]; expected text"),
+        ({"prompt": "p", "chosen": "a", "rejected": ["b"]}, "Row 0: the completion .* is of another kind than its prompt"),
+    ],
+)  # fmt: skip
+def test_columns_that_cannot_be_scored(row, message):
+    with pytest.raises(ValueError, match=message):
+        score_preferences(Dataset.from_list([row]), length)
+
+
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
@@ -265,3 +293,44 @@ def test_scores_survive_json(tmp_path):
     path = tmp_path / "scored.jsonl"
     path.write_text("\n".join(json.dumps(row) for row in scored))
     assert trl_ext.data.load_preferences(str(path))["score_chosen"] == scored["score_chosen"]
+
+
+def test_the_longest_come_first_each_once_and_are_kept(tmp_path):
+    """Memory runs out at once or never; equal texts are asked for once."""
+    batches = []
+
+    def counted(prompts, completions):
+        batches.append(completions)
+        return length(prompts, completions)
+
+    rows = [
+        {"prompt": "p", "completions": ["a", "aaaaa", "aa"]},
+        {"prompt": "p", "completions": ["aaaa", "aa", "aaa"]},
+    ]
+    scored = score_preferences(Dataset.from_list(rows), counted, batch_size=2, temperature=2.0)
+    assert batches == [["aaaaa", "aaaa"], ["aaa", "aa"], ["a"]]
+    assert scored["scores"] == [[0.5, 2.5, 1.0], [2.0, 1.0, 1.5]]
+    assert len(list((tmp_path / "cache" / "scores").glob("function-*.jsonl"))) == 1
+    assert scored.column_names == ["prompt", "completions", "scores"]
+
+
+def test_win_rates_by_hand(tmp_path):
+    """Each two completions of a row are compared once, and a win of one is a loss of the other."""
+    asked = []
+
+    def judge(prompts, first, second):
+        asked.extend(zip(prompts, first, second, strict=True))
+        return [{"ab": 0.75, "ac": 1.0, "bc": 0.25, "de": 0.125}[a + b] for a, b in zip(first, second, strict=True)]
+
+    rows = [{"prompt": "p", "completions": ["a", "b", "c"]}, {"prompt": "q", "completions": ["d", "e"]}]
+    scored = score_preferences(Dataset.from_list([*rows, {"prompt": "r", "completions": ["f"]}]), PairFunction(judge))
+    assert scored["scores"] == [[0.875, 0.25, 0.375], [0.125, 0.875], [0.0]]
+    assert sorted(asked) == [("p", "a", "b"), ("p", "a", "c"), ("p", "b", "c"), ("q", "d", "e")]
+    assert len(list((tmp_path / "cache" / "scores").glob("pair-*.jsonl"))) == 1
+
+
+def test_ensembles_of_ensembles():
+    by = lambda factor: lambda prompts, completions: [factor * len(text) for text in completions]  # noqa: E731
+    reward = [by(1), Ensemble([by(4), by(2), by(3)], "min"), [by(6), by(0)]]
+    scored = score_preferences(Dataset.from_list([{"prompt": "p", "chosen": "aaa", "rejected": "a"}]), reward)
+    assert (scored["score_chosen"], scored["score_rejected"]) == ([6.0], [2.0])  # (1 + 2 + 3) / 3 times the length
