@@ -227,3 +227,15 @@ def test_metrics():
     metrics = get_loss("anchored").metrics(pairs([0.0, 0.0], preference_prob=[0.5, 0.9]))
     assert metrics["target/mean"].item() == pytest.approx(0.7)
     assert get_loss("anchored").metrics(group([[0.0, 1.0]], [[0.0, 1.0]])) == {}
+
+
+def test_remark_on_labels_that_are_taken_as_certain():
+    plain, smoothed = get_loss("anchored"), get_loss("anchored", label_smoothing=0.1)
+    for columns in ((), ("prompt", "chosen", "rejected")):
+        said = plain.remark(columns)
+        assert "takes each label as certain, which is plain DPO. Add one of these columns" in said
+        assert said.startswith("The dataset has neither `preference_prob` nor scores")
+        assert said.endswith("or set `label_smoothing`.")
+        assert smoothed.remark(columns) == ""
+    for column in ("preference_prob", "score_chosen", "score_rejected"):
+        assert plain.remark(("prompt", column)) == smoothed.remark((column,)) == ""
