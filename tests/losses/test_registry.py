@@ -205,7 +205,21 @@ def test_the_same_class_again_replaces_itself():
     assert loss_class("again") is second
 
 
-@pytest.mark.parametrize("thing", [lambda batch: batch.delta, object, dataclass(type("NoCall", (), {}))])
+def called(self, batch):
+    return batch.delta
+
+
+@pytest.mark.parametrize(
+    "thing",
+    [
+        called,
+        object,
+        dataclass(type("NoCall", (), {})),
+        type("NoDataclass", (), {"__call__": called}),
+        dataclass(type("Instance", (), {"__call__": called}))(),
+    ],
+    ids=lambda thing: getattr(thing, "__name__", "Instance"),
+)
 def test_what_is_no_callable_dataclass_is_refused(thing):
     with pytest.raises(TypeError, match="needs a dataclass with a `__call__"):
         register_loss("thing")(thing)
