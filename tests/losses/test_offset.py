@@ -8,6 +8,7 @@ from tests.losses.batches import pairs, slope
 from trl_ext import get_loss
 from trl_ext.losses.base import sigmoid
 
+
 LOG_PROBS = ("chosen_logps", "rejected_logps", "ref_chosen_logps", "ref_rejected_logps")
 
 
