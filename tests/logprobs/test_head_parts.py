@@ -57,13 +57,14 @@ def test_both_passes_of_the_torch_head_by_hand(rows, keep):
     assert of_bias.tolist() == pytest.approx(summed)
 
 
-def test_statistics_are_those_asked_for():
+@pytest.mark.parametrize("backend", ["torch", "liger"])
+def test_statistics_are_those_asked_for(backend):
     values, targets, _ = draw(3, 4, 5, True)
     for name in STATISTICS:
-        output = Head()(*values, targets, statistics=(name,))
+        output = Head(backend)(*values, targets, statistics=(name,))
         assert [field for field in output._fields if getattr(output, field) is not None] == ["log_probs", name]
         assert getattr(output, name).dtype == (torch.bool if name == "is_top1" else torch.float32)
-    assert Head()(*values, targets)[1:] == (None,) * 4
+    assert Head(backend)(*values, targets)[1:] == (None,) * 4
 
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["full", "frozen"])
