@@ -200,3 +200,20 @@ def test_dropout_anywhere():
     assert why_not_shared(model) is None
     model.model.layers[1].self_attn.attention_dropout = 1.0
     assert why_not_shared(model) == "dropout is on"
+
+
+def test_masks_are_those_of_the_layout_alone():
+    """What a caller says of the slots, as of padding, has no say in shared rows."""
+    model = tiny("llama", {})
+    layout = layout_of([([1, 2, 3], [4, 5]), ([1, 2, 3], [7, 8])], 1)
+    given = {"input_ids": torch.tensor([[1, 2, 3, 4, 3, 7]]), "position_ids": layout.positions}
+    hidden = torch.ones(1, 6, dtype=torch.long)
+    hidden[0, 1] = 0
+    with torch.no_grad(), layout.masks():
+        states = model.model(**given).last_hidden_state
+        torch.testing.assert_close(model.model(**given, attention_mask=hidden).last_hidden_state, states)
+    # As in rows of their own
+    for tokens, slots in (([1, 2, 3, 4], [0, 1, 2, 3]), ([1, 2, 3, 7], [0, 1, 4, 5])):
+        with torch.no_grad():
+            alone = model.model(input_ids=torch.tensor([tokens])).last_hidden_state[0]
+        torch.testing.assert_close(states[0, slots], alone)
