@@ -173,8 +173,10 @@ def try_mutants(folder: Path, names: list[str], workers: int, sample: int | None
         process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=subprocess.STDOUT, env=environment)
         try:
             while process.poll() is None:
-                left = sum(code in UNTESTED for code in results(folder, sample).values())
-                print(f"\r{folder.name}: {left} mutants left    ", end="" if sys.stdout.isatty() else "\n", flush=True)
+                with contextlib.suppress(json.JSONDecodeError):  # mutmut is just writing them
+                    left = sum(code in UNTESTED for code in results(folder, sample).values())
+                    end = "" if sys.stdout.isatty() else "\n"
+                    print(f"\r{folder.name}: {left} mutants left    ", end=end, flush=True)
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(2 if sys.stdout.isatty() else 60)
         except KeyboardInterrupt:

@@ -208,3 +208,88 @@ def test_models_of_different_shapes_are_refused(tiny_model_dir, tmp_path):
     model.save_pretrained(checkpoint(tmp_path / "b", 2, 1.0))
     with pytest.raises(ValueError, match="different parameters"):
         merge_checkpoints([tmp_path / "a", tmp_path / "b"], tmp_path / "out")
+
+
+def constant_model(model_dir, folder, step, value, loss=1.0, dtype=torch.bfloat16):
+    """A checkpoint of a model all of whose parameters are one number."""
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(value)
+    model.save_pretrained(checkpoint(folder, step, loss))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("options", "weights", "expected"),
+    [
+        ({}, [1 / 7, 2 / 7, 4 / 7], 20.0),  # losses 4, 2, 1: (1 * 8 + 2 * 22 + 4 * 22) / 7
+        ({"penalty": 2.0}, [1 / 21, 4 / 21, 16 / 21], 64 / 3),  # (1 * 8 + 4 * 22 + 16 * 22) / 21
+        ({"by": "step"}, [1 / 6, 2 / 6, 3 / 6], 118 / 6),  # (1 * 8 + 2 * 22 + 3 * 22) / 6
+        ({"by": "uniform", "penalty": 3.0}, [1 / 3, 1 / 3, 1 / 3], 52 / 3),
+    ],
+    ids=str,
+)
+def test_three_models_by_hand(options, weights, expected, tiny_model_dir, tmp_path):
+    folders = [
+        constant_model(tiny_model_dir, tmp_path / f"{step}", step, value, loss)
+        for step, value, loss in ((1, 8.0, 4.0), (2, 22.0, 2.0), (3, 22.0, 1.0))
+    ]
+    # The tokenizer is that of the last checkpoint; the others here have none
+    AutoTokenizer.from_pretrained(tiny_model_dir).save_pretrained(folders[-1])
+    assert merge_checkpoints(folders, tmp_path / "out", **options) == pytest.approx(weights)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    for value in merged.parameters():
+        assert value.dtype == torch.bfloat16  # as the checkpoints are
+        assert value.float().unique().tolist() == [pytest.approx(expected, rel=2**-8)]
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").eos_token == "<|eos|>"
+
+
+def test_a_last_checkpoint_without_a_tokenizer(tiny_model_dir, tmp_path):
+    """The first one's has no say: the result then has none."""
+    folders = [constant_model(tiny_model_dir, tmp_path / f"{step}", step, float(step)) for step in (1, 2)]
+    AutoTokenizer.from_pretrained(tiny_model_dir).save_pretrained(folders[0])
+    merge_checkpoints(folders, tmp_path / "out")
+    assert not (tmp_path / "out" / "tokenizer_config.json").exists()
+
+
+def constant_adapter(model_dir, folder, step, a, b, base=torch.bfloat16):
+    """A checkpoint of an adapter of rank 2 whose factors are `a` and `b` everywhere: an update of `2 a b`."""
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=base)
+    config = LoraConfig(r=2, lora_alpha=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    model = get_peft_model(model, config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.fill_(a if "lora_A" in name else b)
+    model.save_pretrained(checkpoint(folder, step, 1.0))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("options", "rank", "update"),
+    [
+        # The average of the updates 2 * 1 * 1, 2 * 2 * 2 and 2 * 3 * 1, with weights 1/6, 2/6, 3/6
+        ({}, 6, 36 / 6),
+        # The factors with the square roots of the weights each: 2 * (sum of sqrt(w) a) * (sum of sqrt(w) b)
+        (
+            {"combination_type": "linear"},
+            2,
+            2 / 6 * (1 + 2 * 2**0.5 + 3 * 3**0.5) * (1 + 2 * 2**0.5 + 3**0.5),
+        ),
+    ],
+    ids=["cat", "linear"],
+)
+def test_three_adapters_by_hand(options, rank, update, tiny_model_dir, tmp_path):
+    folders = [
+        constant_adapter(tiny_model_dir, tmp_path / f"{step}", step, a, b)
+        for step, a, b in ((1, 1.0, 1.0), (2, 2.0, 2.0), (3, 3.0, 1.0))
+    ]
+    merge_checkpoints(folders, tmp_path / "out", by="step", **options)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir() if path.is_dir()) == []  # and no other adapter
+    base = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
+    before = base.model.layers[1].self_attn.q_proj.weight.detach().clone()
+    adapted = PeftModel.from_pretrained(base, tmp_path / "out")
+    assert adapted.peft_config["default"].r == rank
+    after = adapted.merge_and_unload().model.layers[1].self_attn.q_proj.weight
+    torch.testing.assert_close(after - before, torch.full_like(before, update), rtol=1e-5, atol=1e-5)

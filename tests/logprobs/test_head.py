@@ -44,7 +44,8 @@ def draw(tokens, width, vocabulary, bias, dtype=torch.float32, device="cpu"):
 def compare(backend, shape, bias, transform, memory, frozen, dtype=torch.float32, device="cpu", **tolerance):
     tolerance = tolerance or {"rtol": 1e-4, "atol": 2e-5}
     values, targets, upstream = draw(*shape, bias, dtype, device)
-    exact = [None if value is None else value.double().requires_grad_() for value in values]
+    # A copy: in float64 they would else be the values themselves, gradients included
+    exact = [None if value is None else value.double().clone().requires_grad_() for value in values]
     trained = [0] if frozen else [0, 1, 2]
     values = [None if v is None else v.requires_grad_(i in trained) for i, v in enumerate(values)]
     expected = reference(*exact, targets, transform)

@@ -6,6 +6,7 @@ import torch
 
 from tests.losses.batches import group, pairs, slope
 from trl_ext import get_loss
+from trl_ext.losses.anchored import standardized
 from trl_ext.losses.base import sigmoid, warn_once
 
 
@@ -115,6 +116,18 @@ def test_standardized_scores():
     assert get_loss("anchored", standardize=True)(batch).item() == pytest.approx(expected.item(), rel=1e-7)
     equal = get_loss("anchored", standardize=True)(group([[1.0, 1.0]], [[3.0, 3.0]]))
     assert equal.item() == pytest.approx(math.log(2))
+
+
+def test_z_scores_by_hand():
+    # One score alone has no spread; what is masked is not read
+    scores = torch.tensor([[4.0, 1.0, 9.0], [1.0, 2.0, 3.0], [5.0, 5.0, 5.0], [1.0, 4.0, 7.0]], dtype=torch.float64)
+    mask = torch.tensor([[True, False, False], [True, True, True], [True, True, True], [True, False, True]])
+    root = math.sqrt(0.5)
+    expected = [[0.0, 0.0, 0.0], [-1.0, 0.0, 1.0], [0.0, 0.0, 0.0], [-root, 0.0, root]]
+    assert [row.tolist() for row in standardized(scores, mask)] == [pytest.approx(row, abs=1e-7) for row in expected]
+    # Spread is bounded by 1e-8 from below: deviations of 1e-8, over sqrt(2) * 1e-8 + 1e-8
+    tiny = standardized(torch.tensor([[0.0, 2e-8]], dtype=torch.float64), torch.ones(1, 2, dtype=torch.bool))
+    assert tiny[0].tolist() == pytest.approx([1 - math.sqrt(2), math.sqrt(2) - 1])
 
 
 def test_label_smoothing_of_groups_is_an_error():
@@ -227,3 +240,15 @@ def test_metrics():
     metrics = get_loss("anchored").metrics(pairs([0.0, 0.0], preference_prob=[0.5, 0.9]))
     assert metrics["target/mean"].item() == pytest.approx(0.7)
     assert get_loss("anchored").metrics(group([[0.0, 1.0]], [[0.0, 1.0]])) == {}
+
+
+def test_remark_on_labels_that_are_taken_as_certain():
+    plain, smoothed = get_loss("anchored"), get_loss("anchored", label_smoothing=0.1)
+    for columns in ((), ("prompt", "chosen", "rejected")):
+        said = plain.remark(columns)
+        assert "takes each label as certain, which is plain DPO. Add one of these columns" in said
+        assert said.startswith("The dataset has neither `preference_prob` nor scores")
+        assert said.endswith("or set `label_smoothing`.")
+        assert smoothed.remark(columns) == ""
+    for column in ("preference_prob", "score_chosen", "score_rejected"):
+        assert plain.remark(("prompt", column)) == smoothed.remark((column,)) == ""

@@ -96,3 +96,7 @@ def test_a_warning_comes_once(caplog):
         for _ in range(2):
             warn_once("only for this test")
     assert [record.getMessage() for record in caplog.records] == ["only for this test"]
+
+
+def test_no_remark_by_default():
+    assert Loss().remark(("score_chosen",)) == Loss().remark(()) == ""

@@ -187,3 +187,11 @@ def test_a_pair_is_missing_where_either_completion_is_empty():
 def test_without_the_empty_trace_pair():
     with pytest.raises(ValueError, match="chosen_empty_trace"):
         get_loss("bias_variance", alpha=1.0)(pairs([1.0]))
+
+
+def test_remarks_are_those_of_the_base():
+    columns = ("prompt", "chosen_empty_trace", "rejected_empty_trace")
+    assert "takes each label as certain" in get_loss("bias_variance", base="anchored").remark(columns)
+    assert get_loss("bias_variance", base="anchored").remark((*columns, "preference_prob")) == ""
+    for base in (*PLAIN_LOSSES, "offset"):
+        assert get_loss("bias_variance", base=base).remark(columns) == ""

@@ -38,7 +38,8 @@ def test_reference_weights(c_max, c_min, tau, values):
 
 def test_values_and_gradients():
     deltas, margins = [-4.0, 0.0, 6.0, 1.0], [-1.5, 0.3, 2.5, -9.0]
-    batch = pairs(deltas, beta=0.3, score_chosen=margins, score_rejected=[0.0] * 4, requires_grad=True)
+    batch = pairs(deltas, beta=0.3, score_chosen=[h + 2 for h in margins], score_rejected=[2.0] * 4,
+                  requires_grad=True)  # fmt: skip
     loss = get_loss("margin_adaptive")
     for value, gradient, delta, h in zip(loss(batch), slope(loss, batch), deltas, margins, strict=True):
         w = plain_weight(h)

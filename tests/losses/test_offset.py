@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import pytest
@@ -6,6 +7,9 @@ import torch
 from tests.losses.batches import pairs, slope
 from trl_ext import get_loss
 from trl_ext.losses.base import sigmoid
+
+
+LOG_PROBS = ("chosen_logps", "rejected_logps", "ref_chosen_logps", "ref_rejected_logps")
 
 
 def by_hand(delta, h, ratio=None, *, alpha=1.0, beta=0.1, scaling="log"):
@@ -101,6 +105,8 @@ def test_metric():
     tie = pairs([0.0], score_chosen=[1.0], score_rejected=[1.0])
     for given in (batch, tie):
         assert get_loss("offset", alpha=0.0).metrics(given)["offset/mean"].item() == 0.0
+    elsewhere = dataclasses.replace(tie, **{name: getattr(tie, name).to("meta") for name in LOG_PROBS})
+    assert get_loss("offset", alpha=0.0).metrics(elsewhere)["offset/mean"].device.type == "meta"
 
 
 def test_help_names_what_must_be_positive():

@@ -115,3 +115,13 @@ def test_a_broken_plugin_is_named_and_the_others_are_there(plugin, code, reason)
     assert get_loss("whole").scale == 1.0
     with pytest.raises(ValueError, match=f"cannot be loaded: .*{reason}"):
         get_loss("broken")
+
+
+def test_plugin_that_is_offered_by_an_alias(plugin):
+    """Its import registers the class under the name; the alias stays an alias."""
+    plugin(code=REGISTERED, pl="plugged:Plugged")
+    assert resolve_name("pl") == "plugged"
+    assert type(get_loss("pl")) is loss_class("plugged")
+    assert list_losses() == sorted([*OURS, "plugged"])
+    assert list_aliases("plugged") == ["pl"]
+    assert plugin_errors() == []

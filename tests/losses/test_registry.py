@@ -15,6 +15,10 @@ from trl_ext.losses import TRL_LOSS_TYPES, Loss, list_aliases, loss_class, resol
 OURS = ["anchored", "bias_variance", "inpo", "length_regularized", "margin_adaptive", "offset", "sppo_soft"]
 
 
+def called(self, batch):
+    return batch.delta
+
+
 def test_names_and_aliases():
     assert list_losses() == OURS
     for alias, name in {
@@ -155,11 +159,40 @@ def test_register_a_plain_dataclass():
     assert loss(pairs([1.0])).item() == pytest.approx(4.0)
     assert (loss.columns, loss.optional_columns, loss.paper, loss.takes_groups) == ((), (), "", False)
     assert (loss.required_columns, loss.divides_by_beta, loss.column_help) == ((), False, "")
+    assert (loss.title, loss.citation, loss.needs_reference, loss.reads_beta) == ("", "", True, True)
+    assert loss.remark(("chosen",)) == ""
     assert loss.metrics(pairs([1.0])) == {}
     assert loss.check_columns({}) is None
     assert "squared" in list_losses()
     with pytest.raises(ValueError, match="not finite"):
         get_loss("squared", target=float("nan"))
+
+
+def test_what_a_plain_dataclass_states_is_kept():
+    stated = {
+        "paper": "2601.00001",
+        "title": "Stated",
+        "citation": "@article{stated}",
+        "columns": ("quality",),
+        "optional_columns": ("weight",),
+        "needs_reference": False,
+        "takes_groups": True,
+        "column_help": "Give every row a quality.",
+        "required_columns": ("quality", "kind"),
+        "divides_by_beta": True,
+        "reads_beta": False,
+    }
+    methods = {
+        "metrics": lambda self, batch: {"quality/mean": 3.0},
+        "check_columns": lambda self, columns: columns["quality"] < 0,
+        "remark": lambda self, columns: f"Read {columns}.",
+    }
+    register_loss("stated")(dataclass(type("Stated", (), {**stated, **methods, "__call__": called})))
+    loss = get_loss("stated")
+    assert {name: getattr(loss, name) for name in stated} == stated
+    assert loss.metrics(pairs([1.0])) == {"quality/mean": 3.0}
+    assert loss.check_columns({"quality": torch.tensor([1.0, -1.0])}).tolist() == [False, True]
+    assert loss.remark("a") == "Read a."
 
 
 def test_register_a_loss_with_columns():
@@ -205,7 +238,17 @@ def test_the_same_class_again_replaces_itself():
     assert loss_class("again") is second
 
 
-@pytest.mark.parametrize("thing", [lambda batch: batch.delta, object, dataclass(type("NoCall", (), {}))])
+@pytest.mark.parametrize(
+    "thing",
+    [
+        called,
+        object,
+        dataclass(type("NoCall", (), {})),
+        type("NoDataclass", (), {"__call__": called}),
+        dataclass(type("Instance", (), {"__call__": called}))(),
+    ],
+    ids=lambda thing: getattr(thing, "__name__", "Instance"),
+)
 def test_what_is_no_callable_dataclass_is_refused(thing):
     with pytest.raises(TypeError, match="needs a dataclass with a `__call__"):
         register_loss("thing")(thing)

@@ -40,7 +40,7 @@ def test_a_fair_judge_wants_the_reference():
 
 
 def test_scores_that_are_no_win_rates_are_refused():
-    chosen = [0.9, 3.0, 0.9, -0.1, 0.9, 1.0, 0.0, float("nan")]
+    chosen = [0.9, 1.5, 0.9, -0.1, 0.9, 1.0, 0.0, float("nan")]
     rejected = [0.1, 0.2, 1.1, 0.2, -0.1, 0.0, 1.0, 0.5]
     columns = {"score_chosen": torch.tensor(chosen), "score_rejected": torch.tensor(rejected)}
     expected = [False, True, True, True, True, False, False, True]

@@ -35,7 +35,7 @@ from .substitute import Substitute
 
 # Attention implementations that take a mask
 MASKED_ATTENTION = ("sdpa", "eager", "flex_attention")
-EXACT_LAYERS = {"full_attention", "sliding_attention"}
+EXACT_LAYERS = {"attention", "full_attention", "sliding_attention"}
 
 
 @dataclass(frozen=True)
@@ -242,7 +242,7 @@ def why_not_shared(model: PreTrainedModel) -> str | None:
     if config._attn_implementation not in MASKED_ATTENTION:
         return f"`attn_implementation={config._attn_implementation!r}` takes no mask (use one of {MASKED_ATTENTION})"
     layers = set(getattr(config, "layer_types", None) or ()) | set(getattr(config, "layers_block_type", None) or ())
-    if layers - EXACT_LAYERS - {"attention"}:
+    if layers - EXACT_LAYERS:
         return f"it has layers of type {sorted(layers - EXACT_LAYERS)}"
     if getattr(model, "_is_stateful", False) or any(isinstance(module, nn.Conv1d) for module in model.modules()):
         return "it has recurrent or convolutional layers"
