@@ -78,6 +78,8 @@ ROOMS = {
 MESSAGES = [r"\braise \w+\(", r"\blogger\.\w+\(", r"\bwarnings\.warn\("]
 # A process collects the tests twice, and pytest would escape backslashes in the names of tests once more the second time
 SAME_NAMES = "disable_test_id_escaping_and_forfeit_all_rights_to_community_support=true"
+# Reads the package's source, which is another where mutants have been written into it
+READS_SOURCE = "tests/test_trl_seam.py::test_every_private_name_stands_in_the_seam"
 # What a run needs beside the package and its tests
 ALSO_COPIED = [
     "README.md",
@@ -101,7 +103,7 @@ def settings(room: str) -> str:
         "only_mutate": [files],
         "also_copy": ALSO_COPIED,
         "do_not_mutate_patterns": MESSAGES,
-        "pytest_add_cli_args": ["-m", "not slow and not gpu", "-o", SAME_NAMES],
+        "pytest_add_cli_args": ["-m", "not slow and not gpu", "-o", SAME_NAMES, "--deselect", READS_SOURCE],
         "pytest_add_cli_args_test_selection": tests,
         # Processes are forked from one that has imported everything and run nothing: torch's threads do not survive a fork
         "process_isolation": "forkserver",
