@@ -159,9 +159,7 @@ def statistics(step, *, training=True, capped=None, state=2, strategy="steps", f
     trainer.args = SimpleNamespace(logging_strategy=strategy, logging_first_step=first)
     trainer.state = SimpleNamespace(global_step=step, logging_steps=state)
     text_config = SimpleNamespace() if capped is None else SimpleNamespace(final_logit_softcapping=capped)
-    trainer.model = SimpleNamespace(
-        training=training, config=SimpleNamespace(get_text_config=lambda: text_config)
-    )
+    trainer.model = SimpleNamespace(training=training, config=SimpleNamespace(get_text_config=lambda: text_config))
     return trainer._statistics()
 
 

@@ -12,9 +12,7 @@ from trl_ext.trainers.reward import RewardConfig, RewardTrainer
 
 
 def test_eurus_terms(tiny_model_dir, tmp_path):
-    pairs = Dataset.from_list(
-        [{k: row[k] for k in ("prompt", "chosen", "rejected")} for row in preference_rows(6)]
-    )
+    pairs = Dataset.from_list([{k: row[k] for k in ("prompt", "chosen", "rejected")} for row in preference_rows(6)])
     losses = []
     options = {
         "output_dir": str(tmp_path),

@@ -3,7 +3,13 @@
 import pytest
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForSequenceClassification, TrainerCallback
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Qwen3Config,
+    Qwen3ForSequenceClassification,
+    TrainerCallback,
+)
 
 import trl_ext
 from tests.helpers import options
@@ -43,9 +49,7 @@ def test_what_is_handed_on(tiny_model_dir, tmp_path):
 
 def test_a_name_is_loaded_as_the_config_says(tiny_model_dir, tmp_path):
     given = {"dtype": "bfloat16"}
-    trainer = online(
-        tiny_model_dir, tmp_path, model_init_kwargs=given, trainer_kwargs={"model": str(tiny_model_dir)}
-    )
+    trainer = online(tiny_model_dir, tmp_path, model_init_kwargs=given, trainer_kwargs={"model": str(tiny_model_dir)})
     assert trainer.model.dtype == trainer.ref_model.dtype == torch.bfloat16
     assert trainer.args.model_init_kwargs == given  # and the config is as it was
     plain = online(tiny_model_dir, tmp_path, trainer_kwargs={"model": str(tiny_model_dir)})
