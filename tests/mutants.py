@@ -26,6 +26,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAINER_TESTS = [
+    "tests/test_arguments.py",
     "tests/test_checks.py",
     "tests/test_columns.py",
     "tests/test_dpo_config.py",
@@ -35,8 +36,11 @@ TRAINER_TESTS = [
     "tests/test_metrics.py",
     "tests/test_mixing.py",
     "tests/test_parity.py",
+    "tests/test_patch.py",
     "tests/test_reasoning.py",
+    "tests/test_reference.py",
     "tests/test_reference_free.py",
+    "tests/test_reward_trainer.py",
     "tests/test_scoring.py",
     "tests/test_second_stage.py",
     "tests/test_trl_seam.py",

@@ -1,6 +1,9 @@
 """What a config or a trainer is given reaches the place where it is used."""
 
+from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ from tests.helpers import build, options
 from trl_ext.losses import get_loss
 from trl_ext.trainers import arguments, dpo
 from trl_ext.trainers.dpo import DPOTrainer, _scored
+from trl_ext.trainers.model_card import complete_model_card, describe_losses
 
 
 # Of the command line
@@ -194,3 +198,41 @@ def test_a_card_names_the_first_paper_and_the_losses(tiny_model_dir, tmp_path):
     assert "Optimization with an Offset](https://huggingface.co/papers/2402.10571)." in card
     assert "\n- trl-ext\n" in card and "\n- offset\n" in card and "\n- length_regularized\n" in card
     assert "\n- trl\n" in card and "\n- sigmoid\n" not in card
+
+
+def test_the_table_of_losses():
+    @dataclass(frozen=True)
+    class Two:
+        paper: ClassVar[str] = "2401.00001, 2402.00002"
+        where: Path = Path("a/b")
+        alpha: float = 0.5
+
+    first, second = (f"[{each}](https://huggingface.co/papers/{each})" for each in ("2401.00001", "2402.00002"))
+    assert describe_losses({"sigmoid": 1.0, "two": 0.25}, {"two": Two()}, 0.3) == (
+        "### Loss\n\n| loss | weight | hyper-parameters | paper |\n| --- | --- | --- | --- |\n| `sigmoid` | 1.0 |  |  |\n"
+        f'| `two` | 0.25 | `{{"where": "a/b", "alpha": 0.5}}` | {first}, {second} |\n\n'
+        "With [trl_ext](https://pypi.org/project/trl-ext/), `beta=0.3`."
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("/data/models/mine", "the local model `mine`"),
+        ("", "a model that has no name"),
+        (None, "a model that has no name"),
+    ],
+)
+def test_the_name_of_the_base_model(name, said, tmp_path):
+    unnamed = "of [None](https://huggingface.co/None)"
+    text = (
+        f"---\ntags: []\n---\n\nA version {unnamed}. {unnamed}\n\n### Framework versions\n\n### Framework versions\n"
+    )
+    config = SimpleNamespace() if name is None else SimpleNamespace(_name_or_path=name)
+    for losses, table in (("", ""), ("TABLE", "TABLE\n\n")):
+        (tmp_path / "README.md").write_text(text)
+        complete_model_card(str(tmp_path), SimpleNamespace(config=config), losses)
+        body = (tmp_path / "README.md").read_text().split("---\n")[2]
+        assert body == (
+            f"\nA version of {said}. {unnamed}\n\n{table}### Framework versions\n\n### Framework versions\n"
+        )

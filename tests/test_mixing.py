@@ -249,3 +249,19 @@ def test_what_an_estimate_says_of_itself():
     assert estimate.variance_ratio == 3.5 / 8
     assert MixingEstimate(0.25, 0.0, 4.0, 2.0, 3.0, 6, True, 10).variance_ratio == 1.0
     assert MixingEstimate(**json.loads(estimate.to_json())) == estimate and estimate.to_json().endswith("}\n")
+
+
+def test_what_a_run_began_with_is_read_from_its_checkpoint(tiny_model_dir, tmp_path):
+    first = MixingEstimate(0.25, 8.0, 4.0, 2.0, 3.0, 6, True, 10)
+    own = MixingEstimate(0.75, 8.0, 4.0, 2.0, 3.0, 6, True, 10)
+    ours = trainer(tiny_model_dir, tmp_path)
+    for step, text in ((1, own.to_json()), (2, first.to_json())):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "bias_variance_mixing.json").write_text(text)
+    assert ours._estimated_mixing(True) == first  # the last
+    assert ours._estimated_mixing(str(tmp_path / "checkpoint-1")) == own
+    ours._mixing = own
+    for nothing in (None, False, str(tmp_path)):  # measured before, such as by an evaluation
+        assert ours._estimated_mixing(nothing) is own
+    ours._mix(first)
+    assert ours._losses["bias_variance"].alpha == 0.25 and ours._mixing is first

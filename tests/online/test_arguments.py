@@ -176,7 +176,7 @@ def test_both_traces_are_compared_with_the_reference(tiny_model_dir, tmp_path):
         assert of("win_rate") == pytest.approx(0.75)
         assert of("reference/scores") == pytest.approx(sum(map(len, texts[0])) / 3)
         assert of("reference/mean_length") == pytest.approx(sum(tokens[0]) / 3)
-        assert of("completions/mean_length") == pytest.approx(sum(sum(tokens, [])) / 6)
+        assert of("completions/mean_length") == pytest.approx(sum(map(sum, tokens)) / 6)
         assert of("completions/mean_score") == pytest.approx(sum(len(text) for each in texts for text in each) / 6)
         assert of("objective/scores_margin") == pytest.approx(
             sum(len(b) - len(a) for a, b in zip(*texts, strict=True)) / 3
