@@ -84,6 +84,29 @@ MESSAGES = [r"\braise \w+\(", r"\blogger\.\w+\(", r"\bwarnings\.warn\("]
 SAME_NAMES = "disable_test_id_escaping_and_forfeit_all_rights_to_community_support=true"
 # Reads the package's source, which is another where mutants have been written into it
 READS_SOURCE = "tests/test_trl_seam.py::test_every_private_name_stands_in_the_seam"
+# A third of the seconds of the trainers' tests, for what others run too: TRL's own code on TRL's log-probabilities, compilers and
+# interpreted kernels, and the same paths once more for each of the losses
+REPEATED = [
+    "tests/test_parity.py::test_loss_type",
+    "tests/test_parity.py::test_option[",
+    "tests/test_parity.py::test_backend[full-logprob_backend=liger]",
+    "tests/test_parity.py::test_backend[lora-logprob_backend=liger]",
+    "tests/test_evaluation.py::test_a_compiled_model",
+    "tests/test_dpo_trainer.py::test_half_precision_is_close_to_full",
+    *(
+        f"tests/test_dpo_trainer.py::{test}{loss}]"
+        for loss in ("anchored", "margin_adaptive", "length_regularized", "inpo", "sppo_soft")
+        for test in (
+            "test_option_that_changes_no_number[precompute_ref_log_probs-",
+            "test_option_that_changes_no_number[gradient_checkpointing-",
+            "test_option_that_changes_no_number[remove_unused_columns-",
+            "test_accumulation_equals_one_batch[",
+            "test_resumed_run_equals_the_uninterrupted_one[",
+            "test_stream_equals_dataset[",
+        )
+    ),
+]
+LEFT_OUT = [f"--deselect={test}" for test in (READS_SOURCE, *REPEATED)]
 # What a run needs beside the package and its tests
 ALSO_COPIED = [
     "README.md",
@@ -107,7 +130,7 @@ def settings(room: str) -> str:
         "only_mutate": [files],
         "also_copy": ALSO_COPIED,
         "do_not_mutate_patterns": MESSAGES,
-        "pytest_add_cli_args": ["-m", "not slow and not gpu", "-o", SAME_NAMES, "--deselect", READS_SOURCE],
+        "pytest_add_cli_args": ["-m", "not slow and not gpu", "-o", SAME_NAMES, *LEFT_OUT],
         "pytest_add_cli_args_test_selection": tests,
         # Processes are forked from one that has imported everything and run nothing: torch's threads do not survive a fork
         "process_isolation": "forkserver",
