@@ -7,12 +7,13 @@ from typing import ClassVar
 
 import pytest
 import torch
+import trl
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import trl_ext
 from tests.conftest import preference_rows
-from tests.helpers import build, options
+from tests.helpers import build, first_batch, options
 from trl_ext.losses import get_loss
 from trl_ext.trainers import arguments, dpo
 from trl_ext.trainers.dpo import DPOTrainer, _scored
@@ -65,6 +66,40 @@ def test_what_is_handed_on_to_trl(tiny_model_dir, tmp_path):
     assert trainer.model is model and trainer.compute_metrics is compute_metrics
     assert trainer.optimizer is optimizer and trainer.lr_scheduler is scheduler
     assert trainer.eval_dataset is None
+
+
+class Stop(Exception):
+    pass
+
+
+def test_all_arguments_are_handed_on_to_trl(tiny_model_dir, tmp_path, monkeypatch):
+    seen = {}
+
+    def init(self, **kwargs):
+        seen.update(kwargs)
+        raise Stop
+
+    monkeypatch.setattr(trl.DPOTrainer, "__init__", init)
+    names = ("data_collator", "compute_metrics", "callbacks", "optimizers", "quantization_config", "peft_config")
+    given = {name: object() for name in (*names, "processing_class")}
+    args, data = trl_ext.DPOConfig(**options(tmp_path)), Dataset.from_list(preference_rows(2))
+    reference = torch.nn.Identity()
+    with pytest.raises(Stop):
+        DPOTrainer(str(tiny_model_dir), reference, args, train_dataset=data, eval_dataset={"a": data}, **given)
+    assert {name: seen[name] for name in given} == given
+    assert (seen["model"], seen["ref_model"], seen["args"]) == (str(tiny_model_dir), reference, args)
+    assert seen["train_dataset"][:] == seen["eval_dataset"]["a"][:] == data[:] and len(seen) == 12
+
+
+def test_a_mix_gives_back_the_outputs_of_trl(tiny_model_dir, tmp_path):
+    for loss_type in (["sigmoid", "sft", "offset"], ["offset"], ["sigmoid", "hinge"]):
+        trainer = build(DPOTrainer, trl_ext.DPOConfig, tiny_model_dir, tmp_path, loss_type=loss_type)
+        trainer.model.eval()
+        batch = first_batch(trainer)
+        loss, outputs = trainer.compute_loss(trainer.model, dict(batch), return_outputs=True)
+        plain = trainer.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        torch.testing.assert_close(outputs.logits, plain.logits)
+        torch.testing.assert_close(trainer.compute_loss(trainer.model, dict(batch)), loss)
 
 
 @pytest.mark.parametrize("zero3", [False, True])

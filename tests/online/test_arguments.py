@@ -10,6 +10,7 @@ from transformers import (
     Qwen3ForSequenceClassification,
     TrainerCallback,
 )
+from trl.experimental.online_dpo import OnlineDPOTrainer as TRLTrainer
 
 import trl_ext
 from tests.helpers import options
@@ -45,6 +46,36 @@ def test_what_is_handed_on(tiny_model_dir, tmp_path):
     assert trainer.optimizer is optimizer and trainer.lr_scheduler is scheduler
     assert trainer.eval_dataset["prompt"][:] == evaluation["prompt"][:]
     assert trainer.ref_model is not model and not trainer.ref_model.training
+
+
+def test_all_arguments_are_handed_on_to_trl(tiny_model_dir, tmp_path, monkeypatch):
+    class Stop(Exception):
+        pass
+
+    seen = {}
+
+    def init(self, **kwargs):
+        seen.update(kwargs)
+        raise Stop
+
+    monkeypatch.setattr(TRLTrainer, "__init__", init)
+    names = ("data_collator", "callbacks", "optimizers", "preprocess_logits_for_metrics", "reward_processing_classes")
+    given = {name: object() for name in names}
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    model, reference = (AutoModelForCausalLM.from_pretrained(tiny_model_dir) for _ in range(2))
+    args = trl_ext.OnlineDPOConfig(**options(tmp_path))
+    for peft_config in (None, object()):
+        with pytest.raises(Stop):
+            trl_ext.OnlineDPOTrainer(
+                model, None if peft_config else reference, length_reward, args, train_dataset=prompts(2),
+                eval_dataset={"a": prompts(1)}, processing_class=tokenizer, peft_config=peft_config, **given,
+            )  # fmt: skip
+        assert {name: seen[name] for name in given} == given
+        assert (seen["model"], seen["args"], seen["processing_class"]) == (model, args, tokenizer)
+        assert seen["peft_config"] is peft_config and seen["reward_funcs"] == [length_reward]
+        # A stand-in where adapters are switched off for the reference: given none, TRL would copy the model
+        assert isinstance(seen["ref_model"], torch.nn.Identity) if peft_config else seen["ref_model"] is reference
+        assert seen["train_dataset"][:] == prompts(2)[:] and seen["eval_dataset"]["a"][:] == prompts(1)[:]
 
 
 def test_a_name_is_loaded_as_the_config_says(tiny_model_dir, tmp_path):
@@ -237,5 +268,14 @@ def test_a_card_names_the_first_paper(tiny_model_dir, tmp_path):
     assert "trained with Online offset + sigmoid, a method introduced in [Direct Preference" in card
     assert "Optimization with an Offset](https://huggingface.co/papers/2402.10571)." in card
     assert "amini2024direct" in card
-    online(tiny_model_dir, tmp_path / "plain").create_model_card()
-    assert "### Loss" not in (tmp_path / "plain" / "README.md").read_text()
+
+
+def test_a_card_of_a_loss_of_trls_has_no_table(tiny_model_dir, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr("trl_ext.trainers.online.trainer.complete_model_card", lambda *args: seen.append(args))
+    trainer = online(tiny_model_dir, tmp_path)
+    trainer.create_model_card()
+    assert seen == [(str(tmp_path), trainer.model, "")]
+    trainer.is_world_process_zero = lambda: False
+    trainer.create_model_card()
+    assert len(seen) == 1
