@@ -26,6 +26,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAINER_TESTS = [
+    "tests/test_arguments.py",
     "tests/test_checks.py",
     "tests/test_columns.py",
     "tests/test_dpo_config.py",
@@ -35,8 +36,11 @@ TRAINER_TESTS = [
     "tests/test_metrics.py",
     "tests/test_mixing.py",
     "tests/test_parity.py",
+    "tests/test_patch.py",
     "tests/test_reasoning.py",
+    "tests/test_reference.py",
     "tests/test_reference_free.py",
+    "tests/test_reward_trainer.py",
     "tests/test_scoring.py",
     "tests/test_second_stage.py",
     "tests/test_trl_seam.py",
@@ -80,6 +84,31 @@ ROOMS = {
 MESSAGES = [r"\braise \w+\(", r"\blogger\.\w+\(", r"\bwarnings\.warn\("]
 # A process collects the tests twice, and pytest would escape backslashes in the names of tests once more the second time
 SAME_NAMES = "disable_test_id_escaping_and_forfeit_all_rights_to_community_support=true"
+# Reads the package's source, which is another where mutants have been written into it
+READS_SOURCE = "tests/test_trl_seam.py::test_every_private_name_stands_in_the_seam"
+# A third of the seconds of the trainers' tests, for what others run too: TRL's own code on TRL's log-probabilities, compilers and
+# interpreted kernels, and the same paths once more for each of the losses
+REPEATED = [
+    "tests/test_parity.py::test_loss_type",
+    "tests/test_parity.py::test_option[",
+    "tests/test_parity.py::test_backend[full-logprob_backend=liger]",
+    "tests/test_parity.py::test_backend[lora-logprob_backend=liger]",
+    "tests/test_evaluation.py::test_a_compiled_model",
+    "tests/test_dpo_trainer.py::test_half_precision_is_close_to_full",
+    *(
+        f"tests/test_dpo_trainer.py::{test}{loss}]"
+        for loss in ("anchored", "margin_adaptive", "length_regularized", "inpo", "sppo_soft")
+        for test in (
+            "test_option_that_changes_no_number[precompute_ref_log_probs-",
+            "test_option_that_changes_no_number[gradient_checkpointing-",
+            "test_option_that_changes_no_number[remove_unused_columns-",
+            "test_accumulation_equals_one_batch[",
+            "test_resumed_run_equals_the_uninterrupted_one[",
+            "test_stream_equals_dataset[",
+        )
+    ),
+]
+LEFT_OUT = [f"--deselect={test}" for test in (READS_SOURCE, *REPEATED)]
 # What a run needs beside the package and its tests
 ALSO_COPIED = [
     "README.md",
@@ -91,6 +120,19 @@ ALSO_COPIED = [
     "examples",
     "benchmarks",
 ]
+# mutmut's command, but with the quickest tests of a mutant first: its fork server runs them in no order, and one that fails ends
+# the run
+QUICKEST_FIRST = """
+from mutmut.__main__ import cli
+from mutmut.state import state
+from mutmut.workers.isolation import ForkServerRunner
+
+submit = ForkServerRunner.submit
+ForkServerRunner.submit = lambda self, mutant, tests, *limits: submit(
+    self, mutant, sorted(tests, key=lambda test: state().duration_by_test[test]), *limits
+)
+cli()
+"""
 # mutmut's exit codes of the tests; it shares pytest's, and the negative ones are signals
 CAUGHT, MISSED, UNTESTED = (1, 3), (0, 5, 33), (None, 2)
 
@@ -103,7 +145,7 @@ def settings(room: str) -> str:
         "only_mutate": [files],
         "also_copy": ALSO_COPIED,
         "do_not_mutate_patterns": MESSAGES,
-        "pytest_add_cli_args": ["-m", "not slow and not gpu", "-o", SAME_NAMES],
+        "pytest_add_cli_args": ["-m", "not slow and not gpu", "-o", SAME_NAMES, *LEFT_OUT],
         "pytest_add_cli_args_test_selection": tests,
         # Processes are forked from one that has imported everything and run nothing: torch's threads do not survive a fork
         "process_isolation": "forkserver",
@@ -168,7 +210,7 @@ def results(folder: Path, sample: int | None) -> dict[str, int | None]:
 def try_mutants(folder: Path, names: list[str], workers: int, sample: int | None) -> None:
     """Run the tests on mutants; what mutmut prints goes to a log."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    command = [str(Path(sys.executable).parent / "mutmut"), "run", "--max-children", str(workers), *names]
+    command = [sys.executable, "-c", QUICKEST_FIRST, "run", "--max-children", str(workers), *names]
     with open(folder / "log.txt", "w") as log:
         process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=subprocess.STDOUT, env=environment)
         try:

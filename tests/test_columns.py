@@ -158,6 +158,12 @@ def test_incomplete_empty_trace_pair(tiny_model_dir, tmp_path):
     fails(r"Row 2 of the train dataset has neither", **both)
 
 
+@pytest.mark.parametrize("column", ["image", "images"])
+def test_images_with_empty_trace(column, tmp_path):
+    with pytest.raises(ValueError, match=r"\['bias_variance'\] cannot be used on a vision dataset"):
+        construct(tmp_path, rows_with(**{column: "x.png"}), loss_type=["offset", "bias_variance"])
+
+
 def test_implicit_prompt_with_empty_trace(tmp_path):
     with pytest.raises(ValueError, match="needs an explicit column 'prompt'"):
         construct(tmp_path, without("prompt"), loss_type="bias_variance")

@@ -57,6 +57,9 @@ def config(**kwargs):
         ({"beta": float("nan")}, "beta=nan"),
         ({"beta": -0.1}, "beta=-0.1"),
         ({"beta": "0.1"}, "beta='0.1'"),
+        ({"beta": True}, "beta=True"),
+        ({"loss_weights": [True, 1.0], "loss_type": ["sigmoid"]}, "2 weights for 1 losses"),
+        ({"loss_weights": ["1"]}, "must be finite"),
         ({"logprob_backend": "cuda"}, "logprob_backend='cuda'"),
     ],
     ids=str,
@@ -112,7 +115,18 @@ def test_has_all_of_trls_fields():
 
 @pytest.mark.parametrize(
     ("given", "meant"),
-    [("auto", "auto"), (True, True), ("true", True), ("False", False), ("no", False), (False, False)],
+    [
+        ("auto", "auto"),
+        (True, True),
+        ("true", True),
+        ("False", False),
+        ("no", False),
+        (False, False),
+        ("AUTO", "auto"),
+        ("Yes", True),
+        ("1", True),
+        ("0", False),
+    ],
 )
 def test_share_prefix_as_a_word(given, meant):
     assert config(share_prefix=given).share_prefix == meant
@@ -128,6 +142,8 @@ def test_share_prefix_as_a_word(given, meant):
         ({"logprob_backend": "cuda"}, "choose one of"),
         ({"logprob_memory_mb": 0}, "positive number of MiB"),
         ({"logprob_memory_mb": float("nan")}, "positive number of MiB"),
+        ({"logprob_memory_mb": float("inf")}, "positive number of MiB"),
+        ({"logprob_memory_mb": "8"}, "positive number of MiB"),
     ],
     ids=str,
 )

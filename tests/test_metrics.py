@@ -51,6 +51,24 @@ def test_processes_with_fewer_rows_count_less():
     assert means == {"a": 2.5, "b": 5.0}
 
 
+def test_extremes_are_those_of_all_processes():
+    """A process without a value sends 0 of 0 rows, which is no extreme."""
+    nan = math.nan
+    own = {
+        "a/min": torch.tensor([3.0, nan, 2.0]),
+        "a/max": torch.tensor([-3.0, -2.0]),
+        "min": torch.tensor([2.0, 3.0]),
+    }
+    own = {**own, "b/min": torch.tensor([4.0]), "b/max": torch.tensor([-4.0])}
+    own["a/min"] = own["a/min"][[0, 2]]
+    accelerator = TwoProcesses(torch.tensor([[[1.0, 1.0], [-1.0, 1.0], [1.0, 1.0], [0.0, 0.0], [0.0, 0.0]]]))
+    means = means_over_processes(accelerator, own)
+    # `min` alone is an extreme too: the name ends with it
+    assert means == {"a/min": 1.0, "a/max": -1.0, "min": 1.0, "b/min": 4.0, "b/max": -4.0}
+    alone = TwoProcesses(torch.tensor([[[0.0, 0.0]] * 5]))
+    assert means_over_processes(alone, own) == {"a/min": 2.0, "a/max": -2.0, "min": 2.0, "b/min": 4.0, "b/max": -4.0}
+
+
 def half_missing(rows=4):
     """Traced pairs in the first half alone."""
     data = preference_rows(rows)

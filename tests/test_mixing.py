@@ -1,5 +1,6 @@
 """The measured weight of `bias_variance`."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +10,7 @@ from datasets import Dataset
 import trl_ext
 from tests.conftest import preference_rows
 from tests.helpers import assert_same_parameters, build, history, parameters
+from trl_ext.trainers import mixing
 from trl_ext.trainers.mixing import MixingEstimate, estimate_alpha
 
 
@@ -213,3 +215,53 @@ def test_refused(tiny_model_dir, tmp_path):
         estimate_alpha(trainer(tiny_model_dir, tmp_path, rows))
     with pytest.raises(ValueError, match="picked none"):
         estimate_alpha(trainer(tiny_model_dir, tmp_path), parameters=lambda name: False)
+
+
+def test_large_models_are_measured_in_their_last_layer(tiny_model_dir, tmp_path, monkeypatch):
+    ours = trainer(tiny_model_dir, tmp_path)
+    ours.model.model.layers[0].mlp.up_proj.weight.requires_grad_(False)  # or all layers would be of one size
+    named = {name: value.numel() for name, value in ours.model.named_parameters() if value.requires_grad}
+    assert "model.layers.0.mlp.up_proj.weight" not in named
+    monkeypatch.setattr(mixing, "MANY", sum(named.values()))  # not more than that
+    assert estimate_alpha(ours, rows=2).parameters == sum(named.values())
+    monkeypatch.setattr(mixing, "MANY", sum(named.values()) - 1)
+    first, last = (
+        sum(size for name, size in named.items() if name.startswith(f"model.layers.{layer}.")) for layer in (0, 1)
+    )
+    assert 0 < first < last < sum(named.values()) and estimate_alpha(ours, rows=2).parameters == last
+    # What was picked by name counts, whatever its number
+    assert estimate_alpha(ours, rows=2, parameters=lambda name: "norm" in name).parameters == sum(
+        size for name, size in named.items() if "norm" in name
+    )
+
+
+@pytest.mark.parametrize("kind", ["deepspeed", "fsdp"])
+def test_sharded_models_are_not_measured(kind):
+    placed = SimpleNamespace(is_deepspeed_enabled=kind == "deepspeed", is_fsdp_enabled=kind == "fsdp")
+    with pytest.raises(ValueError, match=f"when {'DeepSpeed' if kind == 'deepspeed' else 'FSDP'} has not placed"):
+        mixing.check_measurable(placed)
+
+
+def test_what_an_estimate_says_of_itself():
+    estimate = MixingEstimate(0.25, 8.0, 4.0, 2.0, 3.0, 6, True, 10)
+    # 1/16 * 8 + 2 * 3/16 * 2 + 9/16 * 4 = 0.5 + 0.75 + 2.25, and 9/16 * 3 of bias
+    assert estimate.variance(0.25) == 3.5 and estimate.error(0.25) == 3.5 + 27 / 16
+    assert estimate.variance_ratio == 3.5 / 8
+    assert MixingEstimate(0.25, 0.0, 4.0, 2.0, 3.0, 6, True, 10).variance_ratio == 1.0
+    assert MixingEstimate(**json.loads(estimate.to_json())) == estimate and estimate.to_json().endswith("}\n")
+
+
+def test_what_a_run_began_with_is_read_from_its_checkpoint(tiny_model_dir, tmp_path):
+    first = MixingEstimate(0.25, 8.0, 4.0, 2.0, 3.0, 6, True, 10)
+    own = MixingEstimate(0.75, 8.0, 4.0, 2.0, 3.0, 6, True, 10)
+    ours = trainer(tiny_model_dir, tmp_path)
+    for step, text in ((1, own.to_json()), (2, first.to_json())):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "bias_variance_mixing.json").write_text(text)
+    assert ours._estimated_mixing(True) == first  # the last
+    assert ours._estimated_mixing(str(tmp_path / "checkpoint-1")) == own
+    ours._mixing = own
+    for nothing in (None, False, str(tmp_path)):  # measured before, such as by an evaluation
+        assert ours._estimated_mixing(nothing) is own
+    ours._mix(first)
+    assert ours._losses["bias_variance"].alpha == 0.25 and ours._mixing is first

@@ -3,10 +3,12 @@
 import copy
 import logging
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
 import trl
+from accelerate import PartialState
 from datasets import Dataset
 from peft import LoraConfig, PromptTuningConfig
 from transformers import AutoModelForCausalLM
@@ -14,7 +16,9 @@ from transformers import AutoModelForCausalLM
 import trl_ext
 from tests.conftest import preference_rows
 from tests.helpers import build, first_batch, history, loss_and_gradients
+from trl_ext.logprobs import Head
 from trl_ext.trainers import scoring
+from trl_ext.trainers.scoring import Scorer
 from trl_ext.trainers.trl_seam import fused_forward
 
 
@@ -302,3 +306,112 @@ def test_a_reference_that_cannot_share_prompts(tiny_model_dir, tmp_path, caplog)
     torch.testing.assert_close(loss, loss_and_gradients(theirs, batch)[0], rtol=1e-5, atol=1e-6)
     with pytest.raises(ValueError, match=r"share_prefix=True.* of the reference model"):
         ours(tiny_model_dir, tmp_path, share_prefix=True, trainer_kwargs={"ref_model": reference()})
+
+
+# By hand
+
+
+def wanted(device="cpu", **kwargs):
+    """What a config says of log-probabilities; without fields, as TRL's own class."""
+    return SimpleNamespace(device=SimpleNamespace(type=device), torch_compile=False, n_gpu=1, **kwargs)
+
+
+@pytest.mark.parametrize("version", ["0.8.2", "0.8.1", None])
+def test_what_auto_stands_for(version, monkeypatch):
+    def installed(name):
+        assert name == "liger-kernel"
+        if version is None:
+            raise scoring.importlib.metadata.PackageNotFoundError(name)
+        return version
+
+    monkeypatch.setattr(scoring.importlib.metadata, "version", installed)
+    fastest = "liger" if version == "0.8.2" else "torch"
+    for fields in ({}, {"logprob_backend": "auto"}, {"logprob_backend": "auto", "use_weighting": False}):
+        backends = [scoring.resolve_backend(wanted(device, **fields)) for device in ("cuda", "xpu", "cpu", "mps")]
+        assert backends == [fastest, fastest, "torch", "torch"]
+    assert scoring.resolve_backend(wanted("cuda", use_weighting=True)) == "trl"
+    assert scoring.resolve_backend(wanted("cuda", use_weighting=True, logprob_backend="trl")) == "trl"
+    assert scoring.resolve_backend(wanted("cuda", logprob_backend="torch")) == "torch"
+    liger = {"logprob_backend": "liger"}
+    for interpreted in ("0", "1"):
+        monkeypatch.setenv("TRITON_INTERPRET", interpreted)
+        for device in ("cuda", "cpu"):
+            if fastest == "liger" and (device == "cuda" or interpreted == "1"):
+                assert scoring.resolve_backend(wanted(device, **liger)) == "liger"
+                continue
+            reason = {"0.8.2": "need a GPU", "0.8.1": "is older than 0.8.2", None: "is not installed"}[version]
+            with pytest.raises(ValueError, match=f"`logprob_backend='liger'` cannot run: .*{reason}"):
+                scoring.resolve_backend(wanted(device, **liger))
+
+
+@pytest.mark.parametrize(
+    ("fields", "aux_loss", "reason"),
+    [
+        ({}, False, None),
+        ({"torch_compile": True}, False, "the model is compiled"),
+        ({"n_gpu": 2}, False, "`DataParallel` splits batches by row"),
+        ({}, True, "the auxiliary loss of a mixture of experts counts tokens"),
+    ],
+)
+def test_when_prompts_are_shared(fields, aux_loss, reason, tiny_model_dir, caplog, monkeypatch):
+    enabled = []
+    monkeypatch.setattr(scoring, "enable_block_masks", lambda: enabled.append(1))
+    PartialState()
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+
+    def built(device="cpu", **kwargs):
+        args = wanted(device, logprob_backend="torch", logprob_memory_mb=3.0, **kwargs)
+        vars(args).update(fields)
+        caplog.clear()
+        return scoring.build_scorer(model, args, aux_loss), "do not share the row" in caplog.text
+
+    for options in ({}, {"share_prefix": "auto"}):
+        scorer, warned = built(**options)
+        assert scorer.share_prefix is (reason is None) and scorer.always is False and warned is (reason is not None)
+        assert (scorer.head.backend, scorer.head.memory_mb, scorer.hidden_size) == ("torch", 3.0, 32)
+    scorer, warned = built(share_prefix=False)
+    assert scorer.share_prefix is False and scorer.always is False and not warned
+    if reason is None:
+        scorer, warned = built(share_prefix=True)
+        assert scorer.share_prefix is scorer.always is True and not warned
+    else:
+        with pytest.raises(ValueError, match=f"would not be exact for this model: {reason}"):
+            built(share_prefix=True)
+    assert not enabled
+    built("cuda", share_prefix=False)
+    assert not enabled
+    built("cuda")
+    assert len(enabled) == (reason is None)
+
+
+def test_batches_that_cannot_share_their_prompts():
+    ids = torch.tensor([[5, 6, 7, 8], [5, 6, 9, 3]])
+    completion = torch.tensor([[0, 0, 1, 1], [0, 0, 1, 1]])
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "completion_mask": completion}
+    left = {**inputs, "attention_mask": torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])}
+    more = {**inputs, "token_type_ids": torch.zeros_like(ids), "ref_chosen_logps": torch.zeros(1)}
+    head = Head("torch")
+    auto, always = Scorer(head, True, False, 32), Scorer(head, True, True, 32)
+    assert Scorer(head, False, False, 32).layout(inputs, 1) is None
+    # The first token once; then the prompt's last token and the first of the completion, of each of the two
+    for scorer in (auto, always):
+        assert scorer.layout(inputs, 1).tokens.shape == (1, 5)
+    assert auto.layout(left, 1) is None and auto.layout(more, 1) is None
+    with pytest.raises(ValueError, match="cannot share prompts: it is not padded on the right"):
+        always.layout(left, 1)
+    with pytest.raises(ValueError, match=r"cannot share prompts: the model is given \['token_type_ids'\] too"):
+        always.layout(more, 1)
+
+
+def test_shared_rows_that_cost_more():
+    """A prompt of one token and completions of ten: one row of 20 tokens, whose attention costs more than it saves."""
+    ids = torch.arange(22).view(2, 11) + 5
+    ids[1, 0] = ids[0, 0]
+    completion = torch.ones_like(ids)
+    completion[:, 0] = 0
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "completion_mask": completion}
+    head = Head("torch")
+    # 20 (6 H + 20) < 22 (6 H + 11) where 12 H > 158: at H = 14, not at H = 13
+    assert Scorer(head, True, False, 13).layout(inputs, 1) is None
+    assert Scorer(head, True, False, 14).layout(inputs, 1).tokens.shape == (1, 20)
+    assert Scorer(head, True, True, 1).layout(inputs, 1).tokens.shape == (1, 20)

@@ -1,6 +1,7 @@
 """What is refused when a config or a trainer is built, or when a new dataset is evaluated."""
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -170,6 +171,18 @@ def test_conversations_need_a_template(tiny_model_dir, tmp_path):
             train_dataset=conversations(),
             processing_class=tokenizer,
         )
+
+
+def test_the_template_of_a_processors_tokenizer(tiny_model_dir):
+    """A processor without a template of its own renders with that of its tokenizer."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    processor = SimpleNamespace(chat_template=None, tokenizer=tokenizer)
+    assert len(check_prompts(conversations(), [], "train", processor)) == 8
+    tokenizer.chat_template = None
+    with pytest.raises(ValueError, match="no chat template"):
+        check_prompts(conversations(), [], "train", processor)
+    processor.chat_template = "own"
+    assert len(check_prompts(conversations(), [], "train", processor)) == 8
 
 
 # Columns
