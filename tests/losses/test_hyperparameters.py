@@ -32,6 +32,7 @@ class Many(Loss):
     either: float | list[float] = 1.0
     either_dict: float | dict[str, float] = 1.0
     several: int | str = 1
+    swapped: str | int = 1
     perhaps: list[float] | None = None
     perhaps_name: Optional[Literal["a", "b"]] = None  # noqa: UP045
     choice: Literal["a", "b", 1] = "a"
@@ -122,6 +123,7 @@ def test_accepted(name, value, kept):
         ("either_dict", {"a": NAN}, "`either_dict['a']=nan` is not finite; expected a finite float."),
         ("either_dict", {1: 1.0}, "the key 1 of `either_dict` is a int; expected str."),
         ("several", 1.5, "`several=1.5` is not a whole number; expected int or str."),
+        ("swapped", 1.5, "`swapped=1.5` is not a whole number; expected str or int."),
         ("perhaps", 1.0, "`perhaps=1.0` is a float; expected list[float] or None."),
         ("perhaps", [None], "`perhaps[0]=None` is a NoneType; expected float."),
         ("perhaps_name", "c", "`perhaps_name='c'` is unknown; expected 'a' or 'b' or None."),

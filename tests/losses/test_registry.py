@@ -57,6 +57,7 @@ def test_unknown_name(name, message):
     ("name", "hyperparameters", "message"),
     [
         ("offset", {"alhpa": 1.0}, r"no hyper-parameter 'alhpa'. Did you mean 'alpha'\? It has: \['alpha', 'scaling'"),
+        ("offset", {"zzz": 1.0}, r"The loss 'offset' has no hyper-parameter 'zzz'\. It has: \['alpha', 'scaling'"),
         ("offset", {"alpha": "1"}, "`alpha='1'` is a str; expected float"),
         ("offset", {"alpha": float("nan")}, "`alpha=nan` is not finite"),
         ("offset", {"alpha": float("-inf")}, "`alpha=-inf` is not finite"),
