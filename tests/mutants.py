@@ -158,9 +158,13 @@ def settings(room: str) -> str:
     return "\n[tool.mutmut]\n" + "".join(f"{name} = {json.dumps(value)}\n" for name, value in values.items())
 
 
+def folder_of(room: str) -> Path:
+    return ROOT / "build" / "mutants" / room
+
+
 def prepare(room: str) -> Path:
     """The room's folder: the checkout by links, and mutmut's settings; forgets what older tests said of missed mutants."""
-    folder = ROOT / "build" / "mutants" / room
+    folder = folder_of(room)
     folder.mkdir(parents=True, exist_ok=True)
     for name in ["trl_ext", "tests", *ALSO_COPIED]:
         if not (folder / name).is_symlink():
@@ -274,15 +278,17 @@ def main() -> None:
         parser.error(f"there is no room {unknown[0]!r}; choose from {list(ROOMS)}")
     counts = {}
     for room in args.rooms or ROOMS:
-        folder = prepare(room)
-        generate(folder)
+        folder = folder_of(room) if args.report else prepare(room)
+        if not args.report:  # a report reads, and changes nothing: a run may be going on
+            generate(folder)
         codes = results(folder, args.sample)
         names = [name for name, code in codes.items() if code in UNTESTED]
         if names and not args.report:
             try_mutants(folder, names, args.workers, args.sample)
             codes = results(folder, args.sample)
         counts[room] = (len(results(folder, None)), codes)
-        missed = shown(folder, {name: code for name, code in codes.items() if code in MISSED})
+        missed = {name: code for name, code in codes.items() if code in MISSED}
+        missed = shown(folder, missed) if missed else []
         (folder / "missed.txt").write_text("\n".join(missed) + "\n")
         print(f"{room}: {len(missed)} missed", *missed, sep="\n", end="\n\n")
     report(counts)
