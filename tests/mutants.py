@@ -289,7 +289,8 @@ def main() -> None:
         counts[room] = (len(results(folder, None)), codes)
         missed = {name: code for name, code in codes.items() if code in MISSED}
         missed = shown(folder, missed) if missed else []
-        (folder / "missed.txt").write_text("\n".join(missed) + "\n")
+        if not args.report:
+            (folder / "missed.txt").write_text("\n".join(missed) + "\n")
         print(f"{room}: {len(missed)} missed", *missed, sep="\n", end="\n\n")
     report(counts)
 
