@@ -56,7 +56,7 @@ from trl_ext.generation import Completions
 PATHS = ("trl", "ours")
 COLUMNS = {
     "path": "path",
-    "seconds": "seconds\na step",
+    "seconds": "seconds\nper step",
     "speed": "speed,\nTRL = 1",
     "generate": "generate\ns",
     "score": "score\ns",

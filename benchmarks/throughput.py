@@ -56,7 +56,7 @@ import trl_ext
 PATHS = ("trl", "liger", "logits", "ours", "ours-plain")
 COLUMNS = {
     "path": "path",
-    "seconds": "seconds\na step",
+    "seconds": "seconds\nper step",
     "tokens_per_s": "tokens/s",
     "speed": "speed,\nTRL = 1",
     "peak_mb": "peak\nMiB",
