@@ -11,7 +11,8 @@ from transformers import AutoTokenizer
 import trl_ext
 from tests.conftest import preference_rows
 from tests.helpers import assert_same_parameters, build, parameters
-from trl_ext.data.checks import check_template, check_tokenized, is_empty, warn_of_empty_completions
+from trl_ext.data.checks import check_tokenized, is_empty, warn_of_empty_completions
+from trl_ext.data.tokens import require_chat_template
 from trl_ext.losses.base import warn_once
 
 
@@ -124,9 +125,7 @@ def test_conversations_need_a_chat_template(loss_type, tiny_model_dir, tmp_path)
             for row in preference_rows(4)
         ]
     )
-    with pytest.raises(
-        ValueError, match=r"The train dataset holds conversations, and the tokenizer .* has no chat template"
-    ):
+    with pytest.raises(ValueError, match=r"The texts are conversations, and the tokenizer .* has no chat template"):
         trl_ext.DPOTrainer(
             model=str(tiny_model_dir),
             args=trl_ext.DPOConfig(output_dir=str(tmp_path), loss_type=loss_type, bf16=False, use_cpu=True),
@@ -135,15 +134,26 @@ def test_conversations_need_a_chat_template(loss_type, tiny_model_dir, tmp_path)
         )
 
 
-def test_a_template_is_asked_for_where_there_are_messages():
-    """Also of what has no such attribute; of text, and of what has a template, nothing is asked."""
-    talk = Dataset.from_list([{"prompt": says("p"), "chosen": says("a"), "rejected": says("b")}])
+def test_a_tokenizer_without_a_template_is_refused():
     with pytest.raises(
-        ValueError, match=r"The eval dataset holds conversations, and the tokenizer '' has no chat template"
+        ValueError, match=r"The texts are conversations, and the tokenizer 'mine' has no chat template"
     ):
-        check_template(talk, object(), "eval")
-    check_template(talk, SimpleNamespace(chat_template="x"), "eval")
-    check_template(Dataset.from_list([{"prompt": "p", "chosen": "a", "rejected": "b"}]), object(), "eval")
+        require_chat_template(SimpleNamespace(chat_template=None, name_or_path="mine"))
+    with pytest.raises(ValueError, match=r"the tokenizer '' has no chat template"):
+        require_chat_template(object())  # what has no name and no such attribute
+    require_chat_template(SimpleNamespace(chat_template="x"))
+
+
+def test_text_needs_no_template(tiny_model_dir, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    tokenizer.chat_template = None
+    trainer = trl_ext.DPOTrainer(
+        model=str(tiny_model_dir),
+        args=trl_ext.DPOConfig(output_dir=str(tmp_path), bf16=False, use_cpu=True, report_to="none"),
+        train_dataset=Dataset.from_list(preference_rows(4)),
+        processing_class=tokenizer,
+    )
+    assert len(trainer.train_dataset) == 4
 
 
 def test_beta_of_zero_teaches_nothing(tmp_path, caplog):

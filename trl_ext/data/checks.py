@@ -4,23 +4,11 @@ import logging
 from typing import Any
 
 from datasets import Dataset, IterableDataset
-from trl.data_utils import is_conversational
 
 
 logger = logging.getLogger(__name__)
 
 TOKENIZED = ("prompt_ids", "chosen_ids", "rejected_ids")
-
-
-def check_template(dataset: Dataset | IterableDataset, tokenizer: Any, split: str) -> None:
-    """Raise a `ValueError` for a dataset of messages where the tokenizer has no chat template to render them."""
-    example = next(iter(dataset))
-    if is_conversational(example) and not getattr(tokenizer, "chat_template", None):
-        raise ValueError(
-            f"The {split} dataset holds conversations, and the tokenizer {getattr(tokenizer, 'name_or_path', '')!r} has no chat "
-            "template to render them. Set `tokenizer.chat_template`, use the tokenizer of an instruction-tuned model, or "
-            "give prompts and completions as text."
-        )
 
 
 def is_empty(completion: Any) -> bool:

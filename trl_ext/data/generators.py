@@ -12,7 +12,7 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 from trl.trainer.utils import pad
 
 from trl_ext.data.cache import content_key
-from trl_ext.generation import evaluating, sample, without_defaults
+from trl_ext.generation import evaluating, sample
 
 
 # From the ids of some prompts, and the number of the first among all, to the ids of the completions of each
@@ -80,7 +80,7 @@ def with_transformers(
         inputs = pad(rows, padding_value=pad_id, padding_side="left")
         mask = pad([torch.ones_like(row) for row in rows], padding_value=0, padding_side="left")
         devices = [device] if device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices), evaluating(model, None), without_defaults(model):
+        with torch.random.fork_rng(devices=devices), evaluating(model, None):
             torch.manual_seed(int(content_key(seed, start), 16) % 2**31)
             output = sample(model, inputs, mask, config, n).tolist()
         return [output[row :: len(ids)] for row in range(len(ids))]

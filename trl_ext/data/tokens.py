@@ -19,9 +19,9 @@ Text = Any  # a string, or a list of messages
 
 def require_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise a `ValueError` if the tokenizer cannot render conversations."""
-    if not tokenizer.chat_template:
+    if not getattr(tokenizer, "chat_template", None):
         raise ValueError(
-            f"The texts are conversations, and the tokenizer {tokenizer.name_or_path!r} has no chat template to render them "
+            f"The texts are conversations, and the tokenizer {getattr(tokenizer, 'name_or_path', '')!r} has no chat template to render them "
             "with. Give the tokenizer of a chat model, or set `tokenizer.chat_template`."
         )
 

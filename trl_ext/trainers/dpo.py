@@ -17,11 +17,11 @@ from datasets import Dataset, IterableDataset, concatenate_datasets
 from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import get_last_checkpoint
+from trl.data_utils import is_conversational
 from trl.trainer.utils import pad
 
 from trl_ext.data.checks import (
     TOKENIZED,
-    check_template,
     check_tokenized,
     say_what_was_dropped,
     warn_of_empty_completions,
@@ -38,6 +38,7 @@ from trl_ext.data.reasoning import (
     tokenize_empty_trace,
 )
 from trl_ext.data.scores import score_preferences
+from trl_ext.data.tokens import require_chat_template
 from trl_ext.logprobs import completion_lengths, sum_completions
 from trl_ext.losses import GroupBatch, PreferenceBatch
 from trl_ext.losses.base import SigmoidLoss
@@ -360,7 +361,8 @@ class DPOTrainer(trl.DPOTrainer):
                 return dataset  # prepared here before, such as `trainer.eval_dataset` handed to `evaluate`
             # Tokenized by the user, such as steps that no end of sequence follows
             return check_tokenized(dataset, dataset_name, args.max_length, args.truncation_mode == "keep_start")
-        check_template(dataset, processing_class, dataset_name)
+        if is_conversational(next(iter(dataset))):
+            require_chat_template(processing_class)
         if self._groups:
             return self._prepare_groups(dataset, processing_class, args, dataset_name)
         if self._empty_trace:
@@ -535,7 +537,8 @@ class DPOTrainer(trl.DPOTrainer):
         for name in ("ref_chosen_logps", "ref_rejected_logps"):
             reference = getattr(batch, name)
             inputs[name] = torch.zeros_like(batch.chosen_logps).detach() if reference is None else reference
-        result = self._trls_loss(model, outputs, inputs, return_outputs, num_items_in_batch)
+        metrics: dict[str, Any] = {}
+        result = self._trls_loss(model, outputs, inputs, return_outputs, num_items_in_batch, metrics)
         if statistics is not None:
             forget_statistics(self, statistics)
         if not self._losses:
@@ -543,8 +546,9 @@ class DPOTrainer(trl.DPOTrainer):
         if len(pair_rows) < len(rows) and self.model.training:
             self._count_tokens(joint["attention_mask"].sum(dim=1) * (lengths > 0), pair_rows)
         if empty:
-            self._replace_pair_metrics(batch)
-        loss = (result[0] if return_outputs else result) + self._loss(batch, group_batch)
+            forget_metrics(self, PAIR_METRICS)
+            metrics |= self._pair_metrics(batch)
+        loss = (result[0] if return_outputs else result) + self._loss(batch, group_batch, metrics)
         return (loss, result[1]) if return_outputs else loss
 
     def _joint_ref_logps(self, joint: dict[str, Any], layout: Any) -> torch.Tensor:
@@ -554,8 +558,8 @@ class DPOTrainer(trl.DPOTrainer):
         model = self.model if self.ref_model is None else self.ref_model
         return torch.cat(self._ref_log_probs(model, joint, layout))
 
-    def _trls_loss(self, model, outputs, inputs, return_outputs, num_items_in_batch):
-        """TRL's method on outputs that are there; beside losses of ours, each of its loss types is logged by its name."""
+    def _trls_loss(self, model, outputs, inputs, return_outputs, num_items_in_batch, metrics):
+        """TRL's method on outputs that are there; beside losses of ours, each of its loss types goes into `metrics` by name."""
         model = Replay(model, outputs)
         with reference_in_inputs(self):
             if not self._losses or not self.loss_types:
@@ -570,7 +574,7 @@ class DPOTrainer(trl.DPOTrainer):
                     total = self.router_aux_loss_coef * outputs.aux_loss if self.aux_loss_enabled else 0.0
                     loss, terms = loss - total, rest
                 total = total + weight * loss
-                self._log_metrics({f"loss/{name}": loss})
+                metrics[f"loss/{name}"] = loss
         return (total, terms) if return_outputs else total
 
     def _count_tokens(self, tokens: torch.Tensor, counted: torch.Tensor) -> None:
@@ -579,9 +583,9 @@ class DPOTrainer(trl.DPOTrainer):
         self._total_train_tokens += self.accelerator.gather_for_metrics(others).sum().item() // self._tp_size
         self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
 
-    def _replace_pair_metrics(self, batch: PreferenceBatch) -> None:
-        """Log what TRL's method says of rewards and log-probs over the rows that have a traced pair; the others hold none."""
-        forget_metrics(self, PAIR_METRICS)
+    @staticmethod
+    def _pair_metrics(batch: PreferenceBatch) -> dict[str, torch.Tensor]:
+        """What TRL's method says of rewards and log-probs, one value per row, NaN where a row has no traced pair."""
         logps = batch.chosen_logps.detach(), batch.rejected_logps.detach()
         rewards = logps
         if batch.ref_chosen_logps is not None:
@@ -589,9 +593,7 @@ class DPOTrainer(trl.DPOTrainer):
         chosen, rejected = (batch.beta * each for each in rewards)
         values = (chosen, rejected, (chosen > rejected).float(), chosen - rejected, *logps)
         there = present(batch)
-        self._log_metrics(
-            {name: value.masked_fill(~there, torch.nan) for name, value in zip(PAIR_METRICS, values, strict=True)}
-        )
+        return {name: value.masked_fill(~there, torch.nan) for name, value in zip(PAIR_METRICS, values, strict=True)}
 
     def _join(self, inputs: dict[str, Any], empty: dict[str, Any]) -> dict[str, Any]:
         """Both pairs as one batch of `4 B` rows: chosen, its empty-trace one, rejected, its empty-trace one."""
@@ -634,15 +636,16 @@ class DPOTrainer(trl.DPOTrainer):
         scores = torch.cat([*ends, group["other_scores"]], dim=1)
         return GroupBatch(logps, ref_logps, lengths, scores, mask, beta=self.beta, columns=columns)
 
-    def _loss(self, batch: PreferenceBatch, group: GroupBatch | None = None) -> torch.Tensor:
-        """Weighted sum of the mean losses of ours, whose metrics are logged on the way."""
+    def _loss(self, batch: PreferenceBatch, group: GroupBatch | None, metrics: dict[str, Any]) -> torch.Tensor:
+        """Weighted sum of the mean losses of ours. Their metrics are logged with those that are there already, all at once."""
         weight = batch.columns.get(WEIGHT)
-        there = present(batch) if batch.empty_trace is not None else None
-        metrics: dict[str, Any] = {"lengths/chosen": batch.chosen_lengths, "lengths/rejected": batch.rejected_lengths}
+        of_pairs = {"lengths/chosen": batch.chosen_lengths, "lengths/rejected": batch.rejected_lengths}
         if batch.ref_chosen_logps is not None:
-            metrics |= {"logratios/chosen": batch.chosen_logratios, "logratios/rejected": batch.rejected_logratios}
-        if there is not None:
-            metrics = {name: value.float().masked_fill(~there, torch.nan) for name, value in metrics.items()}
+            of_pairs |= {"logratios/chosen": batch.chosen_logratios, "logratios/rejected": batch.rejected_logratios}
+        if batch.empty_trace is not None:
+            there = present(batch)
+            of_pairs = {name: value.float().masked_fill(~there, torch.nan) for name, value in of_pairs.items()}
+        metrics |= of_pairs
         if weight is not None:
             metrics["pair_weight/mean"] = weight
         if self._mixing is not None:
@@ -663,14 +666,10 @@ class DPOTrainer(trl.DPOTrainer):
                 metrics[f"{name}/{key}" if key in metrics else key] = value
             if len(self._weights) + len(self.loss_types) > 1:
                 metrics[f"loss/{name}"] = per_pair
-        self._log_metrics(metrics)
-        return total
-
-    def _log_metrics(self, metrics: dict[str, Any]) -> None:
-        """Log the mean of each metric over the rows of all processes."""
         mode = "train" if self.model.training else "eval"
         for key, value in means_over_processes(self.accelerator, metrics).items():
             self._metrics[mode][key].append(value)
+        return total
 
     # What a run has measured or moved, and a checkpoint keeps
 
