@@ -44,6 +44,7 @@ TRAINER_TESTS = [
     "tests/test_scoring.py",
     "tests/test_second_stage.py",
     "tests/test_trl_seam.py",
+    "tests/test_trl_seam_parts.py",
     "tests/test_vision.py",
     "tests/online",
 ]

@@ -1,1 +1,1 @@
-"""TRL's trainers with more losses. `trl_seam.py` holds what is private to TRL and transformers."""
+"""TRL's trainers with more losses. `trl_seam/` holds what is private to TRL and transformers."""

@@ -1,0 +1,78 @@
+"""
+Where this package leans on TRL and transformers, in one place.
+
+Public names of TRL (`trl.data_utils`, `trl.trainer.utils`, its trainers and configs) are imported where they are used, in
+`data/`, `rounds/` and `trainers/`. What begins with an underscore, or replaces a piece of a method, is listed or wrapped here:
+
+- `names.py`: every private name that is used, by what has it
+- `forward.py`: the fused forward, its head, and what binds it to a model
+- `loss.py`: TRL's loss, term by term, and what it logs
+- `data.py`: TRL's preparation of pairs, and its cache of reference log-probs
+
+`tests/test_trl_seam.py` runs each of them, so a release that moves one fails a test that names it, and refuses a private name
+that is used anywhere in the package and does not stand in `names.py`.
+"""
+
+from .data import tokenize_pairs, with_cache_key
+from .forward import (
+    NON_MODEL_KEYS,
+    ROW_FIELDS,
+    Replay,
+    base_model,
+    bind_forward,
+    fused_forward,
+    head_in_place,
+    map_rows,
+    model_inputs,
+    unbind_forward,
+)
+from .loss import (
+    METRICS_OF,
+    PAIR_METRICS,
+    forget_metrics,
+    forget_statistics,
+    no_reference,
+    only_term,
+    reference_in_inputs,
+)
+from .names import (
+    DPO_ATTRIBUTES,
+    DPO_METHODS,
+    FORWARD_NAMES,
+    LIBRARY_NAMES,
+    ONLINE_ATTRIBUTES,
+    ONLINE_METHODS,
+    PRIVATE_NAMES,
+    VLLM_ATTRIBUTES,
+)
+
+
+__all__ = [
+    "DPO_ATTRIBUTES",
+    "DPO_METHODS",
+    "FORWARD_NAMES",
+    "LIBRARY_NAMES",
+    "METRICS_OF",
+    "NON_MODEL_KEYS",
+    "ONLINE_ATTRIBUTES",
+    "ONLINE_METHODS",
+    "PAIR_METRICS",
+    "PRIVATE_NAMES",
+    "ROW_FIELDS",
+    "VLLM_ATTRIBUTES",
+    "Replay",
+    "base_model",
+    "bind_forward",
+    "forget_metrics",
+    "forget_statistics",
+    "fused_forward",
+    "head_in_place",
+    "map_rows",
+    "model_inputs",
+    "no_reference",
+    "only_term",
+    "reference_in_inputs",
+    "tokenize_pairs",
+    "unbind_forward",
+    "with_cache_key",
+]
