@@ -127,9 +127,9 @@ def test_mistakes_are_refused_at_once(arguments, message, tmp_path, monkeypatch,
 
 
 def test_a_loss_without_its_columns_is_refused_at_once(monkeypatch, tmp_path, capsys):
-    from trl_ext.losses import registry
+    from trl_ext.losses import OffsetLoss, registry
 
-    class Needy(registry.OffsetLoss):
+    class Needy(OffsetLoss):
         columns = ("score_chosen", "clicks")
 
     monkeypatch.setitem(registry._classes, "needy", Needy)

@@ -21,7 +21,7 @@ def policy_alone(monkeypatch):
     @trl_ext.register_loss("policy_alone")
     @dataclass(frozen=True)
     class PolicyAlone:
-        needs_reference: ClassVar[bool] = False
+        reads: ClassVar[frozenset[str]] = frozenset()
 
         def __call__(self, batch):
             assert batch.ref_chosen_logps is None and batch.ref_rejected_logps is None

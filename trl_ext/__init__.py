@@ -16,6 +16,7 @@ _ORIGIN = {
     "OnlineDPOConfig": "trl_ext.trainers.online.config",
     "OnlineDPOTrainer": "trl_ext.trainers.online.trainer",
     "PreferenceBatch": "trl_ext.losses",
+    "TokenBatch": "trl_ext.losses",
     "get_loss": "trl_ext.losses",
     "list_losses": "trl_ext.losses",
     "patch_trl": "trl_ext.trainers.patch",
@@ -29,6 +30,7 @@ __all__ = [
     "OnlineDPOConfig",
     "OnlineDPOTrainer",
     "PreferenceBatch",
+    "TokenBatch",
     "__version__",
     "get_loss",
     "list_losses",
@@ -37,7 +39,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from trl_ext.losses import GroupBatch, PreferenceBatch, get_loss, list_losses, register_loss
+    from trl_ext.losses import GroupBatch, PreferenceBatch, TokenBatch, get_loss, list_losses, register_loss
     from trl_ext.trainers.dpo import DPOTrainer
     from trl_ext.trainers.dpo_config import DPOConfig
     from trl_ext.trainers.online.config import OnlineDPOConfig

@@ -175,10 +175,35 @@ def _one_loss(name: str) -> str:
         f"Hyper-parameters: {', '.join(hyperparameters) or 'none'}",
         f"Columns: {', '.join(cls.columns) or 'none'}",
         f"Optional columns: {', '.join(_optional(cls)) or none}",
-        f"Reads the reference: {'yes' if cls.needs_reference else 'no'}",
+        *_reads_and_state(name),
         f"Takes groups of completions: {'yes' if cls.takes_groups else 'no'}",
     ]
     return "\n".join(lines)
+
+
+def _reads_and_state(name: str) -> list[str]:
+    """What a loss asks for beside its columns, with the defaults of its hyper-parameters where that depends on them."""
+    from trl_ext.losses import Loss, get_loss, loss_class
+
+    cls = loss_class(name)
+    try:
+        loss = get_loss(name)
+    except ValueError:  # a hyper-parameter without a default
+        loss = None
+    depends = "depends on the hyper-parameters"
+    fixed = isinstance(cls.reads, frozenset)
+    words = {"ref_logps": "reference", "token_logps": "token log-probs", "behaviour_logps": "behaviour log-probs"}
+    if fixed or loss:
+        read = (cls if fixed else loss).reads
+        reads = ", ".join(["policy", *(word for name, word in words.items() if name in read)])
+        reads += "" if fixed else f" ({depends})"
+    else:
+        reads = depends
+    if cls.init_state is Loss.init_state:
+        state = "none"
+    else:
+        state = depends if loss is None else ", ".join(loss.init_state()) or "none"
+    return [f"Reads: {reads}", f"State: {state}"]
 
 
 def _default(field: dataclasses.Field) -> str:

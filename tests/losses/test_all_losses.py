@@ -170,7 +170,7 @@ def test_states_what_it_needs(name):
     assert cls.title
     assert cls.citation.startswith("@")
     assert isinstance(cls.columns, tuple)
-    assert get_loss(name).needs_reference is True
+    assert get_loss(name).reads == {"ref_logps"}
     assert cls.takes_groups == (name == "anchored")
     with pytest.raises(dataclasses.FrozenInstanceError):
         get_loss(name).alpha = 3
@@ -185,13 +185,13 @@ def test_missing_column_names_what_is_there():
 def test_a_batch_without_the_reference_is_refused(name, kwargs):
     batch = full([1.0, -2.0], win_rates=name == "sppo_soft")
     batch = dataclasses.replace(batch, ref_chosen_logps=None, ref_rejected_logps=None)
-    with pytest.raises(ValueError, match="loss that states `needs_reference = False` is given none"):
+    with pytest.raises(ValueError, match='loss whose `reads` does not hold "ref_logps" is given none'):
         get_loss(name, **kwargs)(batch)
 
 
 def test_groups_without_the_reference_are_refused():
     batch = dataclasses.replace(group([[1.0, 2.0]], [[0.0, 1.0]]), ref_logps=None)
-    with pytest.raises(ValueError, match="loss that states `needs_reference = False` is given none"):
+    with pytest.raises(ValueError, match='loss whose `reads` does not hold "ref_logps" is given none'):
         get_loss("anchored")(batch)
 
 

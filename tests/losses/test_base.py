@@ -78,7 +78,7 @@ def test_online_ipo_columns():
 def test_what_a_loss_inherits():
     loss = Loss()
     assert (loss.columns, loss.optional_columns, loss.required_columns, loss.column_help) == ((), (), (), "")
-    assert (loss.needs_reference, loss.takes_groups, loss.divides_by_beta) == (True, False, False)
+    assert (loss.reads, loss.takes_groups, loss.divides_by_beta) == ({"ref_logps"}, False, False)
     assert (loss.metrics(pairs([1.0])), loss.check_columns({})) == ({}, None)
     with pytest.raises(NotImplementedError):
         loss(pairs([1.0]))

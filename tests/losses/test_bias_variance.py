@@ -118,14 +118,14 @@ def test_a_base_that_needs_no_reference():
     @register_loss("free")
     @dataclasses.dataclass(frozen=True)
     class Free:
-        needs_reference = False
+        reads = ()
 
         def __call__(self, batch):
             return -batch.chosen_logps
 
     loss = get_loss("bias_variance", base="free", alpha=0.25)
-    assert (loss.needs_reference, get_loss("bias_variance").needs_reference) == (False, True)
-    assert get_loss("bias_variance", base="offset").needs_reference is True
+    assert (loss.reads, get_loss("bias_variance").reads) == (frozenset(), {"ref_logps"})
+    assert get_loss("bias_variance", base="offset").reads == {"ref_logps"}
     without = {"ref_chosen_logps": None, "ref_rejected_logps": None}
     batch = both([4.0], [-2.0])  # chosen log-probs of -20 + 2.5 and -20 - 0.5
     batch = dataclasses.replace(batch, empty_trace=dataclasses.replace(batch.empty_trace, **without), **without)

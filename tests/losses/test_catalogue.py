@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import trl_ext.losses
-from trl_ext import list_losses
+from trl_ext import get_loss, list_losses
 from trl_ext.losses import list_aliases, loss_class
 
 
@@ -36,7 +36,7 @@ def test_row(name):
     cls = loss_class(name)
     _, aliases, hyperparameters, columns, papers = ROWS[name]
     assert re.findall(r"`(\w+)`", aliases) == list_aliases(name)
-    expected = [(field.name, repr(field.default)) for field in dataclasses.fields(cls)]
+    expected = [(field.name, repr(getattr(get_loss(name), field.name))) for field in dataclasses.fields(cls)]
     assert re.findall(r"`(\w+)` \(([^)]*)\)", hyperparameters) == expected
     optional = cls.optional_columns if isinstance(cls.optional_columns, tuple) else ()
     assert re.findall(r"`(\w+)`", columns) == [*cls.columns, *optional]

@@ -48,7 +48,7 @@ def test_hyperparameters_of_every_kind_are_shown(capsys):
 
         columns = ("score_chosen",)
         optional_columns = ("annotator_id",)
-        needs_reference = False
+        reads = ("token_logps",)
         takes_groups = True
         scale: float
         names: tuple = (None, "a")
@@ -67,11 +67,12 @@ def test_hyperparameters_of_every_kind_are_shown(capsys):
     shown = capsys.readouterr().out.splitlines()
     assert shown[0] == "shown  (aliases: shwn)"
     assert "Says what it does." in shown
-    assert shown[-5:] == [
+    assert shown[-6:] == [
         "Hyper-parameters: scale=required, names=(None, 'a'), rates=[1.0, 2.0]",
         "Columns: score_chosen",
         "Optional columns: annotator_id",
-        "Reads the reference: no",
+        "Reads: policy, token log-probs",
+        "State: none",
         "Takes groups of completions: yes",
     ]
 
@@ -86,7 +87,8 @@ def test_hyperparameters_of_every_kind_are_shown(capsys):
                 "Hyper-parameters: target='win_rate'",
                 "Columns: score_chosen, score_rejected",
                 "Optional columns: none",
-                "Reads the reference: yes",
+                "Reads: policy, reference",
+                "State: none",
                 "Takes groups of completions: no",
             ],
         ),
@@ -105,7 +107,8 @@ def test_hyperparameters_of_every_kind_are_shown(capsys):
             [
                 "Columns: chosen_empty_trace, rejected_empty_trace",
                 "Optional columns: depend on the hyper-parameters",
-                "Reads the reference: yes",
+                "Reads: policy, reference (depends on the hyper-parameters)",
+                "State: none",
             ],
         ),
     ],

@@ -135,7 +135,7 @@ def test_defaults():
         "offset": {"alpha": 1.0, "scaling": "log", "margin_floor": None},
         "anchored": {"tau": None, "beta_r": 1.0, "label_smoothing": 0.0, "standardize": False},
         "margin_adaptive": {"c_min": 0.5, "c_max": 2.0, "lmbda": 1.0, "tau": 2.0},
-        "bias_variance": {"alpha": 0.5, "base": "sigmoid"},
+        "bias_variance": {"alpha": 0.5, "base": "sigmoid", "base_kwargs": {}},
         "length_regularized": {"alpha": 0.02},
         "inpo": {"eta": 0.0075, "tau": 0.0025},
         "sppo_soft": {"target": "win_rate"},
@@ -160,7 +160,7 @@ def test_register_a_plain_dataclass():
     assert loss(pairs([1.0])).item() == pytest.approx(4.0)
     assert (loss.columns, loss.optional_columns, loss.paper, loss.takes_groups) == ((), (), "", False)
     assert (loss.required_columns, loss.divides_by_beta, loss.column_help) == ((), False, "")
-    assert (loss.title, loss.citation, loss.needs_reference, loss.reads_beta) == ("", "", True, True)
+    assert (loss.title, loss.citation, loss.reads, loss.reads_beta) == ("", "", {"ref_logps"}, True)
     assert loss.remark(("chosen",)) == ""
     assert loss.metrics(pairs([1.0])) == {}
     assert loss.check_columns({}) is None
@@ -176,7 +176,8 @@ def test_what_a_plain_dataclass_states_is_kept():
         "citation": "@article{stated}",
         "columns": ("quality",),
         "optional_columns": ("weight",),
-        "needs_reference": False,
+        "reads": frozenset({"token_logps"}),
+        "update_first": False,
         "takes_groups": True,
         "column_help": "Give every row a quality.",
         "required_columns": ("quality", "kind"),

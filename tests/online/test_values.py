@@ -362,7 +362,7 @@ def policy_alone(monkeypatch):
     @register_loss("policy_alone")
     @dataclass(frozen=True)
     class PolicyAlone(Loss):
-        needs_reference = False
+        reads = frozenset()
 
         def __call__(self, batch):
             assert batch.ref_chosen_logps is None and batch.ref_rejected_logps is None

@@ -1,9 +1,14 @@
-"""Preference losses: pure tensor maths, one file per paper. `README.md` beside this file is the catalogue."""
+"""
+Preference losses: pure tensor maths, one file per paper. `README.md` beside this file is the catalogue.
+
+A loss of ours is registered by its own file, which is imported here.
+"""
 
 from .anchored import AnchoredLoss
 from .base import Loss
-from .batch import GroupBatch, PreferenceBatch
+from .batch import GroupBatch, PreferenceBatch, TokenBatch
 from .bias_variance import BiasVarianceLoss
+from .inpo import INPOLoss
 from .length_regularized import LengthRegularizedLoss
 from .margin_adaptive import MarginAdaptiveLoss
 from .offset import OffsetLoss
@@ -17,6 +22,7 @@ from .registry import (
     register_loss,
     resolve_name,
 )
+from .sppo_soft import SoftSPPOLoss
 
 
 __all__ = [
@@ -24,11 +30,14 @@ __all__ = [
     "AnchoredLoss",
     "BiasVarianceLoss",
     "GroupBatch",
+    "INPOLoss",
     "LengthRegularizedLoss",
     "Loss",
     "MarginAdaptiveLoss",
     "OffsetLoss",
     "PreferenceBatch",
+    "SoftSPPOLoss",
+    "TokenBatch",
     "get_loss",
     "list_aliases",
     "list_losses",

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 
 from .base import Loss, refuse_values, warn_once
 from .batch import GroupBatch, PreferenceBatch, widened
+from .registry import register_loss
 
 
 def standardized(scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -37,6 +38,7 @@ def standardized(scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return centered / (std + 1e-8)
 
 
+@register_loss("anchored", aliases=["adpo"])
 @dataclass(frozen=True)
 class AnchoredLoss(Loss):
     """

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import ClassVar
 
 import torch
@@ -14,6 +14,8 @@ from .hyperparameters import check_hyperparameters
 
 
 logger = logging.getLogger(__name__)
+
+READABLE = ("ref_logps", "token_logps", "behaviour_logps")
 
 
 @functools.cache
@@ -47,8 +49,14 @@ class Loss:
         citation (`str`): BibTeX entry for the model card.
         columns (`tuple[str, ...]`): Dataset columns the loss requires.
         optional_columns (`tuple[str, ...]`): Dataset columns it uses where they are there.
-        needs_reference (`bool`): Whether it reads the reference log-probabilities. Where `False`, a batch may hold `None` in
-            their place, and log-ratios then raise a `ValueError`.
+        reads (`frozenset[str]`): What it is given beside the policy's log-probabilities of whole completions; what no loss in
+            use reads does not exist in that run. A property where it depends on hyper-parameters. Of
+
+            - `"ref_logps"`: those of the reference. Without it a batch may hold `None` in their place, and log-ratios then
+              raise a `ValueError`; where no loss reads it, there is no reference model and no second forward;
+            - `"token_logps"`: `PreferenceBatch.tokens`, the log-probabilities of each token, and its turn;
+            - `"behaviour_logps"`: `GroupBatch.behaviour_logps`, those under the policy that sampled.
+        update_first (`bool`): Whether the loss reads the state that has taken the micro-batch in, else the one before.
         takes_groups (`bool`): Whether it also accepts a [`GroupBatch`].
     """
 
@@ -57,7 +65,8 @@ class Loss:
     citation: ClassVar[str] = ""
     columns: ClassVar[tuple[str, ...]] = ()
     optional_columns: ClassVar[tuple[str, ...]] = ()
-    needs_reference: ClassVar[bool] = True
+    reads: ClassVar[frozenset[str]] = frozenset({"ref_logps"})
+    update_first: ClassVar[bool] = True
     takes_groups: ClassVar[bool] = False
 
     def __post_init__(self):
@@ -81,6 +90,39 @@ class Loss:
             Tensors are detached.
         """
         return {}
+
+    def init_state(self) -> dict[str, torch.Tensor]:
+        """
+        What the loss remembers between micro-batches, by name, before the first one; `{}` for nothing.
+
+        The trainer keeps it, hands it over as `batch.state`, and saves it in checkpoints. In evaluation it stands still.
+        """
+        return {}
+
+    def update(
+        self,
+        state: Mapping[str, torch.Tensor],
+        batch: PreferenceBatch | GroupBatch,
+        reduce: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]] = lambda sums: sums,
+    ) -> dict[str, torch.Tensor]:
+        """
+        The state after a micro-batch.
+
+        The trainer calls it in training only, on every process for every micro-batch, without gradients.
+
+        Args:
+            state (`dict[str, torch.Tensor]`):
+                The state before; to be read, not to be changed in place.
+            batch ([`PreferenceBatch`] or [`GroupBatch`]):
+                The micro-batch of this process. It may hold fewer rows than on another process, none at all included.
+            reduce (`Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]`, *optional*):
+                Adds a dict of tensors up over the processes, name by name. A state that is built from reduced sums and counts
+                is equal on all of them; every process has to call it equally often, with the same names and shapes.
+
+        Returns:
+            `dict[str, torch.Tensor]`: The state after, with the names, shapes and dtypes of `init_state`.
+        """
+        return dict(state)
 
     def check_columns(self, columns: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
         """
@@ -145,4 +187,24 @@ class SigmoidLoss(Loss):
         return sigmoid(batch)
 
 
-PLAIN_LOSSES = {"sigmoid": sigmoid, "hinge": hinge, "ipo": ipo}
+@dataclasses.dataclass(frozen=True)
+class HingeLoss(Loss):
+    """TRL's `hinge` as a loss on a batch."""
+
+    def __call__(self, batch: PreferenceBatch) -> torch.Tensor:
+        return hinge(batch)
+
+
+@dataclasses.dataclass(frozen=True)
+class IPOLoss(Loss):
+    """TRL's `ipo` as a loss on a batch."""
+
+    def __call__(self, batch: PreferenceBatch) -> torch.Tensor:
+        return ipo(batch)
+
+    @property
+    def divides_by_beta(self) -> bool:
+        return True
+
+
+PLAIN_LOSSES = {"sigmoid": SigmoidLoss(), "hinge": HingeLoss(), "ipo": IPOLoss()}

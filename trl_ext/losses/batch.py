@@ -21,10 +21,39 @@ def _there(ref_logps: torch.Tensor | None) -> torch.Tensor:
     if ref_logps is None:
         raise ValueError(
             "The loss asks for the reference (log-ratios and `delta` hold it), but the batch has no log-probabilities of it: a "
-            "loss that states `needs_reference = False` is given none. Take that statement out of the class, or compute from "
-            "the policy's log-probabilities alone."
+            'loss whose `reads` does not hold "ref_logps" is given none. Put it into `reads`, or compute from the policy\'s '
+            "log-probabilities alone."
         )
     return ref_logps
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    r"""
+    The completions of a [`PreferenceBatch`] token by token, for a loss whose `reads` holds `"token_logps"`.
+
+    Args:
+        chosen_logps (`torch.Tensor` of shape `(B, T)`):
+            Log-probability of each token of the chosen completion under the policy, in nats; 0 where nothing is scored.
+        rejected_logps (`torch.Tensor` of shape `(B, T)`):
+            The same for the rejected completion.
+        ref_chosen_logps (`torch.Tensor` of shape `(B, T)` or `None`):
+            The same for the chosen completion under the reference. `None` where no loss in use reads the reference.
+        ref_rejected_logps (`torch.Tensor` of shape `(B, T)` or `None`):
+            The same for the rejected completion.
+        chosen_turns (`torch.Tensor` of shape `(B, T)`):
+            Number of the assistant turn that each token of the chosen completion belongs to, from 0; -1 where nothing is
+            scored. Integers.
+        rejected_turns (`torch.Tensor` of shape `(B, T)`):
+            The same for the rejected completion.
+    """
+
+    chosen_logps: torch.Tensor
+    rejected_logps: torch.Tensor
+    ref_chosen_logps: torch.Tensor | None
+    ref_rejected_logps: torch.Tensor | None
+    chosen_turns: torch.Tensor
+    rejected_turns: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -52,6 +81,10 @@ class PreferenceBatch:
             Numeric dataset columns by name, each of shape `(B,)`.
         empty_trace ([`PreferenceBatch`], *optional*):
             The pair that the same prompts gave with reasoning switched off. Rows that have none count 0 tokens there.
+        state (`dict[str, torch.Tensor]`, *optional*, defaults to `{}`):
+            The state of the loss, by the names that its `init_state` gives.
+        tokens ([`TokenBatch`], *optional*):
+            The same completions token by token; there for a loss whose `reads` holds `"token_logps"`.
     """
 
     chosen_logps: torch.Tensor
@@ -63,6 +96,8 @@ class PreferenceBatch:
     beta: float = 0.1
     columns: Mapping[str, torch.Tensor] = field(default_factory=dict)
     empty_trace: "PreferenceBatch | None" = None
+    state: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    tokens: TokenBatch | None = None
 
     @cached_property
     def chosen_logratios(self) -> torch.Tensor:
@@ -106,6 +141,11 @@ class GroupBatch:
             DPO temperature.
         columns (`dict[str, torch.Tensor]`, *optional*, defaults to `{}`):
             Numeric dataset columns by name, each of shape `(B,)`.
+        state (`dict[str, torch.Tensor]`, *optional*, defaults to `{}`):
+            The state of the loss, by the names that its `init_state` gives.
+        behaviour_logps (`torch.Tensor` of shape `(B, K)`, *optional*):
+            Log-probability of each completion under the policy that sampled it, in nats; there for a loss whose `reads`
+            holds `"behaviour_logps"`. What stands where `mask` is `False` is not read.
     """
 
     logps: torch.Tensor
@@ -115,6 +155,8 @@ class GroupBatch:
     mask: torch.Tensor
     beta: float = 0.1
     columns: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    state: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    behaviour_logps: torch.Tensor | None = None
 
     @cached_property
     def logratios(self) -> torch.Tensor:

@@ -10,16 +10,18 @@ is the sum over both data sets, divided by the number of rows.
 Formula and alpha = 0.5: reviews of the paper (third party).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
 from .base import PLAIN_LOSSES, Loss
 from .batch import PreferenceBatch
+from .registry import get_loss, register_loss, resolve_name
 
 
+@register_loss("bias_variance", aliases=["bvpo"])
 @dataclass(frozen=True)
 class BiasVarianceLoss(Loss):
     """
@@ -31,8 +33,10 @@ class BiasVarianceLoss(Loss):
             empty-trace pairs. `"auto"`: [`DPOTrainer`] measures gradients of some rows when `train()` begins and takes the
             share whose expected error is smallest; the loss itself cannot be called before.
         base (`str`, *optional*, defaults to `"sigmoid"`):
-            The base loss: `"sigmoid"`, `"ipo"`, `"hinge"` or the name of a registered pair loss, which then has its
-            default hyper-parameters and reads its columns for both pairs.
+            The base loss: `"sigmoid"`, `"ipo"`, `"hinge"` or the name of a registered pair loss, which reads its columns
+            for both pairs.
+        base_kwargs (`dict[str, Any]`, *optional*, defaults to `{}`):
+            Hyper-parameters of the base, by their names; those left out have its defaults.
     """
 
     paper: ClassVar[str] = "2510.05095"
@@ -50,6 +54,7 @@ class BiasVarianceLoss(Loss):
 
     alpha: float | str = 0.5
     base: str = "sigmoid"
+    base_kwargs: dict[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self):
         super().__post_init__()
@@ -60,49 +65,66 @@ class BiasVarianceLoss(Loss):
                 )
         elif not 0 <= self.alpha <= 1:
             raise ValueError(f"bias_variance: `alpha={self.alpha}` must lie in [0, 1].")
-        _ = self.base_loss  # an unknown name is an error now, not at the first step
+        _ = self.base_loss  # what is wrong with it is an error now, not at the first step
 
     @cached_property
-    def base_loss(self):
+    def base_loss(self) -> Any:
         """The loss on one pair: a callable from [`PreferenceBatch`] to shape `(B,)`."""
         if self.base in PLAIN_LOSSES:
+            if self.base_kwargs:
+                raise ValueError(
+                    f"bias_variance: `base_kwargs={self.base_kwargs}` would be ignored: `base={self.base!r}` is TRL's own and has "
+                    "no hyper-parameters."
+                )
             return PLAIN_LOSSES[self.base]
-        from .registry import get_loss, resolve_name
-
         name = resolve_name(self.base, also=PLAIN_LOSSES)
         if name == "bias_variance":
             raise ValueError("bias_variance: `base` cannot be 'bias_variance' itself.")
-        return get_loss(name)
+        try:
+            loss = get_loss(name, **self.base_kwargs)
+        except ValueError as error:
+            raise ValueError(
+                f"bias_variance: `base={self.base!r}` with `base_kwargs={self.base_kwargs}`: {error}"
+            ) from error
+        beyond = [f"reads {what!r}" for what in sorted(set(loss.reads) - {"ref_logps"})] + ["keeps state"] * bool(
+            loss.init_state()
+        )
+        if beyond:
+            raise ValueError(
+                f"bias_variance: `base={self.base!r}` {' and '.join(beyond)}, but the mixture gives its base one log-probability "
+                "per completion and no state. Choose another base."
+            )
+        return loss
 
     @property
     def required_columns(self) -> tuple[str, ...]:
-        return self.columns + (() if self.base in PLAIN_LOSSES else self.base_loss.required_columns)
+        return self.columns + self.base_loss.required_columns
 
     @property
     def optional_columns(self) -> tuple[str, ...]:
-        return () if self.base in PLAIN_LOSSES else self.base_loss.optional_columns
+        return self.base_loss.optional_columns
 
     @property
-    def needs_reference(self) -> bool:
-        return self.base in PLAIN_LOSSES or self.base_loss.needs_reference
+    def reads(self) -> frozenset[str]:
+        return frozenset(self.base_loss.reads)
 
     @property
     def divides_by_beta(self) -> bool:
-        return self.base == "ipo" or (self.base not in PLAIN_LOSSES and self.base_loss.divides_by_beta)
+        return self.base_loss.divides_by_beta
 
     @property
     def reads_beta(self) -> bool:
-        return self.base in PLAIN_LOSSES or self.base_loss.reads_beta
+        return self.base_loss.reads_beta
 
     def remark(self, columns):
-        return "" if self.base in PLAIN_LOSSES else self.base_loss.remark(columns)
+        return self.base_loss.remark(columns)
 
     def check_columns(self, columns):
-        return None if self.base in PLAIN_LOSSES else self.base_loss.check_columns(columns)
+        return self.base_loss.check_columns(columns)
 
     @property
     def column_help(self) -> str:
-        return "" if self.base in PLAIN_LOSSES else self.base_loss.column_help
+        return self.base_loss.column_help
 
     def __call__(self, batch: PreferenceBatch) -> torch.Tensor:
         empty = batch.empty_trace
@@ -123,7 +145,7 @@ class BiasVarianceLoss(Loss):
         empty = batch.empty_trace
         there = present(empty)
         share = {"empty_trace/share": there.float()}
-        if not self.needs_reference:
+        if "ref_logps" not in self.reads:
             return share
         delta = torch.where(there, empty.delta.detach(), torch.nan)
         return {

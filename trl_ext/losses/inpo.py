@@ -18,8 +18,10 @@ import torch
 
 from .base import Loss, refuse_values
 from .batch import PreferenceBatch
+from .registry import register_loss
 
 
+@register_loss("inpo")
 @dataclass(frozen=True)
 class INPOLoss(Loss):
     """

@@ -19,8 +19,10 @@ import torch.nn.functional as F
 
 from .base import Loss
 from .batch import PreferenceBatch
+from .registry import register_loss
 
 
+@register_loss("length_regularized", aliases=["ilr_dpo", "r_dpo"])
 @dataclass(frozen=True)
 class LengthRegularizedLoss(Loss):
     """

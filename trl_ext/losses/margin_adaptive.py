@@ -22,8 +22,10 @@ import torch.nn.functional as F
 
 from .base import Loss, refuse_values, sigmoid
 from .batch import PreferenceBatch
+from .registry import register_loss
 
 
+@register_loss("margin_adaptive", aliases=["madpo"])
 @dataclass(frozen=True)
 class MarginAdaptiveLoss(Loss):
     """

@@ -23,11 +23,13 @@ import torch.nn.functional as F
 
 from .base import Loss
 from .batch import PreferenceBatch
+from .registry import register_loss
 
 
 SCALINGS = ("log", "log_ratio", "linear")
 
 
+@register_loss("offset", aliases=["odpo"])
 @dataclass(frozen=True)
 class OffsetLoss(Loss):
     """

@@ -1,5 +1,6 @@
 """
-Losses by name: ours, those that users register, and those that installed packages offer.
+Losses by name: ours, those that users register, and those that installed packages offer. No loss is known here: each file
+of ours registers its own, as a user does.
 
 A plug-in package offers a loss through the entry-point group `trl_ext.losses`; the group is looked up when a name is not
 known here, not at import. A plug-in that cannot be used does not stand in the way of the others.
@@ -12,15 +13,8 @@ from collections.abc import Callable, Collection, Iterable
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, TypeVar
 
-from .anchored import AnchoredLoss
-from .base import Loss
-from .bias_variance import BiasVarianceLoss
+from .base import READABLE, Loss
 from .hyperparameters import check_hyperparameters, checked_hyperparameters
-from .inpo import INPOLoss
-from .length_regularized import LengthRegularizedLoss
-from .margin_adaptive import MarginAdaptiveLoss
-from .offset import OffsetLoss
-from .sppo_soft import SoftSPPOLoss
 
 
 ENTRY_POINT_GROUP = "trl_ext.losses"
@@ -73,7 +67,8 @@ def register_loss(name: str, *, aliases: Iterable[str] = ()) -> Callable[[LossCl
             Other names for it.
 
     Raises:
-        `ValueError`: If one of the names is none, or TRL, this package or another class already has it.
+        `ValueError`: If one of the names is none, or TRL, this package or another class already has it; if the class reads
+            what there is not, or states `needs_reference`, or one of `init_state` and `update` without the other.
         `TypeError`: If the class is not a callable dataclass.
 
     Example:
@@ -117,16 +112,12 @@ def register_loss(name: str, *, aliases: Iterable[str] = ()) -> Callable[[LossCl
                 raise ValueError(
                     f"The loss name {taken!r} of {origin} is taken: {_origin(taken)} has it. Choose another name."
                 )
-        for attribute in ("paper", "title", "citation", "columns", "optional_columns", "needs_reference"):
-            if not hasattr(cls, attribute):
-                setattr(cls, attribute, getattr(Loss, attribute))
-        for attribute in ("takes_groups", "metrics", "check_columns", "column_help", "required_columns", "remark"):
-            if not hasattr(cls, attribute):
-                setattr(cls, attribute, Loss.__dict__[attribute])
-        if not hasattr(cls, "divides_by_beta"):
-            cls.divides_by_beta = False
-        if not hasattr(cls, "reads_beta"):
-            cls.reads_beta = True
+        for attribute, default in vars(Loss).items():
+            if not attribute.startswith("_") and not hasattr(cls, attribute):
+                setattr(cls, attribute, default)
+        _check_statements(cls)
+        if not hasattr(cls.reads, "__get__"):  # what is no property is known now
+            cls.reads = _checked_reads(cls, cls.reads)
         _classes[name] = cls
         _aliases.update(dict.fromkeys(aliases, name))
         return cls
@@ -134,13 +125,36 @@ def register_loss(name: str, *, aliases: Iterable[str] = ()) -> Callable[[LossCl
     return register
 
 
-register_loss("offset", aliases=["odpo"])(OffsetLoss)
-register_loss("anchored", aliases=["adpo"])(AnchoredLoss)
-register_loss("margin_adaptive", aliases=["madpo"])(MarginAdaptiveLoss)
-register_loss("bias_variance", aliases=["bvpo"])(BiasVarianceLoss)
-register_loss("length_regularized", aliases=["ilr_dpo", "r_dpo"])(LengthRegularizedLoss)
-register_loss("inpo")(INPOLoss)
-register_loss("sppo_soft", aliases=["gpo"])(SoftSPPOLoss)
+def _check_statements(cls: type) -> None:
+    """Raise a `ValueError` for what a class states that would be ignored."""
+    if hasattr(cls, "needs_reference"):
+        raise ValueError(
+            f"The loss {cls.__qualname__} states `needs_reference`, which nothing reads. In its place write `reads = "
+            "frozenset()` where it computes from the policy alone, and nothing where it needs the reference."
+        )
+    if (cls.init_state is Loss.init_state) != (cls.update is Loss.update):
+        raise ValueError(
+            f"The loss {cls.__qualname__} has one of `init_state` and `update` without the other. State has its names, shapes "
+            "and first values from `init_state` and moves by `update`: give both."
+        )
+
+
+def _checked_reads(cls: type, reads: Any) -> frozenset[str]:
+    """The names that a loss asks for; a `ValueError` for one that there is not."""
+    if not isinstance(reads, (frozenset, set, list, tuple)):
+        raise ValueError(
+            f"The loss {cls.__qualname__} states `reads = {reads!r}`; expected a set of names, as in `reads = "
+            f'frozenset({{"ref_logps"}})`. Allowed: {list(READABLE)}.'
+        )
+    for name in reads:
+        if name not in READABLE:
+            near = difflib.get_close_matches(str(name), READABLE, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ValueError(
+                f"The loss {cls.__qualname__} states that it reads {name!r}, which is unknown.{hint} Allowed: "
+                f"{list(READABLE)}."
+            )
+    return frozenset(reads)
 
 
 def _plugins() -> tuple[dict[str, EntryPoint], dict[str, str]]:
@@ -276,6 +290,7 @@ def get_loss(name: str, **hyperparameters: Any) -> Any:
     # Before the class sees them, so that it may compare them; and after, for defaults of a class that checks nothing itself
     loss = cls(**checked_hyperparameters(cls, hyperparameters))
     check_hyperparameters(loss)
+    _checked_reads(cls, loss.reads)  # which may depend on them
     return loss
 
 

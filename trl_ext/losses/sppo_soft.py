@@ -19,8 +19,10 @@ import torch
 
 from .base import Loss, refuse_values
 from .batch import PreferenceBatch
+from .registry import register_loss
 
 
+@register_loss("sppo_soft", aliases=["gpo"])
 @dataclass(frozen=True)
 class SoftSPPOLoss(Loss):
     """
