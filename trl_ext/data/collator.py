@@ -1,4 +1,4 @@
-"""Batches with the columns that losses read, whatever collator makes the rest."""
+"""From examples to the table of rows, whatever collator pads them. Runs in the data loader's workers."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -6,85 +6,97 @@ from typing import Any
 
 import torch
 
-from trl_ext.data.reasoning import EMPTY_TRACE_FIELDS, EMPTY_TRACE_PREFIX
+from trl_ext.data.further import FURTHER
+from trl_ext.data.groups import BEHAVIOUR_LOGPS, GROUP_SCORES
+from trl_ext.logprobs import Sharing
+from trl_ext.rows import ABSENT, Plan, Rows, to_batch
 
 
 @dataclass
-class PreferenceCollator:
+class RowsCollator:
     """
-    Wraps a collator: its batches, plus numeric columns and the empty-trace pair.
+    Wraps a collator of pairs: all completions of the examples go through it at once, so that they are padded once.
+
+    Its batch becomes [`~trl_ext.rows.Rows`], TRL's pairs first, with a [`~trl_ext.rows.Plan`] of what is learnt from them.
 
     Args:
         collator (`Callable`):
-            TRL's collator or the user's own; it sees every example as it is.
-        columns (`Sequence[str]`):
-            Numeric columns: each becomes a float32 tensor of shape `(B,)` under its name.
+            TRL's collator or the user's own. Of `E` pairs it makes rows of the `E` chosen completions, then of the rejected ones.
+        columns (`Sequence[str]`, *optional*):
+            Numeric columns: each becomes a float32 tensor of shape `(B,)`.
         empty_trace (`bool`, *optional*, defaults to `False`):
-            Whether to collate the empty-trace pair as well; its keys get the prefix `empty_trace_`.
+            Whether an example's further pair, where it has one, is that with an empty trace.
         groups (`bool`, *optional*, defaults to `False`):
-            Whether to collate the other completions of each group: `others`, a list of batches of two completions each,
-            `other_scores` and `other_mask` of shape `(B, K - 2)`, and `other_ref_logps` where precomputed.
+            Whether examples are groups, and their further pairs the other completions.
+        sharing ([`~trl_ext.logprobs.Sharing`], *optional*):
+            Lays out the batch in shared rows.
     """
 
     collator: Callable[[list[dict[str, Any]]], Any]
-    columns: Sequence[str]
+    columns: Sequence[str] = ()
     empty_trace: bool = False
     groups: bool = False
+    sharing: Sharing | None = None
 
-    def __call__(self, examples: list[dict[str, Any]]) -> Any:
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        count = len(examples)
         # Read first: TRL's vision collator changes the examples
         columns = {name: torch.tensor([float(example[name]) for example in examples]) for name in self.columns}
-        empty = []
+        share = columns.get("weight")
+        further = [(number, pair) for number, example in enumerate(examples) for pair in example.get(FURTHER) or ()]
+        lists = {name: [example[name] for example in examples] for name in _lists(examples[0])} if self.groups else {}
+
+        batch = dict(self.collator([*examples, *(pair for _, pair in further)] if further else examples))
+        total = count + len(further)
+        # Rows of the pairs, `(E, 2)`, as the collator has them: chosen completions first
+        places = torch.arange(2 * total).view(2, total).T
+        there = torch.ones(total, 2, dtype=torch.bool)
+        for place, (_, pair) in enumerate(further, start=count):
+            there[place, 1] = bool(pair["rejected_ids"]) or not self.groups  # the last of an odd number stands alone
+        order = torch.cat([places[:count].T.flatten(), places[count:][there[count:]]])
+        at = torch.full((2 * total,), ABSENT).index_put((order,), torch.arange(len(order)))[places]
+
+        ref = [batch.pop(name) for name in ("ref_chosen_logps", "ref_rejected_logps") if name in batch]
+        if further:
+            batch = {name: _rows(name, value, 2 * total)[order] for name, value in batch.items()}
+        owner = torch.tensor([*range(count), *(number for number, _ in further)]).repeat(2)[order]
+        partner = torch.arange(len(order)).index_put((at[there[:, 1]],), at[there[:, 1]].flip(1))
+
+        plan: dict[str, Any] = {}
+        behaviour = None
         if self.empty_trace:
-            empty = [
-                {
-                    name: example[EMPTY_TRACE_PREFIX + name]
-                    for name in EMPTY_TRACE_FIELDS
-                    if EMPTY_TRACE_PREFIX + name in example
-                }
-                for example in examples
-            ]
-        others = self._others(examples) if self.groups else {}
-        batch = self.collator(examples)
-        batch.update(columns)
-        batch.update(others)
-        if self.empty_trace:
-            batch.update({EMPTY_TRACE_PREFIX + name: value for name, value in self.collator(empty).items()})
-        return batch
+            pairs = {number: at[place] for place, (number, _) in enumerate(further, start=count)}
+            absent = torch.full((2,), ABSENT)
+            plan["empty_pairs"] = torch.stack([pairs.get(number, absent) for number in range(count)])
+        if self.groups:
+            of = [torch.nonzero(owner == number).flatten() for number in range(count)]
+            pad = torch.nn.utils.rnn.pad_sequence
+            plan["groups"] = pad(of, batch_first=True, padding_value=ABSENT)
+            plan["scores"] = pad([torch.tensor(scores, dtype=torch.float32) for scores in lists[GROUP_SCORES]], True)
+            if BEHAVIOUR_LOGPS in lists:
+                values = [value for logps in lists[BEHAVIOUR_LOGPS] for value in logps]
+                behaviour = torch.zeros(len(order)).index_put((torch.cat(of),), torch.tensor(values))
+        mask = batch.pop("completion_mask")
+        rows = Rows(
+            inputs=batch,
+            completion_mask=mask,
+            prompt=owner,
+            partner=partner,
+            layout=None if self.sharing is None else self.sharing.layout(batch, mask, owner),
+            ref_logps=torch.cat(ref)[order] if ref else None,
+            behaviour_logps=behaviour,
+        )
+        return to_batch(rows, Plan(pairs=at[:count], columns=columns, share=share, **plan))
 
-    def _others(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        count = max(len(example["other_ids"]) for example in examples)
-        count += count % 2
-        empty = {"prompt_ids": [], "ids": [], "scores": 0.0, "ref_logps": 0.0}
 
-        def entry(example: dict[str, Any], field: str, k: int) -> Any:
-            values = example[f"other_{field}"]
-            # A place that a smaller group leaves empty has the group's prompt and nothing to score
-            return values[k] if k < len(values) else (example["prompt_ids"] if field == "prompt_ids" else empty[field])
+def _lists(example: dict[str, Any]) -> list[str]:
+    return [name for name in (GROUP_SCORES, BEHAVIOUR_LOGPS) if name in example]
 
-        batches = [
-            self.collator(
-                [
-                    {
-                        "prompt_ids": entry(example, "prompt_ids", k),
-                        "chosen_ids": entry(example, "ids", k),
-                        "rejected_ids": entry(example, "ids", k + 1),
-                    }
-                    for example in examples
-                ]
-            )
-            for k in range(0, count, 2)
-        ]
-        fields = ["scores"] + (["ref_logps"] if "other_ref_logps" in examples[0] else [])
-        return {
-            "others": batches,
-            "other_mask": torch.tensor(
-                [[k < len(example["other_ids"]) for k in range(count)] for example in examples], dtype=torch.bool
-            ).reshape(len(examples), count),
-            **{
-                f"other_{field}": torch.tensor(
-                    [[float(entry(e, field, k)) for k in range(count)] for e in examples]
-                ).reshape(len(examples), count)
-                for field in fields
-            },
-        }
+
+def _rows(name: str, value: Any, count: int) -> torch.Tensor:
+    if not isinstance(value, torch.Tensor) or not value.dim() or len(value) != count:
+        raise ValueError(
+            f"The collator gives {name!r}, which has no row for each of the {count} completions, so that those of an empty-trace "
+            "pair or of a group cannot be told apart. Leave it out, or train on pairs alone."
+        )
+    return value

@@ -13,14 +13,17 @@ from typing import Any
 import torch
 from datasets import Dataset, IterableDataset
 
+from trl_ext.data.further import in_twos
 from trl_ext.data.pairing import pair_up
 
 
 logger = logging.getLogger(__name__)
 
+# Of a row that is a whole group: the completions beside best and worst, in twos; and of best, worst and the others in turn the
+# scores, and the log-probs under the policy that sampled them
 OTHERS = "other_completions"
-OTHER_SCORES = "other_scores"
-OTHER_FIELDS = ("other_prompt_ids", "other_ids", OTHER_SCORES, "other_ref_logps")
+GROUP_SCORES = "group_scores"
+BEHAVIOUR_LOGPS = "behaviour_logps"
 
 
 def is_grouped(columns: Iterable[str]) -> bool:
@@ -42,9 +45,15 @@ def check_group(example: dict[str, Any], row: int, split: str) -> None:
         )
     if len(completions) < 2:
         raise ValueError(f"{where} has {len(completions)} completions; a group needs at least 2. Remove the row.")
-    for score in scores:
-        if isinstance(score, bool) or not isinstance(score, (int, float)) or not math.isfinite(score):
-            raise ValueError(f"{where} has the score {score!r}; expected finite numbers, got {list(scores)!r}.")
+    logps = [] if example.get(BEHAVIOUR_LOGPS) is None else example[BEHAVIOUR_LOGPS]
+    if not isinstance(logps, (list, tuple)) or len(logps) not in (0, len(completions)):
+        raise ValueError(
+            f"{where}: `{BEHAVIOUR_LOGPS}` must be a list of {len(completions)} numbers, one per completion."
+        )
+    for name, values in (("score", scores), (BEHAVIOUR_LOGPS, logps)):
+        for value in values:
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+                raise ValueError(f"{where} has the {name} {value!r}; expected finite numbers, got {list(values)!r}.")
 
 
 def from_groups(dataset: Dataset | IterableDataset, pairing: str, split: str) -> Dataset | IterableDataset:
@@ -56,7 +65,8 @@ def from_groups(dataset: Dataset | IterableDataset, pairing: str, split: str) ->
             Groups; other columns are kept, repeated for each pair.
         pairing (`str`):
             `"best_worst"` and `"all"`: pairs with `score_chosen` and `score_rejected`. `"group"`: one row per group, with
-            the columns `other_completions` and `other_scores`; map-style datasets only.
+            the columns `other_completions` and `group_scores`; map-style datasets only. Log-probs of the policy that sampled,
+            one for each completion in a column `behaviour_logps`, are kept.
         split (`str`):
             What the dataset is called in errors.
 
@@ -73,11 +83,12 @@ def from_groups(dataset: Dataset | IterableDataset, pairing: str, split: str) ->
             '`streaming=True`, or set `pairing="best_worst"` or "all".'
         )
     columns = list(next(iter(dataset))) if stream else dataset.column_names
-    kept = [name for name in columns if name not in ("completions", "scores")]
+    kept = [name for name in columns if name not in ("completions", "scores", BEHAVIOUR_LOGPS)]
+    whole = [OTHERS, GROUP_SCORES, *([BEHAVIOUR_LOGPS] if BEHAVIOUR_LOGPS in columns else [])]
 
     def convert(batch: dict[str, list], rows: list[int]) -> dict[str, list]:
         names = [*kept, "chosen", "rejected", "score_chosen", "score_rejected"]
-        out: dict[str, list] = {name: [] for name in [*names, *([OTHERS, OTHER_SCORES] if pairing == "group" else [])]}
+        out: dict[str, list] = {name: [] for name in [*names, *(whole if pairing == "group" else [])]}
         for i, row in enumerate(rows):
             example = {name: values[i] for name, values in batch.items()}
             check_group(example, row, split)
@@ -95,8 +106,10 @@ def from_groups(dataset: Dataset | IterableDataset, pairing: str, split: str) ->
                 out["score_rejected"].append(float(scores[worst]))
                 if pairing == "group":
                     rest = [k for k in range(len(scores)) if k not in (best, worst)]
-                    out[OTHERS].append([completions[k] for k in rest])
-                    out[OTHER_SCORES].append([float(scores[k]) for k in rest])
+                    out[OTHERS].append(in_twos([completions[k] for k in rest]))
+                    out[GROUP_SCORES].append([float(scores[k]) for k in (best, worst, *rest)])
+                    if BEHAVIOUR_LOGPS in columns:
+                        out[BEHAVIOUR_LOGPS].append([float(example[BEHAVIOUR_LOGPS][k]) for k in (best, worst, *rest)])
         return out
 
     options = {} if stream else {"desc": f"Pairing completions of the {split} dataset"}
@@ -110,45 +123,3 @@ def from_groups(dataset: Dataset | IterableDataset, pairing: str, split: str) ->
                 f"{dropped} of {len(dataset)} groups of the {split} dataset have equal scores only; they are left out."
             )
     return dataset.map(convert, batched=True, with_indices=True, remove_columns=columns, **options)
-
-
-def flatten_others(dataset: Dataset) -> tuple[Dataset, list[int]]:
-    """
-    The other completions of all groups as pairs that TRL can tokenize or score, and where each group's begin.
-
-    With an odd number the last one stands twice.
-    """
-    rows, starts = [], [0]
-    for example in dataset:
-        rest = example[OTHERS] if OTHERS in example else example["other_ids"]
-        for k in range(0, len(rest), 2):
-            last = min(k + 1, len(rest) - 1)
-            if "other_ids" in example:
-                prompts = example["other_prompt_ids"]
-                rows.append({"prompt_ids": prompts[k], "chosen_ids": rest[k], "rejected_ids": rest[last]})
-            else:
-                keep = {name: example[name] for name in ("prompt", "tools", "chat_template_kwargs") if name in example}
-                rows.append({**keep, "chosen": rest[k], "rejected": rest[last]})
-        starts.append(len(rows))
-    return Dataset.from_list(rows), starts
-
-
-def gather_others(
-    dataset: Dataset, flat: Dataset | None, starts: list[int], fields: dict[str, tuple[str, str]]
-) -> Dataset:
-    """
-    Add to each group what was computed on its flattened completions.
-
-    Args:
-        fields (`dict[str, tuple[str, str]]`):
-            New column, and the columns of `flat` that hold its value for the first and second of a pair.
-    """
-
-    def add(example: dict, row: int) -> dict:
-        pairs = [flat[i] for i in range(starts[row], starts[row + 1])]
-        count = len(example[OTHER_SCORES])
-        return {
-            name: [pair[column] for pair in pairs for column in columns][:count] for name, columns in fields.items()
-        }
-
-    return dataset.map(add, with_indices=True, desc="Adding the other completions of each group")

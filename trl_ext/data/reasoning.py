@@ -14,14 +14,14 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset
 
+from trl_ext.data.further import FURTHER
+
 
 # What reasoning models with thinking switched off have after the prompt
 EMPTY_TRACE = "<think>\n\n</think>\n\n"
 _TRACE = re.compile(r"^.*?</think>\s*", flags=re.DOTALL)
 _OPENED = re.compile(r"<think>\s*(</think>\s*)?$")
 
-EMPTY_TRACE_PREFIX = "empty_trace_"
-EMPTY_TRACE_FIELDS = ("prompt_ids", "chosen_ids", "rejected_ids", "ref_chosen_logps", "ref_rejected_logps")
 # Row flag, there while a dataset is prepared: whether the row has the traced pair
 HAS_TRACES = "has_traces"
 
@@ -105,16 +105,12 @@ def check_pairs(example: dict, index: int, split: str) -> dict:
     return {**example, HAS_TRACES: there["traced"]}
 
 
-def tokenize_empty_trace(example: dict, tokenizer: Any) -> dict[str, list[int]]:
+def tokenize_empty_trace(example: dict, tokenizer: Any) -> dict[str, list]:
     """
-    Token ids of the empty-trace pair of a prepared row, and an emptied traced pair where the row has none.
-
-    A row without an empty-trace pair gets the traced prompt and empty completions there: nothing is scored in it.
+    Token ids of the empty-trace pair of a prepared row, if it has one, and an emptied traced pair where it has none of those.
     """
-    ids = {}
-    if example["chosen_empty_trace"] is None:
-        ids = {"prompt_ids": example["prompt_ids"], "chosen_ids": [], "rejected_ids": []}
-    else:
+    row: dict[str, list] = {FURTHER: []}
+    if example["chosen_empty_trace"] is not None:
         conversational = isinstance(example["prompt"], list)
         render = _render_messages if conversational else _render_text
         prompt, completions = render(example, tokenizer)
@@ -126,9 +122,8 @@ def tokenize_empty_trace(example: dict, tokenizer: Any) -> dict[str, list[int]]:
         whole = {side: encode(prompt + text) for side, text in completions.items()}
         # Tokens may merge across the boundary: the completions start where the three part, as in TRL
         length = len(os.path.commonprefix([encode(prompt), *whole.values()]))
-        ids["prompt_ids"] = whole["chosen"][:length]
-        ids.update({f"{side}_ids": tokens[length:] for side, tokens in whole.items()})
-    row = {EMPTY_TRACE_PREFIX + name: value for name, value in ids.items()}
+        ids = {f"{side}_ids": tokens[length:] for side, tokens in whole.items()}
+        row[FURTHER].append({"prompt_ids": whole["chosen"][:length], **ids})
     if not example[HAS_TRACES]:
         row.update(chosen_ids=[], rejected_ids=[])
     return row

@@ -9,7 +9,10 @@ def completion_lengths(completion_mask: torch.Tensor) -> torch.Tensor:
 
 
 def sum_completions(
-    token_logps: torch.Tensor, completion_mask: torch.Tensor, ld_alpha: float | None = None
+    token_logps: torch.Tensor,
+    completion_mask: torch.Tensor,
+    ld_alpha: float | None = None,
+    partner: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
     Log-probability of each completion.
@@ -21,17 +24,23 @@ def sum_completions(
         completion_mask (`torch.Tensor` of shape `(N, T)`):
             1 at the tokens of the completion.
         ld_alpha (`float`, *optional*):
-            LD-DPO: weight of the tokens beyond the length that both completions of a pair have. Rows `i` and
-            `i + N / 2` are then a pair.
+            LD-DPO: weight of the tokens beyond the length that both completions of a pair have.
+        partner (`torch.Tensor` of shape `(N,)`, *optional*):
+            The other row of each row's pair, for `ld_alpha`.
 
     Returns:
         `torch.Tensor` of shape `(N,)`: sums over the completion tokens, in nats.
     """
-    mask = completion_mask[:, 1:]
-    token_logps = token_logps[:, token_logps.size(1) - mask.size(1) :] * mask
+    token_logps, mask = scored_tokens(token_logps, completion_mask)
     if ld_alpha is None:
         return token_logps.sum(dim=1)
     lengths = mask.sum(dim=1)
-    shared = torch.minimum(*lengths.chunk(2)).repeat(2)
+    shared = torch.minimum(lengths, lengths[partner])
     head = mask.cumsum(dim=1) <= shared.unsqueeze(1)
     return (token_logps * head).sum(dim=1) + ld_alpha * (token_logps * ~head).sum(dim=1)
+
+
+def scored_tokens(token_logps: torch.Tensor, completion_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities of the next tokens without virtual ones, 0 where none is scored, and their mask; `(N, T - 1)` both."""
+    mask = completion_mask[:, 1:]
+    return token_logps[:, token_logps.size(1) - mask.size(1) :] * mask, mask

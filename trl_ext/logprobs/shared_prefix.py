@@ -15,16 +15,12 @@ kind of layer from a function of two indices, which is given the positions of th
 """
 
 import contextlib
-import inspect
-import sys
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import nn
-from transformers import PreTrainedModel
 from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, flex_attention_mask
@@ -35,7 +31,6 @@ from .substitute import Substitute
 
 # Attention implementations that take a mask
 MASKED_ATTENTION = ("sdpa", "eager", "flex_attention")
-EXACT_LAYERS = {"attention", "full_attention", "sliding_attention"}
 
 
 @dataclass(frozen=True)
@@ -54,6 +49,8 @@ class SharedPrefixLayout:
             0 in the prompt, k in its k-th completion.
         slots (`torch.Tensor` of shape `(N, T - 1)`):
             Index, in the flattened shared batch, of the slot that predicts each next token; 0 where none does.
+        scored (`torch.Tensor` of shape `(M,)`):
+            Index, in the flattened `(N, T - 1)`, of each next token that is scored.
     """
 
     tokens: torch.Tensor
@@ -61,6 +58,7 @@ class SharedPrefixLayout:
     groups: torch.Tensor
     parts: torch.Tensor
     slots: torch.Tensor
+    scored: torch.Tensor
 
     def sees(self, batch, query, key):
         """Whether the token in one slot of a row may attend to another, the order of positions aside."""
@@ -133,9 +131,11 @@ def enable_block_masks() -> None:
 
 
 def shared_prefix_layout(
-    input_ids: torch.Tensor, attention_mask: torch.Tensor, completion_mask: torch.Tensor, groups: int
+    input_ids: torch.Tensor, attention_mask: torch.Tensor, completion_mask: torch.Tensor, prompt: torch.Tensor
 ) -> SharedPrefixLayout | None:
     """
+    Bookkeeping on the host, for tensors that are on the CPU still; those of a device are fetched first.
+
     Args:
         input_ids (`torch.Tensor` of shape `(N, T)`):
             Prompts and completions, padded on the right.
@@ -143,46 +143,27 @@ def shared_prefix_layout(
             1 at tokens.
         completion_mask (`torch.Tensor` of shape `(N, T)`):
             1 at the tokens to score.
-        groups (`int`):
-            Rows `i`, `i + groups`, `i + 2 groups`, ... may have one prompt. Those whose prompts differ (truncation can
-            do that) do not share it.
+        prompt (`torch.Tensor` of shape `(N,)`):
+            Which prompt a row continues. Rows of one prompt share it, unless their tokens before the completion differ
+            (truncation can do that).
 
     Returns:
-        [`SharedPrefixLayout`], or `None` for a batch that is not padded on the right or has no tokens.
+        [`SharedPrefixLayout`] on the device of the batch, or `None` for a batch that is not padded on the right or has no tokens.
     """
-    (rows, width), device = input_ids.shape, input_ids.device
-    members = rows // groups
-    columns = torch.arange(width, device=device)
-    lengths = attention_mask.sum(dim=1)
-    scored = completion_mask.bool()
-    prompts = torch.where(scored.any(dim=1), scored.int().argmax(dim=1), lengths)
-    prefixes = (prompts - 1).clamp(min=0)
-    right_padded = (attention_mask.bool() == (columns < lengths.unsqueeze(1))).all()
-    # same[i, j]: whether member i of a group has the prefix of member j
-    ids, starts = input_ids.view(members, groups, width), prefixes.view(members, groups)
-    same = torch.stack(
-        [
-            (starts == starts[j]) & ((ids == ids[j]) | (columns >= starts[j].unsqueeze(1))).all(dim=2)
-            for j in range(members)
-        ],
-        dim=1,
-    )
-    # One transfer: what follows is bookkeeping on a few numbers per row
-    facts = torch.cat([right_padded.view(1), lengths, prefixes, same.flatten()]).cpu().numpy().astype(np.int64)
-    lengths, prefixes, same = np.split(facts[1:], [rows, 2 * rows])
-    same = same.reshape(members, members, groups).astype(bool)
-    if not facts[0] or not lengths.any():
+    ids, attended, scored = (tensor.cpu().numpy() for tensor in (input_ids, attention_mask, completion_mask != 0))
+    rows, width = ids.shape
+    lengths = attended.sum(axis=1)
+    if not lengths.any() or ((attended != 0) != (np.arange(width) < lengths[:, None])).any():
         return None
+    prefixes = np.maximum(np.where(scored.any(axis=1), scored.argmax(axis=1), lengths) - 1, 0)
 
+    sharing: dict[tuple[int, bytes], list[int]] = {}  # rows by prompt and by the tokens of it that they have
+    for row, number in enumerate(prompt.tolist()):
+        sharing.setdefault((number, ids[row, : prefixes[row]].tobytes()), []).append(row)
     units = []  # (rows that share a prompt, slots they need)
-    for group in range(groups):
-        left = list(range(members))
-        while left:
-            shared = [member for member in left if same[member, left[0], group]]
-            left = [member for member in left if member not in shared]
-            unit = [member * groups + group for member in shared]
-            parts = sum(max(lengths[row] - 1 - prefixes[row], 0) for row in unit)
-            units.append((unit, int(prefixes[unit[0]] + parts)))
+    for unit in sharing.values():
+        parts = sum(max(lengths[row] - 1 - prefixes[row], 0) for row in unit)
+        units.append((unit, int(prefixes[unit[0]] + parts)))
     length = max(1, max(size for _, size in units))
     bins: list[list] = []  # first fit, longest first
     room: list[int] = []
@@ -215,56 +196,5 @@ def shared_prefix_layout(
                     slots[row, first:last] = place * length + np.arange(here.start, here.stop)
                 end = here.stop
             owner += 1
-    arrays = (tokens, positions, owners, parts, slots)
-    return SharedPrefixLayout(*(torch.from_numpy(array).to(device, non_blocking=True) for array in arrays))
-
-
-def pays(layout: SharedPrefixLayout, rows: int, width: int, hidden_size: int) -> bool:
-    """
-    Whether the shared rows cost less than the plain ones.
-
-    A token of a layer costs about `24 H^2` operations in products with weights and, under a dense mask, `4 H L` in
-    attention: up to a factor, `6 H + L`.
-    """
-    shared_rows, length = layout.tokens.shape
-    return shared_rows * length * (6 * hidden_size + length) < rows * width * (6 * hidden_size + width)
-
-
-def why_not_shared(model: PreTrainedModel) -> str | None:
-    """What makes a shared prompt inexact (or impossible) for a model; `None` if nothing does."""
-    config = model.config.get_text_config()
-    backbone = model.base_model
-    arguments = inspect.signature(type(backbone).forward).parameters
-    if config is not model.config:
-        return "it is multimodal"
-    if getattr(config, "is_encoder_decoder", False):
-        return "it is an encoder-decoder"
-    if config._attn_implementation not in MASKED_ATTENTION:
-        return f"`attn_implementation={config._attn_implementation!r}` takes no mask (use one of {MASKED_ATTENTION})"
-    layers = set(getattr(config, "layer_types", None) or ()) | set(getattr(config, "layers_block_type", None) or ())
-    if layers - EXACT_LAYERS:
-        return f"it has layers of type {sorted(layers - EXACT_LAYERS)}"
-    if getattr(model, "_is_stateful", False) or any(isinstance(module, nn.Conv1d) for module in model.modules()):
-        return "it has recurrent or convolutional layers"
-    if getattr(config, "attention_chunk_size", None):
-        return "it attends in chunks"
-    if getattr(config, "use_bidirectional_attention", False):
-        return "it attends in both directions"
-    if "position_ids" not in arguments or getattr(config, "alibi", False):
-        return "it takes no position ids"
-    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    if "mrope_section" in rope:
-        return "it has multimodal rotary positions"
-    if not hasattr(sys.modules[type(backbone).__module__], "create_causal_mask"):
-        return "it does not build its attention masks through transformers"
-    dropout = max(
-        (
-            getattr(module, "p", 0.0) if isinstance(module, nn.Dropout) else getattr(module, "attention_dropout", 0.0)
-            for module in model.modules()
-            if isinstance(module, nn.Dropout) or isinstance(getattr(module, "attention_dropout", None), float)
-        ),
-        default=0.0,
-    )
-    if dropout > 0:
-        return "dropout is on"
-    return None
+    arrays = (tokens, positions, owners, parts, slots, np.flatnonzero(scored[:, 1:]))
+    return SharedPrefixLayout(*(torch.from_numpy(array).to(input_ids.device) for array in arrays))

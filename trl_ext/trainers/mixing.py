@@ -16,12 +16,24 @@ import contextlib
 import dataclasses
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
+from transformers.trainer_utils import get_last_checkpoint
 
+from trl_ext.data.further import FURTHER
+from trl_ext.trainers.metrics import Means
+from trl_ext.trainers.terms import Terms
+
+
+logger = get_logger(__name__)
+
+# In a checkpoint: the measured `alpha`
+FILE = "bias_variance_mixing.json"
 
 # Parameters that all count by default; with more, those of the last layer do
 MANY = 20_000_000
@@ -93,7 +105,7 @@ def estimate_alpha(trainer: Any, rows: int = 64, parameters: Callable[[str], boo
     Raises:
         `ValueError`: If the trainer has no such loss, its model is sharded, or fewer than two rows have both pairs.
     """
-    loss = trainer._losses.get("bias_variance")
+    loss = trainer._terms.losses.get("bias_variance")
     if loss is None:
         raise ValueError("`estimate_alpha` needs a trainer with `loss_type='bias_variance'`.")
     check_measurable(trainer)
@@ -150,6 +162,58 @@ def check_measurable(trainer: Any) -> None:
         )
 
 
+class MeasuredMixing:
+    """
+    `alpha="auto"` in a run: measured before the first step or evaluation, logged, and kept in checkpoints.
+
+    Args:
+        trainer ([`DPOTrainer`]):
+            Whose loss `bias_variance` is given the weight.
+
+    Raises:
+        `ValueError`: If it is to be measured where gradients of single rows cannot be had.
+    """
+
+    def __init__(self, trainer: Any):
+        self.trainer, self.estimate = trainer, None
+        self.measures = getattr(trainer._terms.losses.get("bias_variance"), "alpha", None) == "auto"
+        if self.measures:
+            check_measurable(trainer)
+
+    def before_training(self, resume_from_checkpoint: str | bool | None) -> None:
+        if not self.measures:
+            return
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = get_last_checkpoint(self.trainer.args.output_dir)
+        path = Path(resume_from_checkpoint or "") / FILE
+        if resume_from_checkpoint and path.exists():  # what the run began with
+            self._take(MixingEstimate(**json.loads(path.read_text())))
+        else:
+            self._take(self.estimate or estimate_alpha(self.trainer))
+
+    def before_evaluation(self) -> None:
+        if self.measures and self.estimate is None:
+            self._take(estimate_alpha(self.trainer))
+
+    def _take(self, estimate: MixingEstimate) -> None:
+        self.estimate = estimate
+        losses = self.trainer._terms.losses
+        losses["bias_variance"] = dataclasses.replace(losses["bias_variance"], alpha=estimate.alpha)
+        logger.info(f"bias_variance: alpha={estimate.alpha:.3f}, measured on {estimate.rows} rows.")
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """What is logged of it."""
+        if self.estimate is None:
+            return {}
+        return {"mixing/alpha": self.estimate.alpha, "mixing/variance_ratio": self.estimate.variance_ratio}
+
+    def save(self, folder: str) -> None:
+        """Write the estimate into a checkpoint."""
+        if self.estimate is not None and self.trainer.is_world_process_zero():
+            (Path(folder) / FILE).write_text(self.estimate.to_json())
+
+
 class _Moments:
     """First and second moments of pairs of gradients."""
 
@@ -189,7 +253,7 @@ def _examples(trainer: Any, rows: int) -> list[dict]:
     """Rows with both pairs, those of a prompt one after the other."""
     found = []
     for example in trainer.train_dataset:
-        if example["chosen_ids"] and example["empty_trace_chosen_ids"]:
+        if example["chosen_ids"] and example[FURTHER]:
             found.append(example)
         if len(found) >= rows:
             break
@@ -216,9 +280,10 @@ def _counted(model: torch.nn.Module, parameters: Callable[[str], bool] | None) -
 @contextlib.contextmanager
 def _measuring(trainer: Any):
     """The loss alone, and nothing of it in metrics, counters or gradients."""
-    names = ("_losses", "_weights", "loss_types", "loss_weights", "_metrics", "_total_train_tokens")
+    names = ("_terms", "_means", "loss_types", "loss_weights", "_metrics", "_total_train_tokens")
     before = {name: getattr(trainer, name) for name in names}
-    trainer._weights, trainer.loss_types, trainer.loss_weights = {"bias_variance": 1.0}, [], []
+    trainer._means = {mode: Means() for mode in trainer._means}
+    trainer.loss_types, trainer.loss_weights = [], []
     trainer._metrics = {mode: type(values)(list) for mode, values in before["_metrics"].items()}
     training = trainer.model.training
     trainer.model.train()
@@ -232,7 +297,7 @@ def _measuring(trainer: Any):
 
 
 def _gradient(trainer: Any, loss: Any, example: dict, alpha: float, counted: list) -> torch.Tensor:
-    trainer._losses = {"bias_variance": dataclasses.replace(loss, alpha=alpha)}
+    trainer._terms = Terms({"bias_variance": dataclasses.replace(loss, alpha=alpha)}, {"bias_variance": 1.0})
     trainer.model.zero_grad(set_to_none=True)
     inputs = trainer._prepare_inputs(trainer.data_collator([example]))
     value = trainer.compute_loss(trainer.model, inputs)

@@ -1,19 +1,66 @@
-"""References that move: a model or an adapter that follows the policy, kept in checkpoints."""
+"""The reference of a run: whether there is one, how it is run, and how one that follows the policy is kept."""
 
+import contextlib
+import os
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import is_peft_model
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
-from transformers import TrainerCallback
+from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from trl import DPOConfig
+from trl.models.utils import disable_gradient_checkpointing
+from trl.trainer.utils import use_adapter
 
 
 ADAPTER = "ref"
 FILE = "ref_model.safetensors"
+
+
+def refuse_reference(names: list[str], ref_model: Any, args: DPOConfig) -> None:
+    """Raise a `ValueError` for what would make or move a reference that none of the losses `names` reads."""
+    given = [name for name in ("sync_ref_model", "precompute_ref_log_probs") if getattr(args, name)]
+    given += ["ref_model"] if ref_model is not None else []
+    if given:
+        raise ValueError(
+            f"None of the losses {names} reads a reference model, so {given} would have no effect. Leave {given} out."
+        )
+
+
+def copies_policy(model: Any, peft_config: Any, args: DPOConfig | None) -> bool:
+    """
+    Whether the reference is a copy of the policy as it was given. TRL would load it anew from where the policy came from.
+
+    Adapters need no copy. What is precomputed needs none either, but under FSDP, where the policy is not sharded yet. Under
+    ZeRO-3 a model cannot be copied, so it is loaded.
+    """
+    if not isinstance(model, PreTrainedModel) or peft_config is not None or is_deepspeed_zero3_enabled():
+        return False
+    if args is None or not args.precompute_ref_log_probs:
+        return True
+    # Before the accelerator is made, this is where it stands
+    return bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
+
+@contextlib.contextmanager
+def reference_forward(trainer: Trainer) -> Iterator[None]:
+    """
+    While open, a forward is the reference's, as in `trl.DPOTrainer.compute_ref_log_probs`: no gradients or checkpointing, and
+    where there is no model of its own the policy's adapter is off, or the one that it began with is on.
+    """
+    policy, adapter = trainer.accelerator.unwrap_model(trainer.model), contextlib.nullcontext()
+    if trainer.ref_model is None and is_peft_model(trainer.model):
+        adapter = use_adapter(policy, adapter_name=ADAPTER if ADAPTER in policy.peft_config else None)
+    checkpointing = disable_gradient_checkpointing(trainer.model, trainer.args.gradient_checkpointing_kwargs)
+    with torch.no_grad(), checkpointing, adapter, trainer.accelerator.autocast():
+        yield
 
 
 def add_reference_adapter(model: PeftModel) -> None:

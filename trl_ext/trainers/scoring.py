@@ -1,8 +1,9 @@
-"""From a padded batch to token log-probabilities: which head, and whether completions share their prompt's row."""
+"""From rows to token log-probabilities: which head, and whether completions share their prompt's row."""
 
+import contextlib
 import importlib.metadata
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import torch
@@ -13,61 +14,37 @@ from peft import PeftModel
 from transformers import PreTrainedModel, TrainingArguments
 from trl.trainer.utils import FusedCausalLMOutput
 
-from trl_ext.logprobs import Head, SharedPrefixLayout, pays, shared_prefix_layout, why_not_shared
+from trl_ext.logprobs import Head, Sharing, completion_lengths, scored_tokens, sum_completions, why_not_shared
 from trl_ext.logprobs.shared_prefix import enable_block_masks
-from trl_ext.trainers.trl_seam import fused_forward, head_in_place, map_rows, model_inputs
+from trl_ext.rows import Rows, Scored
+from trl_ext.trainers.trl_seam import fused_forward, head_in_place, map_rows
 
 
 logger = get_logger(__name__)
 
 LOGPROB_BACKENDS = ("auto", "liger", "torch", "trl")
-SHARED_INPUTS = {"input_ids", "attention_mask"}
 _LIGER = Version("0.8.2")  # before, `reduction="none"` gives wrong gradients of the head
 
 
 @dataclass
 class Scorer:
     """
-    Token log-probabilities of a batch, in one call of the (wrapped) model.
+    Token log-probabilities of rows, in one call of the (wrapped) model.
 
     Attributes:
-        head ([`Head`]):
-            What projects hidden states.
-        share_prefix (`bool`):
-            Whether completions share the row of their prompt, where that costs less.
-        always (`bool`):
-            Whether they do so even where it costs more.
-        hidden_size (`int`):
-            Of the model.
+        head ([`Head`] or `None`):
+            What projects hidden states; `None` for TRL's own.
+        sharing ([`~trl_ext.logprobs.Sharing`] or `None`):
+            Decides which batches are laid out in shared rows; `None` where none is.
     """
 
-    head: Head
-    share_prefix: bool
-    always: bool
-    hidden_size: int
-
-    def layout(self, inputs: dict[str, torch.Tensor], groups: int) -> SharedPrefixLayout | None:
-        """How the batch is laid out in shared rows, `None` for the plain rows; `groups` prompts, in turn."""
-        if not self.share_prefix:
-            return None
-        extra = set(model_inputs(inputs)) - SHARED_INPUTS
-        layout = None
-        if not extra:
-            layout = shared_prefix_layout(
-                inputs["input_ids"], inputs["attention_mask"], inputs["completion_mask"], groups
-            )
-        if self.always:
-            if layout is None:
-                reason = f"the model is given {sorted(extra)} too" if extra else "it is not padded on the right"
-                raise ValueError(f"`share_prefix=True`, but this batch cannot share prompts: {reason}.")
-            return layout
-        return layout if layout is not None and pays(layout, *inputs["input_ids"].shape, self.hidden_size) else None
+    head: Head | None
+    sharing: Sharing | None = None
 
     def __call__(
         self,
         model: Callable,
-        inputs: dict[str, torch.Tensor],
-        layout: SharedPrefixLayout | None,
+        rows: Rows,
         statistics: tuple[str, ...] | None = None,
         router_logits: bool = False,
     ) -> FusedCausalLMOutput:
@@ -75,10 +52,8 @@ class Scorer:
         Args:
             model (`Callable`):
                 The model, wrapped for distributed training or not, with TRL's fused forward.
-            inputs (`dict[str, torch.Tensor]`):
-                A padded batch with `completion_mask`.
-            layout ([`SharedPrefixLayout`] or `None`):
-                From [`layout`].
+            rows ([`~trl_ext.rows.Rows`]):
+                `N` rows, with a layout where prompts are shared.
             statistics (`tuple[str, ...]`, *optional*):
                 Which of the statistics to compute; all that the model's head was asked for by default.
             router_logits (`bool`):
@@ -87,34 +62,65 @@ class Scorer:
         Returns:
             TRL's output, with fields of shape `(N, T - 1)` in either layout.
         """
+        inputs, layout = rows.inputs, rows.layout
+        head = contextlib.nullcontext() if self.head is None else head_in_place(self.head, statistics)
         if layout is None:
-            with head_in_place(self.head, statistics):
-                return fused_forward(model, inputs, router_logits)
-        ids, mask = inputs["input_ids"], inputs["completion_mask"][:, 1:].bool()
-        slots = layout.slots[mask]
+            with head:
+                return fused_forward(model, {**inputs, "completion_mask": rows.completion_mask}, router_logits)
+        slots = layout.slots.flatten()[layout.scored]
         labels = torch.full_like(layout.tokens, -100)
-        labels.view(-1)[slots] = ids[:, 1:][mask]
-        with head_in_place(self.head, statistics), layout.masks():
+        labels.view(-1)[slots] = inputs["input_ids"][:, 1:].flatten()[layout.scored]
+        with head, layout.masks():
             outputs = model(
-                input_ids=ids.flatten()[layout.tokens],
+                input_ids=inputs["input_ids"].flatten()[layout.tokens],
                 attention_mask=torch.ones_like(layout.tokens),
                 position_ids=layout.positions,
                 shift_labels=labels,
                 use_cache=False,
                 fused_lm_head=True,
             )
-        plain = lambda field: field.new_zeros(mask.shape).masked_scatter(mask, field.flatten()[slots])  # noqa: E731
+
+        def plain(field: torch.Tensor) -> torch.Tensor:
+            empty = field.new_zeros(layout.slots.numel())
+            return empty.scatter(0, layout.scored, field.flatten()[slots]).view(layout.slots.shape)
+
         return map_rows(outputs, plain)
 
+    def scored(
+        self,
+        rows: Rows,
+        token_logps: torch.Tensor,
+        ref_token_logps: torch.Tensor | None,
+        reads: Collection[str],
+        ld_alpha: float | None = None,
+    ) -> Scored:
+        """
+        The log-probabilities of completions, and what else the losses read.
 
-class ReferenceModel:
-    """Stands in for the reference model in a call of TRL's: log-probabilities alone, in the layout of the batch."""
-
-    def __init__(self, scorer: Scorer, model: Callable, inputs: dict[str, torch.Tensor], layout):
-        self.scorer, self.model, self.inputs, self.layout = scorer, model, inputs, layout
-
-    def __call__(self, **kwargs) -> FusedCausalLMOutput:
-        return self.scorer(self.model, self.inputs, self.layout, statistics=())
+        Args:
+            rows ([`~trl_ext.rows.Rows`]):
+                `N` rows.
+            token_logps (`torch.Tensor` of shape `(N, T')`):
+                Of the policy, as the model gave them.
+            ref_token_logps (`torch.Tensor` of shape `(N, T')`, *optional*):
+                Of the reference, where it was asked.
+            reads (`Collection[str]`):
+                What the losses read.
+            ld_alpha (`float`, *optional*):
+                Of LD-DPO.
+        """
+        mask = rows.completion_mask
+        logps = sum_completions(token_logps, mask, ld_alpha, rows.partner)
+        tokens = {}
+        ref_logps = rows.ref_logps
+        if ref_token_logps is not None:
+            ref_logps = sum_completions(ref_token_logps, mask, ld_alpha, rows.partner)
+        if "token_logps" in reads:
+            tokens["token_logps"], scored = scored_tokens(token_logps, mask)
+            tokens["turns"] = scored.long() - 1
+            if ref_token_logps is not None:
+                tokens["ref_token_logps"], _ = scored_tokens(ref_token_logps, mask)
+        return Scored(logps, completion_lengths(mask), ref_logps, rows.behaviour_logps, **tokens)
 
 
 def build_scorer(
@@ -122,9 +128,9 @@ def build_scorer(
     args: TrainingArguments,
     aux_loss: bool,
     reference: torch.nn.Module | None = None,
-) -> Scorer | None:
+) -> Scorer:
     """
-    The scorer that a config asks for; `None` where TRL's own path is to run.
+    The scorer that a config asks for.
 
     Args:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
@@ -142,7 +148,7 @@ def build_scorer(
     backend = resolve_backend(args)
     share = getattr(args, "share_prefix", "auto")
     if backend == "trl":
-        return None
+        return Scorer(None)
     reason = None if share is False else _why_plain(model, args, aux_loss)
     if share is not False and reason is None and reference is not None:
         reason = why_not_shared(extract_model_from_parallel(reference))
@@ -153,11 +159,12 @@ def build_scorer(
         )
     if share == "auto" and reason is not None:
         logger.warning(f"Completions do not share the row of their prompt: {reason}. This costs speed, nothing else.")
-    shared = share is not False and reason is None
-    if shared and args.device.type == "cuda":
-        enable_block_masks()
     head = Head(backend, getattr(args, "logprob_memory_mb", None))
-    return Scorer(head, shared, share is True, model.config.get_text_config().hidden_size)
+    if share is False or reason is not None:
+        return Scorer(head)
+    if args.device.type == "cuda":
+        enable_block_masks()
+    return Scorer(head, Sharing(model.config.get_text_config().hidden_size, always=share is True))
 
 
 def resolve_backend(args: TrainingArguments) -> str:

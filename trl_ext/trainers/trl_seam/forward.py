@@ -165,4 +165,7 @@ class Replay:
         self.outputs = outputs
 
     def __call__(self, *args, fused_lm_head: bool = False, **kwargs):
-        return self.outputs if fused_lm_head else self.model(*args, **kwargs)
+        if fused_lm_head:
+            return self.outputs
+        mask = kwargs["attention_mask"]  # may have more rows than TRL was given, for it to count their tokens
+        return self.model(*args, **{**kwargs, "attention_mask": mask[: len(kwargs["input_ids"])]})

@@ -1,0 +1,111 @@
+"""Whether completions share the row of their prompt: for a model at all, and in a batch."""
+
+import inspect
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from .shared_prefix import MASKED_ATTENTION, SharedPrefixLayout, shared_prefix_layout
+
+
+EXACT_LAYERS = {"attention", "full_attention", "sliding_attention"}
+SHARED_INPUTS = {"input_ids", "attention_mask"}
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """
+    Decides for each batch. It knows of the model what it must, so that a worker process of the data loader can do it.
+
+    Attributes:
+        hidden_size (`int`):
+            Of the model.
+        always (`bool`):
+            Whether prompts are shared even where that costs more.
+    """
+
+    hidden_size: int
+    always: bool = False
+
+    def layout(
+        self, inputs: Mapping[str, torch.Tensor], completion_mask: torch.Tensor, prompt: torch.Tensor
+    ) -> SharedPrefixLayout | None:
+        """
+        How a batch is laid out in shared rows, `None` for the plain rows.
+
+        Args:
+            inputs (`dict[str, torch.Tensor]`):
+                What the model would be called with.
+            completion_mask (`torch.Tensor` of shape `(N, T)`):
+                1 at the tokens to score.
+            prompt (`torch.Tensor` of shape `(N,)`):
+                Which prompt each row continues.
+
+        Raises:
+            `ValueError`: If prompts are always to be shared, and cannot be in this batch.
+        """
+        extra = set(inputs) - SHARED_INPUTS
+        layout = None
+        if not extra:
+            layout = shared_prefix_layout(inputs["input_ids"], inputs["attention_mask"], completion_mask, prompt)
+        if self.always:
+            if layout is None:
+                reason = f"the model is given {sorted(extra)} too" if extra else "it is not padded on the right"
+                raise ValueError(f"`share_prefix=True`, but this batch cannot share prompts: {reason}.")
+            return layout
+        return layout if layout is not None and pays(layout, *inputs["input_ids"].shape, self.hidden_size) else None
+
+
+def pays(layout: SharedPrefixLayout, rows: int, width: int, hidden_size: int) -> bool:
+    """
+    Whether the shared rows cost less than the plain ones.
+
+    A token of a layer costs about `24 H^2` operations in products with weights and, under a dense mask, `4 H L` in
+    attention: up to a factor, `6 H + L`.
+    """
+    shared_rows, length = layout.tokens.shape
+    return shared_rows * length * (6 * hidden_size + length) < rows * width * (6 * hidden_size + width)
+
+
+def why_not_shared(model: PreTrainedModel) -> str | None:
+    """What makes a shared prompt inexact (or impossible) for a model; `None` if nothing does."""
+    config = model.config.get_text_config()
+    backbone = model.base_model
+    arguments = inspect.signature(type(backbone).forward).parameters
+    if config is not model.config:
+        return "it is multimodal"
+    if getattr(config, "is_encoder_decoder", False):
+        return "it is an encoder-decoder"
+    if config._attn_implementation not in MASKED_ATTENTION:
+        return f"`attn_implementation={config._attn_implementation!r}` takes no mask (use one of {MASKED_ATTENTION})"
+    layers = set(getattr(config, "layer_types", None) or ()) | set(getattr(config, "layers_block_type", None) or ())
+    if layers - EXACT_LAYERS:
+        return f"it has layers of type {sorted(layers - EXACT_LAYERS)}"
+    if getattr(model, "_is_stateful", False) or any(isinstance(module, nn.Conv1d) for module in model.modules()):
+        return "it has recurrent or convolutional layers"
+    if getattr(config, "attention_chunk_size", None):
+        return "it attends in chunks"
+    if getattr(config, "use_bidirectional_attention", False):
+        return "it attends in both directions"
+    if "position_ids" not in arguments or getattr(config, "alibi", False):
+        return "it takes no position ids"
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    if "mrope_section" in rope:
+        return "it has multimodal rotary positions"
+    if not hasattr(sys.modules[type(backbone).__module__], "create_causal_mask"):
+        return "it does not build its attention masks through transformers"
+    dropout = max(
+        (
+            getattr(module, "p", 0.0) if isinstance(module, nn.Dropout) else getattr(module, "attention_dropout", 0.0)
+            for module in model.modules()
+            if isinstance(module, nn.Dropout) or isinstance(getattr(module, "attention_dropout", None), float)
+        ),
+        default=0.0,
+    )
+    if dropout > 0:
+        return "dropout is on"
+    return None

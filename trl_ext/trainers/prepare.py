@@ -1,0 +1,286 @@
+"""The data of an offline run: which columns the losses read, groups made into rows, and what is tokenized beside TRL's pair."""
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import trl
+from accelerate.logging import get_logger
+from datasets import Dataset, IterableDataset
+from trl.data_utils import is_conversational
+
+from trl_ext.data.checks import TOKENIZED, check_tokenized, say_what_was_dropped, warn_of_empty_completions
+from trl_ext.data.columns import TEXT_COLUMNS, WEIGHT, checked, columns_of, used_columns
+from trl_ext.data.further import FURTHER, map_further
+from trl_ext.data.groups import BEHAVIOUR_LOGPS, GROUP_SCORES, OTHERS, from_groups, is_grouped
+from trl_ext.data.reasoning import HAS_TRACES, check_pairs, tokenize_empty_trace
+from trl_ext.data.scores import score_preferences
+from trl_ext.data.tokens import require_chat_template
+from trl_ext.losses.base import SigmoidLoss
+from trl_ext.trainers.loss_terms import check_combination
+
+
+logger = get_logger(__name__)
+
+REFERENCES = ("ref_chosen_logps", "ref_rejected_logps")
+# Of a dataset that is handed to `evaluate` and was prepared here before
+PREPARED = {FURTHER, GROUP_SCORES, *REFERENCES}
+
+
+def with_scores(dataset: Any, reward_funcs: Any, losses: Mapping[str, Any]) -> Any:
+    """The dataset, or each of several, with scores where a loss reads them and there are none."""
+    if isinstance(dataset, Mapping):
+        return type(dataset)({name: with_scores(split, reward_funcs, losses) for name, split in dataset.items()})
+    read = {name for loss in losses.values() for name in (*loss.required_columns, *loss.optional_columns)}
+    if not read & {"score_chosen", "score_rejected", "preference_prob"}:
+        raise ValueError(
+            f"`reward_funcs` would not be used: none of the losses {sorted(losses) or 'of TRL'} reads scores. Leave it out."
+        )
+    if dataset is None:
+        return None
+    if not isinstance(dataset, Dataset):
+        raise ValueError("`reward_funcs` scores map-style datasets; load the data without `streaming=True`.")
+    there = {"score_chosen", "preference_prob", "scores"} & set(dataset.column_names)
+    return dataset if there else score_preferences(dataset, reward_funcs)
+
+
+class PreferenceData:
+    """
+    What an offline run reads from its datasets.
+
+    Args:
+        names (`list[str]`):
+            Loss types, TRL's among them.
+        losses (`dict[str, Loss]`):
+            Those of ours. Where the training data has a column `weight`, TRL's `sigmoid` joins them.
+        args ([`trl.DPOConfig`], *optional*):
+            Configuration.
+    """
+
+    def __init__(self, names: list[str], losses: dict[str, Any], args: trl.DPOConfig | None):
+        self.names, self.losses, self.args = names, losses, args
+        self.columns: list[str] = []
+        self.pairing: str | None = None
+        self.groups = False
+
+    @property
+    def empty_trace(self) -> bool:
+        """Whether rows have a pair with an empty trace."""
+        return TEXT_COLUMNS[0] in self.columns
+
+    @property
+    def numeric_columns(self) -> list[str]:
+        return [column for column in self.columns if column not in TEXT_COLUMNS]
+
+    @property
+    def signature(self) -> list[str]:
+        """Columns of a prepared dataset that the collator reads, beside TRL's."""
+        return [*self.numeric_columns, FURTHER, GROUP_SCORES, BEHAVIOUR_LOGPS]
+
+    # Before the model is loaded
+
+    def training(self, dataset: Any) -> Any:
+        """The training data, checked; what it holds decides what is read from it."""
+        if not isinstance(dataset, (Dataset, IterableDataset)):
+            return dataset
+        available, losses = columns_of(dataset, "train"), self.losses
+        if is_grouped(available):
+            takes = any(loss.takes_groups for loss in losses.values())
+            self.pairing = getattr(self.args, "pairing", None) or ("group" if takes else "best_worst")
+            self.groups = self.pairing == "group"
+            dataset = from_groups(dataset, self.pairing, "train")
+            available = columns_of(dataset, "train")
+        if WEIGHT in available:
+            self.losses = losses = self._weighted()
+        self.columns = used_columns(available, losses, "train")
+        if self.groups:
+            self.columns = list(dict.fromkeys([*self.columns, "score_chosen", "score_rejected"]))
+            if self.empty_trace or getattr(self.args, "ld_alpha", None) is not None:
+                raise ValueError(
+                    "Whole groups cannot be combined with `bias_variance` or `ld_alpha`, which are defined on pairs. "
+                    'Set `pairing="best_worst"`.'
+                )
+        self._check_reads(available)
+        self._refuse_vision(available)
+        dataset = checked(dataset, self.columns, losses, "train")
+        for remark in filter(None, (loss.remark(self.columns) for loss in losses.values())):
+            logger.warning(remark)
+        return dataset
+
+    def evaluation(self, dataset: Any) -> Any:
+        """Evaluation data, one dataset or a dict of them, with the same columns as the training data, checked."""
+        if isinstance(dataset, Mapping):
+            return type(dataset)({name: self._split(split, name) for name, split in dataset.items()})
+        return self._split(dataset, "eval")
+
+    def _split(self, dataset: Any, split: str) -> Any:
+        if not isinstance(dataset, (Dataset, IterableDataset)):
+            return dataset
+        available = columns_of(dataset, split)
+        if is_grouped(available):
+            # Where training is on pairs, whole groups cannot be collated: the best against the worst
+            dataset = from_groups(dataset, self.pairing or "best_worst", split)
+            available = columns_of(dataset, split)
+        if not self.losses:
+            return dataset
+        if self.groups and GROUP_SCORES not in available:
+            raise ValueError(
+                f"The {split} dataset holds no groups, the train dataset does. Its columns are {available}."
+            )
+        missing = [column for column in self.columns if column not in available]
+        if self.empty_trace and FURTHER in available:
+            missing = [column for column in missing if column not in TEXT_COLUMNS]
+        else:
+            used_columns(available, self.losses, split)
+        if missing:
+            raise ValueError(
+                f"The {split} dataset lacks the columns {missing}, which the losses read from the train dataset. Its "
+                f"columns are {sorted(available)}."
+            )
+        self._check_reads(available)
+        return checked(dataset, self.columns, self.losses, split)
+
+    def _weighted(self) -> dict[str, Any]:
+        """The losses that a `weight` column scales: ours, and TRL's `sigmoid`, which then is computed here."""
+        unweighted = [name for name in self.names if name not in self.losses and name != "sigmoid"]
+        if unweighted:
+            raise ValueError(
+                f"The train dataset has a column 'weight', which scales each pair's loss, but TRL's {unweighted} cannot "
+                "be weighted per pair. Use `sigmoid` or a loss of this package, or drop the column: "
+                "dataset.remove_columns('weight')."
+            )
+        weighted = {name: self.losses[name] if name in self.losses else SigmoidLoss() for name in self.names}
+        if self.args is not None:
+            check_combination(self.args, self.names, weighted)
+        return weighted
+
+    def _check_reads(self, available: Sequence[str]) -> None:
+        """Refuse losses that read what this data, or this config, cannot give them."""
+        for name, loss in self.losses.items():
+            in_groups = self.groups and loss.takes_groups
+            if "behaviour_logps" in loss.reads and not (in_groups and BEHAVIOUR_LOGPS in available):
+                raise ValueError(
+                    f"The loss {name!r} reads log-probs under the policy that sampled the completions, which groups have: a column "
+                    f"{BEHAVIOUR_LOGPS!r} beside `completions` and `scores`, with a list of one number (nats) per completion. The "
+                    f"data is taken as {'whole groups' if self.groups else 'pairs'} and has the columns {sorted(available)}."
+                )
+            if "token_logps" not in loss.reads:
+                continue
+            if in_groups:
+                raise ValueError(
+                    f'The loss {name!r} reads log-probs of tokens, which pairs have. Set `pairing="best_worst"`.'
+                )
+            if "ref_logps" in loss.reads and getattr(self.args, "precompute_ref_log_probs", False):
+                raise ValueError(
+                    f"The loss {name!r} reads the reference's log-probs of tokens, and `precompute_ref_log_probs=True` keeps one "
+                    "number per completion. Set `precompute_ref_log_probs=False`."
+                )
+
+    def _refuse_vision(self, available: Sequence[str]) -> None:
+        vision = {"image", "images"} & set(available)
+        needy = [name for name, loss in self.losses.items() if TEXT_COLUMNS[0] in loss.required_columns]
+        if needy and vision:
+            raise ValueError(
+                f"{needy} cannot be used on a vision dataset: its completions are tokenized while training, the "
+                "empty-trace pair when the dataset is prepared. Remove the images, or choose another loss."
+            )
+        if self.groups and vision:
+            raise ValueError(
+                "Whole groups cannot be used with images: completions are tokenized while training, and the collator of a vision "
+                'model takes pairs. Set `pairing="best_worst"`.'
+            )
+        if needy and "prompt" not in available:
+            raise ValueError(
+                f"{needy} needs an explicit column 'prompt': the empty-trace pair is rendered after it. The train "
+                f"dataset has {sorted(available)}; `trl.extract_prompt` splits it off."
+            )
+
+    # Tokens
+
+    def tokenized(
+        self, dataset: Any, processing_class: Any, tokenizer: Any, args: trl.DPOConfig, name: str, tokenize: Callable
+    ) -> Any:
+        """
+        The dataset as token ids.
+
+        Args:
+            dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+                Checked.
+            processing_class (`PreTrainedTokenizerBase` or `ProcessorMixin`):
+                Of the trainer.
+            tokenizer (`PreTrainedTokenizerBase`):
+                Its tokenizer.
+            args ([`trl.DPOConfig`]):
+                Configuration.
+            name (`str`):
+                What the dataset is called in errors.
+            tokenize (`Callable`):
+                TRL's own preparation, called with dataset, processing class, config and name.
+        """
+        available = set(columns_of(dataset, name))
+        if set(TOKENIZED) <= available:
+            if available & PREPARED:
+                return dataset  # prepared here before, such as `trainer.eval_dataset` handed to `evaluate`
+            # Tokenized by the user, such as steps that no end of sequence follows
+            return check_tokenized(dataset, name, args.max_length, args.truncation_mode == "keep_start")
+        if is_conversational(next(iter(dataset))):
+            require_chat_template(processing_class)
+        if any("token_logps" in loss.reads for loss in self.losses.values()):
+            dataset = dataset.map(refuse_turns, with_indices=True, fn_kwargs={"split": name})
+        if self.empty_trace:
+            dataset = dataset.map(check_pairs, with_indices=True, fn_kwargs={"split": name})
+        else:
+            warn_of_empty_completions(dataset, name)
+        rows = len(dataset) if isinstance(dataset, Dataset) else None
+        dataset = tokenize(dataset, processing_class, args, name)
+        if rows is not None:
+            say_what_was_dropped(rows, len(dataset), name, args.max_length)
+        if self.groups:
+            return self._with_others(dataset, processing_class, args, name, tokenize)
+        if not self.empty_trace:
+            return dataset
+        options = {}
+        if isinstance(dataset, Dataset):
+            pair = {column: dataset.features[column] for column in TOKENIZED}
+            features = {column: kind for column, kind in dataset.features.items() if column != HAS_TRACES}
+            options = {
+                "num_proc": args.dataset_num_proc,
+                "features": type(dataset.features)({**features, FURTHER: [pair]}),
+            }
+        return dataset.map(
+            tokenize_empty_trace, fn_kwargs={"tokenizer": tokenizer}, remove_columns=[HAS_TRACES], **options
+        )
+
+    def _with_others(
+        self, dataset: Dataset, processing_class: Any, args: Any, name: str, tokenize: Callable
+    ) -> Dataset:
+        """Whole groups: best and worst are TRL's pair, and the others are tokenized by TRL as pairs of their own."""
+        # A plain copy: `dataclasses.replace` would run `__post_init__` and reset the state of accelerate
+        whole = copy.copy(args)
+        whole.max_length = None  # rows were dropped above, where their prompts leave no room
+
+        def others(flat: Dataset) -> Dataset:
+            return tokenize(flat, processing_class, whole, f"{name} (other completions)")
+
+        beside = [column for column in ("prompt", "tools", "chat_template_kwargs") if column in dataset.column_names]
+        dataset = map_further(dataset, OTHERS, others, TOKENIZED, beside)
+        return dataset.map(_single_last)
+
+
+def refuse_turns(example: dict, index: int, split: str) -> dict:
+    """Raise a `ValueError` for a completion of several assistant turns: their tokens cannot be told apart."""
+    for side in ("chosen", "rejected"):
+        messages = example[side] if isinstance(example[side], list) else ()
+        if sum(message.get("role") == "assistant" for message in messages) > 1:
+            raise ValueError(
+                f"Row {index} of the {split} dataset: {side!r} has several assistant turns, and a loss in use reads log-probs of "
+                "tokens, whose turns are not told apart. Split the conversation at its last turn, or choose another loss."
+            )
+    return example
+
+
+def _single_last(example: dict) -> dict:
+    """The last of an odd number of others stands alone; to be tokenized it stood twice."""
+    if len(example[GROUP_SCORES]) % 2:
+        example[FURTHER][-1]["rejected_ids"] = []
+    return example

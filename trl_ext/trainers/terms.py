@@ -1,0 +1,223 @@
+"""The losses of a run, once for both trainers: their weights and state, their sum, what they log, what a checkpoint keeps of them."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from safetensors.torch import load_file, save_file
+
+from trl_ext.data.columns import WEIGHT
+from trl_ext.losses import GroupBatch, PreferenceBatch
+from trl_ext.losses.bias_variance import present
+from trl_ext.rows import Plan, Scored
+
+
+LOSSES_FILE = "losses.json"
+STATE_FILE = "loss_state.safetensors"
+
+Sums = dict[str, torch.Tensor]
+
+
+class Terms:
+    """
+    Losses with their weights and what they remember.
+
+    Args:
+        losses (`dict[str, Loss]`):
+            Those that are computed here, by name.
+        weights (`dict[str, float]`):
+            Their weights.
+        theirs (`dict[str, float]`, *optional*):
+            Weights of the loss types that TRL computes.
+        can_be_empty (`bool`, *optional*, defaults to `False`):
+            Whether a micro-batch may teach nothing, in one process or in all of them.
+    """
+
+    def __init__(
+        self,
+        losses: Mapping[str, Any],
+        weights: Mapping[str, float],
+        theirs: Mapping[str, float] | None = None,
+        can_be_empty: bool = False,
+    ):
+        self.losses, self.weights, self.theirs = dict(losses), dict(weights), dict(theirs or {})
+        self.can_be_empty = can_be_empty
+        self.state = {name: state for name, loss in self.losses.items() if (state := loss.init_state())}
+        self._compared: set[str] = set()
+
+    @property
+    def reads(self) -> frozenset[str]:
+        """What any of the losses reads; what none reads does not exist in the run. TRL's read the reference."""
+        ours = frozenset().union(*(loss.reads for loss in self.losses.values()))
+        return ours | {"ref_logps"} if self.theirs or not self.losses else ours
+
+    @property
+    def all_weights(self) -> dict[str, float]:
+        """Weight of each loss of the run, TRL's own first."""
+        return self.theirs | self.weights
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """The losses with a paper."""
+        return {name: loss for name, loss in self.losses.items() if loss.paper}
+
+    def total(
+        self,
+        scored: Scored,
+        plan: Plan,
+        beta: float,
+        training: bool,
+        reduce: Callable[[Sums], Sums],
+    ) -> tuple[torch.Tensor, dict[str, Any], dict[str, torch.Tensor]]:
+        """
+        Weighted sum of the losses, each a mean over pairs or groups; the metrics of the micro-batch; and each loss by itself.
+
+        Args:
+            scored ([`~trl_ext.rows.Scored`]):
+                Log-probabilities of the rows.
+            plan ([`~trl_ext.rows.Plan`]):
+                What is learnt from them.
+            beta (`float`):
+                Temperature.
+            training (`bool`):
+                Whether the losses' state takes the micro-batch in.
+            reduce (`Callable`):
+                Adds a dict of tensors up over processes.
+        """
+        pairs = scored.pair_batch(plan, beta)
+        groups = None if plan.groups is None else scored.group_batch(plan, beta)
+        rows = len(plan.pairs)
+        metrics = _of_pairs(pairs) if rows else {}
+        terms = {}
+        total = torch.zeros((), dtype=scored.logps.dtype, device=scored.logps.device)
+        moving = bool(training and self.state)
+        if moving and self.can_be_empty:
+            moving = bool(reduce({"rows": torch.tensor(float(rows), device=total.device)})["rows"])
+        for name, loss in self.losses.items():
+            batch = groups if groups is not None and loss.takes_groups else pairs
+            moves = moving and name in self.state
+            if moves and loss.update_first:
+                self._move(name, batch, reduce)
+            batch = self._with_state(name, batch)
+            if rows:
+                per_row = self._per_row(name, batch, rows)
+                per_row = per_row if plan.share is None else per_row * plan.share.to(per_row.dtype)
+                terms[f"loss/{name}"] = per_row.sum() / (plan.count or rows)
+                total = total + self.weights[name] * terms[f"loss/{name}"]
+                for key, value in self._metrics(name, batch, rows).items():
+                    metrics[f"{name}/{key}" if key in metrics else key] = value
+            if moves and not loss.update_first:
+                self._move(name, batch, reduce)
+        return total, metrics, terms
+
+    def _per_row(self, name: str, batch: PreferenceBatch | GroupBatch, rows: int) -> torch.Tensor:
+        values = self.losses[name](batch)
+        if values.shape != (rows,):
+            raise ValueError(
+                f"The loss {name!r} returned shape {tuple(values.shape)}; expected one value per pair or group, shape {(rows,)}. "
+                "Reduce over tokens or completions, not over pairs."
+            )
+        return values
+
+    def _metrics(self, name: str, batch: PreferenceBatch | GroupBatch, rows: int) -> dict[str, Any]:
+        metrics = self.losses[name].metrics(batch)
+        for key, value in metrics.items():
+            if isinstance(value, torch.Tensor) and value.shape not in ((), (rows,)):
+                raise ValueError(
+                    f"The metric {key!r} of the loss {name!r} has shape {tuple(value.shape)}; expected a number, or {(rows,)}, one "
+                    "value per pair or group."
+                )
+        return metrics
+
+    # State
+
+    def _with_state(self, name: str, batch: Any) -> Any:
+        if name not in self.state:
+            return batch
+        device = batch.chosen_logps.device if isinstance(batch, PreferenceBatch) else batch.logps.device
+        self.state[name] = {key: value.to(device) for key, value in self.state[name].items()}
+        return dataclasses.replace(batch, state=self.state[name])
+
+    def _move(self, name: str, batch: Any, reduce: Callable[[Sums], Sums]) -> None:
+        """Let the state of a loss take the micro-batch in."""
+        batch = self._with_state(name, batch)
+        before = self.state[name]
+        with torch.no_grad():
+            after = self.losses[name].update(before, batch, reduce)
+        forms = [{key: (tuple(v.shape), v.dtype) for key, v in state.items()} for state in (before, after)]
+        if forms[0] != forms[1]:
+            raise ValueError(
+                f"`update` of the loss {name!r} gave the state {forms[1]}; expected that of `init_state`, {forms[0]}."
+            )
+        self.state[name] = {key: value.detach() for key, value in after.items()}
+        if name not in self._compared and PartialState().num_processes > 1:
+            self._compared.add(name)
+            first, *others = gather_object([{key: value.tolist() for key, value in after.items()}])
+            if any(other != first for other in others):
+                raise ValueError(
+                    f"The state of the loss {name!r} differs between processes after its first update, so each would train another "
+                    "objective. Its `update` has to build it from sums and counts that went through `reduce`."
+                )
+
+    # Checkpoints
+
+    def _on_paper(self) -> dict[str, Any]:
+        """Each loss with its weight and hyper-parameters, as JSON has it."""
+        described = {
+            name: {"weight": weight, **(dataclasses.asdict(self.losses[name]) if name in self.losses else {})}
+            for name, weight in self.all_weights.items()
+        }
+        return json.loads(json.dumps(described, default=str))
+
+    def save(self, folder: str | Path) -> None:
+        """Write losses and state into a checkpoint, for [`load`]. Called in one process: the state is the same in all."""
+        (Path(folder) / LOSSES_FILE).write_text(json.dumps(self._on_paper(), indent=2) + "\n")
+        tensors = {f"{name}/{key}": value for name, state in self.state.items() for key, value in state.items()}
+        if tensors:
+            save_file({key: value.cpu().contiguous() for key, value in tensors.items()}, Path(folder) / STATE_FILE)
+
+    def load(self, folder: str | Path) -> None:
+        """
+        Take the state from a checkpoint.
+
+        Raises:
+            `ValueError`: If the checkpoint was trained with other losses, or lacks the state of one. A checkpoint that says
+                nothing of losses, such as one of TRL's own trainer, passes where no loss keeps state.
+        """
+        path, now = Path(folder) / LOSSES_FILE, self._on_paper()
+        before = json.loads(path.read_text()) if path.exists() else now
+        if before != now:
+            raise ValueError(
+                f"The checkpoint {folder} was trained with the losses {before}, and this run has {now}. A resumed run continues "
+                "the same objective: restore these settings, or start a new run from the checkpoint's model (`model=` that "
+                "folder, without `resume_from_checkpoint`)."
+            )
+        if not self.state:
+            return
+        path = Path(folder) / STATE_FILE
+        saved = load_file(path) if path.exists() else {}
+        wanted = {f"{name}/{key}" for name, state in self.state.items() for key in state}
+        if set(saved) != wanted:
+            raise ValueError(
+                f"The checkpoint {folder} holds the state {sorted(saved)} of losses; this run needs {sorted(wanted)} ({STATE_FILE}). "
+                "Resume from a checkpoint that was saved with it, or start a new run from the checkpoint's model."
+            )
+        self.state = {name: {key: saved[f"{name}/{key}"] for key in state} for name, state in self.state.items()}
+
+
+def _of_pairs(batch: PreferenceBatch) -> dict[str, torch.Tensor]:
+    """What is logged of each pair, whatever the loss; NaN where a row has no traced pair."""
+    metrics = {"lengths/chosen": batch.chosen_lengths, "lengths/rejected": batch.rejected_lengths}
+    if batch.ref_chosen_logps is not None:
+        metrics |= {"logratios/chosen": batch.chosen_logratios, "logratios/rejected": batch.rejected_logratios}
+    if batch.empty_trace is not None:
+        there = present(batch)
+        metrics = {name: value.float().masked_fill(~there, torch.nan) for name, value in metrics.items()}
+    if WEIGHT in batch.columns:
+        metrics["pair_weight/mean"] = batch.columns[WEIGHT]
+    return metrics

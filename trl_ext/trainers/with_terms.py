@@ -1,0 +1,88 @@
+"""What the offline and the online trainer do alike with their losses: log, save, resume, describe."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer
+
+from trl_ext.trainers.metrics import Means
+from trl_ext.trainers.model_card import complete_model_card, describe_losses
+from trl_ext.trainers.reference import load_reference, save_reference
+from trl_ext.trainers.terms import Terms
+
+
+class WithTerms:
+    """Put in front of a trainer of TRL's. `_terms` are set when the trainer is built."""
+
+    _terms: Terms
+
+    def _keep_terms(self, terms: Terms, title: str) -> None:
+        """Take the losses of the run, under which the model card and its tags name the model."""
+        self._terms = terms
+        self._means = {"train": Means(), "eval": Means()}
+        self._due: dict[str, float] = {}
+        described = terms.described
+        if described:
+            first = next(iter(described.values()))
+            self._name = title
+            self._paper = {"title": first.title, "id": first.paper.split(",")[0], "citation": first.citation}
+            self._tag_names = [*self._tag_names, "trl-ext", *described]
+
+    # Metrics
+
+    def _note(self, metrics: dict[str, Any], rows: int = 1) -> None:
+        self._means["train" if self.model.training else "eval"].add(metrics, rows)
+
+    def _over_processes(self, sums: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return self.accelerator.reduce(sums, reduction="sum")
+
+    def _maybe_log_save_evaluate(self, *args, **kwargs):
+        # Here and not in `log`, which a script may call in one process alone
+        if self.control.should_log or self.control.should_training_stop:
+            self._due |= self._means["train"].over_processes()
+        # transformers' own: that of TRL's online trainer rounds the loss, and divides by the number of its statistics
+        return Trainer._maybe_log_save_evaluate(self, *args, **kwargs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.model.training:
+            logs.update(self._due)
+            self._due = {}
+        super().log(logs, start_time)
+
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+    ):
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        own = self._means["eval"].over_processes()
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in own.items()})
+        return output
+
+    # Checkpoints
+
+    def _save_checkpoint(self, model, trial):
+        super()._save_checkpoint(model, trial)
+        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+        if self.is_world_process_zero():
+            self._terms.save(folder)
+        if self._reference_moves:
+            save_reference(self.accelerator.unwrap_model(self.ref_model), folder)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):  # DeepSpeed never calls `_load_from_checkpoint`
+        if checkpoint is not None:
+            self._terms.load(checkpoint)
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self._reference_moves:
+            load_reference(self.accelerator.unwrap_model(self.ref_model), checkpoint)
+
+    @property
+    def _reference_moves(self) -> bool:
+        """Whether a reference model of its own follows the policy; an adapter does so inside the model."""
+        return self.args.sync_ref_model and self.ref_model is not None
+
+    def create_model_card(self, *args, **kwargs):
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            terms = self._terms
+            table = describe_losses(terms.all_weights, terms.losses, self.beta) if terms.described else ""
+            complete_model_card(self.args.output_dir, self.model, table)
