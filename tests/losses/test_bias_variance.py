@@ -95,6 +95,7 @@ def test_base_that_reads_columns():
 )
 def test_beta_of_0_where_the_base_divides_by_it(base, divides):
     assert get_loss("bias_variance", base=base).divides_by_beta is divides
+    assert get_loss("bias_variance", base=base).reads_beta is (base != "inpo")
     if divides:
         with pytest.raises(ValueError, match=r"`beta=0` has no meaning for \['bias_variance'\]"):
             DPOConfig(output_dir="unused", loss_type="bias_variance", loss_kwargs={"base": base}, beta=0.0, bf16=False)
