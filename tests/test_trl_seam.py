@@ -112,7 +112,7 @@ def test_every_private_name_stands_in_the_seam():
 
 def test_online_arguments_are_trls():
     theirs, ours = (inspect.signature(cls.__init__).parameters for cls in (OnlineDPOTrainer, trl_ext.OnlineDPOTrainer))
-    assert list(ours) == [*theirs, "preference_fn"]
+    assert list(ours) == [*theirs, "judge"]
     assert all(ours[name].default == theirs[name].default for name in theirs)
 
 

@@ -7,19 +7,11 @@ from typing import Any
 from trl.experimental.online_dpo import OnlineDPOConfig as TRLOnlineDPOConfig
 
 from trl_ext.data.pairing import PAIRINGS
-from trl_ext.losses.base import Loss, SigmoidLoss, hinge
+from trl_ext.losses.base import HingeLoss, SigmoidLoss
 from trl_ext.losses.online_ipo import OnlineIPOLoss
 from trl_ext.trainers.arguments import LossArguments
 from trl_ext.trainers.loss_terms import build_losses, check_combination, resolve_loss_types
 from trl_ext.trainers.online.checks import check_losses, check_reference
-
-
-@dataclass(frozen=True)
-class HingeLoss(Loss):
-    """TRL's `hinge` as a loss on a batch."""
-
-    def __call__(self, batch):
-        return hinge(batch)
 
 
 # TRL's loss types that have a meaning online, as TRL computes them there: on sums over tokens

@@ -325,7 +325,9 @@ class OnlineDPOTrainer(Generation, WithTerms, TRLOnlineDPOTrainer):
             scored = dataclasses.replace(scored, behaviour_logps=scored.logps.detach())
         total, metrics, alone = terms.total(scored, plan, self.beta, self.model.training, self._over_processes)
         self._note(metrics, len(plan.pairs))
-        self._note({"beta": self.beta} | (alone if len(terms.losses) > 1 else {}), plan.count)
+        self._note({"beta": self.beta})
+        if len(terms.losses) > 1:
+            self._note(alone, plan.count)
         for selection, place, lost, suffix in zip(selections, places, dropped, ("", "_empty_trace"), strict=False):
             values = of_completions(selection.completions, selection.scores) | {"pairs/dropped_prompts": lost}
             values |= of_learnt(selection, place, scored.logps, scored.ref_logps, self.beta)
