@@ -181,8 +181,8 @@ def test_evaluation_data_where_a_loss_reads_the_oracle(tiny_model_dir, tmp_path)
 
     data = prompts(2)
     trainer = online(tiny_model_dir, tmp_path, loss_type="anchored", trainer_kwargs=ORACLE)
-    trainer._terms.losses = {"reads": Reads()}
-    assert trainer._checked_eval(data)["prompt"][:] == data["prompt"][:]
+    trainer._data.losses = {"reads": Reads()}
+    assert trainer._data.evaluation(data)["prompt"][:] == data["prompt"][:]
     trainer.judge = None
     with pytest.raises(ValueError, match="'reads' needs 'preference_prob': give a `judge`"):
         trainer._checked_eval(data)

@@ -13,7 +13,8 @@ import trl_ext
 from tests.online.runs import Scripted, batch, conversations, learn, online, prompts
 from trl_ext.losses import get_loss, register_loss, registry
 from trl_ext.losses.base import Loss
-from trl_ext.trainers.online.checks import check_prompts, read_columns, reads_win_rates
+from trl_ext.trainers.online.checks import reads_win_rates
+from trl_ext.trainers.online.prompts import check_prompts, read_columns
 
 
 def soft(prompts, first, second):

@@ -342,7 +342,7 @@ def test_a_prompt_that_ties_shifts_no_column(tiny_model_dir, tmp_path):
         cls=Scripted,
         trainer_kwargs={"train_dataset": data, "reward_funcs": second_ties},
     )
-    trainer._terms.losses, trainer._columns = {"sigmoid": Reads()}, ["level", "weight"]
+    trainer._terms.losses, trainer._data.columns = {"sigmoid": Reads()}, ["level", "weight"]
     inputs = batch(trainer)
     learn(trainer, inputs)
     levels = inputs["level"]
