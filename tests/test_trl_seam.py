@@ -17,7 +17,6 @@ from tests.conftest import preference_rows
 from tests.helpers import build, first_batch
 from tests.online.runs import online
 from trl_ext.trainers import trl_seam
-from trl_ext.trainers.trl_seam import names
 
 
 def test_methods_are_there():
@@ -88,7 +87,7 @@ def names_in_the_package() -> tuple[dict[str, str], set[str], set[str]]:
     """Where each name is used; those that the package defines; and all of its strings."""
     used, own, strings = {}, set(), set()
     for path in Path(trl_ext.__file__).parent.rglob("*.py"):
-        if path == Path(names.__file__):
+        if path == Path(trl_seam.names.__file__):
             continue
         for node in ast.walk(ast.parse(path.read_text())):
             found = ()

@@ -125,17 +125,17 @@ def direct():
 
 paths = [lambda: trl_ext.DPOTrainer, lambda: trl_ext.DPOConfig, lambda: trl_ext.OnlineDPOTrainer, direct,
          lambda: trl_ext.patch_trl()]
-method = theirs._prepare_dataset
-del theirs._prepare_dataset
+method, pad = theirs._prepare_dataset, utils.pad
+del theirs._prepare_dataset, utils.pad  # what is listed is looked up before the trainer's file asks for the other
 for path in paths:
     assert re.match(r'''{GONE}pip install "trl==1\.16\.\*"$''', said(path) or "nothing"), said(path)
+utils.pad = pad
 for command in (["run", "dpo"], ["run", os.__file__], ["iterate", "nowhere.yaml"], ["demo"]):
     print("COMMAND", file=sys.stderr)
     assert main(command) == 2
 theirs._prepare_dataset = method
 
-# A public one, which only the trainer's own file asks for
-pad = utils.pad
+# Now the public one, which only the trainer's own file asks for
 del utils.pad
 expected = r"trl_ext needs `trl\.trainer\.utils\.pad`, which trl \S+ does not have\. .*"
 assert re.fullmatch(expected, said(lambda: trl_ext.DPOTrainer)), said(lambda: trl_ext.DPOTrainer)
