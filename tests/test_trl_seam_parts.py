@@ -6,7 +6,8 @@ import pytest
 import torch
 import trl
 from datasets import Dataset
-from torch.distributed.tensor import Partial
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Partial, Shard, distribute_tensor
 from transformers import AutoTokenizer
 
 from tests.conftest import preference_rows
@@ -35,6 +36,18 @@ def test_gradients_of_a_sharded_head_are_averaged():
     plain = SimpleNamespace(grad_fn=SimpleNamespace())
     trl_seam.forward._average_gradients(torch.nn.Parameter(torch.ones(1)), None, plain, sharded)
     assert sharded.grad_fn.grad_placements == [Partial("avg"), Partial("avg")] and not vars(plain.grad_fn)
+
+
+def test_a_head_that_is_made_whole_is_found_by_its_gradient():
+    """torch's own: where its backward looks for the placements that are set."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        whole = distribute_tensor(torch.ones(2, requires_grad=True), mesh, [Shard(0)]).full_tensor()
+        assert whole.grad_fn.dtensor_spec.mesh.ndim == 1
+        assert whole.grad_fn.grad_placements is None
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_a_model_is_called_as_trl_calls_it():

@@ -50,7 +50,10 @@ if TYPE_CHECKING:
 def __getattr__(name: str):
     if name not in _ORIGIN:
         raise AttributeError(f"module 'trl_ext' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_ORIGIN[name]), name)
+    from trl_ext.upstream import names_explained
+
+    with names_explained():
+        value = getattr(importlib.import_module(_ORIGIN[name]), name)
     globals()[name] = value
     return value
 

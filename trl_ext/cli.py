@@ -13,6 +13,7 @@ import sys
 import traceback
 from pathlib import Path
 
+from trl_ext.upstream import explained
 from trl_ext.version import __version__
 
 
@@ -28,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, TypeError, ImportError) as error:
         if os.environ.get(TRACEBACK_VARIABLE) or not _is_about_input(error):
             raise
-        print(f"trl-ext: error: {error}", file=sys.stderr)
+        print(f"trl-ext: error: {explained(error) or error}", file=sys.stderr)
         print(f"(set {TRACEBACK_VARIABLE}=1 for the traceback)", file=sys.stderr)
         return 2
 
@@ -96,7 +97,8 @@ def _parser() -> argparse.ArgumentParser:
 def _is_about_input(error: BaseException) -> bool:
     """Whether an error was raised on purpose about what the user gave: by our code, or by TRL's command line."""
     frames = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)]
-    innermost = Path(frames[-1])
+    # An import that fails does so in Python's own code
+    innermost = Path([name for name in frames if not name.startswith("<frozen importlib")][-1])
     trl = importlib.util.find_spec("trl")
     theirs = [Path(trl.origin).parent / "scripts"] if trl is not None and trl.origin else []
     return any(folder in innermost.parents for folder in (Path(__file__).parent, *theirs))
@@ -258,13 +260,13 @@ def _inspect(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from trl_ext.trainers.patch import patch_trl
-
     path = Path(args.script)
     if not path.is_file() and args.script != "dpo":
         raise ValueError(
             f"There is no script {args.script!r}. Give the path of a Python file, or `dpo` for TRL's command."
         )
+    from trl_ext.trainers.patch import patch_trl
+
     patch_trl()
     if path.is_file():
         sys.argv = [args.script, *args.script_args]
