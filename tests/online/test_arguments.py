@@ -183,9 +183,9 @@ def test_evaluation_data_where_a_loss_reads_the_oracle(tiny_model_dir, tmp_path)
     trainer = online(tiny_model_dir, tmp_path, loss_type="anchored", trainer_kwargs=ORACLE)
     trainer._data.losses = {"reads": Reads()}
     assert trainer._data.evaluation(data)["prompt"][:] == data["prompt"][:]
-    trainer.judge = None
+    trainer._data.judged = False
     with pytest.raises(ValueError, match="'reads' needs 'preference_prob': give a `judge`"):
-        trainer._checked_eval(data)
+        trainer._data.evaluation(data)
 
 
 # Evaluation

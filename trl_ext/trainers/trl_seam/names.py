@@ -12,6 +12,7 @@ DPO_METHODS = (
     "_set_signature_columns_if_needed",
     "_get_output_dir",
     "_load_optimizer_and_scheduler",
+    "_maybe_log_save_evaluate",
     "_precompute_ref_logps",
     "_prepare_inputs",
     "_save_checkpoint",
@@ -20,6 +21,7 @@ DPO_METHODS = (
     "create_model_card",
     "evaluate",
     "evaluation_loop",
+    "log",
     "train",
 )
 DPO_ATTRIBUTES = (
@@ -29,7 +31,6 @@ DPO_ATTRIBUTES = (
     "_signature_columns",
     "_tag_names",
     "_total_train_tokens",
-    "_tp_size",
     "_tokenizer",
     "aux_loss_enabled",
     "beta",
@@ -56,6 +57,7 @@ ONLINE_METHODS = (
     "create_accelerator_and_postprocess",
     "create_model_card",
     "evaluate",
+    "evaluation_loop",
     "log",
     "prediction_step",
     "training_step",
