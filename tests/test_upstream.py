@@ -125,24 +125,24 @@ def direct():
 
 paths = [lambda: trl_ext.DPOTrainer, lambda: trl_ext.DPOConfig, lambda: trl_ext.OnlineDPOTrainer, direct,
          lambda: trl_ext.patch_trl()]
-method, pad = theirs._prepare_dataset, utils.pad
-del theirs._prepare_dataset, utils.pad  # what is listed is looked up before the trainer's file asks for the other
+method, use_adapter = theirs._prepare_dataset, utils.use_adapter
+del theirs._prepare_dataset, utils.use_adapter  # what is listed is looked up before the trainer's file asks for the other
 for path in paths:
     assert re.match(r'''{GONE}pip install "trl==1\.16\.\*"$''', said(path) or "nothing"), said(path)
-utils.pad = pad
+utils.use_adapter = use_adapter
 for command in (["run", "dpo"], ["run", os.__file__], ["iterate", "nowhere.yaml"], ["demo"]):
     print("COMMAND", file=sys.stderr)
     assert main(command) == 2
 theirs._prepare_dataset = method
 
 # Now the public one, which only the trainer's own file asks for
-del utils.pad
-expected = r"trl_ext needs `trl\.trainer\.utils\.pad`, which trl \S+ does not have\. .*"
+del utils.use_adapter
+expected = r"trl_ext needs `trl\.trainer\.utils\.use_adapter`, which trl \S+ does not have\. .*"
 assert re.fullmatch(expected, said(lambda: trl_ext.DPOTrainer)), said(lambda: trl_ext.DPOTrainer)
 assert re.fullmatch(expected, said(lambda: trl_ext.patch_trl()))
 print("COMMAND", file=sys.stderr)
 assert main(["run", "dpo"]) == 2
-utils.pad = pad
+utils.use_adapter = use_adapter
 assert trl.DPOTrainer is theirs and theirs in trl_ext.DPOTrainer.__mro__
 """
     _, said = python(code)
@@ -150,7 +150,7 @@ assert trl.DPOTrainer is theirs and theirs in trl_ext.DPOTrainer.__mro__
     assert len(commands) == 5 and "Traceback" not in said
     for each in commands[:4]:
         assert "trl-ext: error: trl_ext needs `trl.DPOTrainer._prepare_dataset`" in each
-    assert "trl-ext: error: trl_ext needs `trl.trainer.utils.pad`" in commands[4]
+    assert "trl-ext: error: trl_ext needs `trl.trainer.utils.use_adapter`" in commands[4]
 
 
 def test_without_trls_online_trainer_the_other_works():
