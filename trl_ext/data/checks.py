@@ -11,6 +11,12 @@ logger = logging.getLogger(__name__)
 TOKENIZED = ("prompt_ids", "chosen_ids", "rejected_ids")
 
 
+def check_count(name: str, value: Any, least: int = 1) -> None:
+    """Raise a `ValueError` for an argument that is no whole number, or a smaller one than `least`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"`{name}={value!r}` must be a whole number, at least {least}.")
+
+
 def is_empty(completion: Any) -> bool:
     """Whether a completion, text or messages, says nothing. `None` stands for a completion that is not there."""
     if isinstance(completion, str):

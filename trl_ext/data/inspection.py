@@ -11,6 +11,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from trl_ext.data.cache import content_key
+from trl_ext.data.checks import check_count
 from trl_ext.data.columns import checked, columns_of, used_columns
 from trl_ext.data.groups import check_group, from_groups, is_grouped
 from trl_ext.data.tokens import pair_lengths, require_chat_template
@@ -77,7 +78,7 @@ class Inspection:
 
 
 def inspect_preferences(
-    dataset: Dataset, *, tokenizer: PreTrainedTokenizerBase | None = None, max_length: int = 1024
+    dataset: Dataset, *, processing_class: PreTrainedTokenizerBase | None = None, max_length: int = 1024
 ) -> Inspection:
     """
     Look at a dataset as training would.
@@ -85,7 +86,7 @@ def inspect_preferences(
     Args:
         dataset ([`~datasets.Dataset`]):
             Pairs or groups, plain or conversational.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             Counts tokens as training does, special ones included; without it words are counted, and nothing is said of
             truncation.
         max_length (`int`, *optional*, defaults to `1024`):
@@ -98,8 +99,7 @@ def inspect_preferences(
         `ValueError`: For data that holds no preferences, or completions of different kinds, for a `max_length` below 1, and for
             conversations where the tokenizer has no chat template.
     """
-    if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 1:
-        raise ValueError(f"`max_length={max_length!r}` must be a whole number of tokens, at least 1.")
+    check_count("max_length", max_length)
     facts = {"rows": f"{len(dataset):,}", "columns": ", ".join(columns_of(dataset, "inspected"))}
     if is_grouped(dataset.column_names):
         for row, example in enumerate(dataset):
@@ -118,20 +118,20 @@ def inspect_preferences(
     if len(rows) < len(dataset):
         facts["rows without a pair"] = _share(len(dataset) - len(rows), len(dataset))
     conversational = isinstance(rows[0]["chosen"], list)
-    if tokenizer and conversational:
-        require_chat_template(tokenizer)
+    if processing_class and conversational:
+        require_chat_template(processing_class)
     facts["form"] = "conversational" if conversational else "text"
     texts = [{side: _plain(row.get(side)) for side in SIDES} for row in rows]
-    if tokenizer:
-        counts = [pair_lengths(row, tokenizer) for row in rows]
+    if processing_class:
+        counts = [pair_lengths(row, processing_class) for row in rows]
     else:
         counts = [{side: len(row[side].split()) for side in SIDES} for row in texts]
     lengths = {side: [row[side] for row in counts] for side in SIDES}
-    unit = "tokens" if tokenizer else "words"
+    unit = "tokens" if processing_class else "words"
     for side, values in lengths.items():
         facts[f"{side}, {unit}"] = _spread(values)
     facts |= _length_bias(lengths)
-    if tokenizer:
+    if processing_class:
         whole = [row["prompt"] + max(row["chosen"], row["rejected"]) for row in counts]
         facts[f"longer than max_length={max_length}"] = _share(sum(value > max_length for value in whole), len(whole))
         facts["prompt alone fills it (dropped)"] = _share(

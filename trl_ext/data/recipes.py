@@ -76,7 +76,7 @@ def step_pairs(dataset: Dataset, steps: str = "initial_reason_steps") -> Dataset
     return dataset.map(lambda row: {"prompt": row["prompt"] + row[steps]}, remove_columns=[steps])
 
 
-def without_eos(dataset: Dataset, tokenizer: Any) -> Dataset:
+def without_eos(dataset: Dataset, processing_class: Any) -> Dataset:
     """
     Plain-text pairs as token ids, without the end-of-sequence token that TRL would add: for steps that do not end an answer.
 
@@ -85,8 +85,8 @@ def without_eos(dataset: Dataset, tokenizer: Any) -> Dataset:
     _require(dataset, ["prompt", "chosen", "rejected"])
 
     def encode(row: dict) -> dict:
-        prompt = tokenizer(row["prompt"])["input_ids"]
-        whole = {side: tokenizer(row["prompt"] + row[side])["input_ids"] for side in ("chosen", "rejected")}
+        prompt = processing_class(row["prompt"])["input_ids"]
+        whole = {side: processing_class(row["prompt"] + row[side])["input_ids"] for side in ("chosen", "rejected")}
         shared = [
             next((i for i, (a, b) in enumerate(zip(prompt, ids, strict=False)) if a != b), len(prompt))
             for ids in whole.values()
@@ -225,20 +225,20 @@ def weighted_prompts(prompts: Dataset, objectives: Sequence[str], alpha: float =
     return prompts.map(draw, load_from_cache_file=False)
 
 
-def weighted_reward(rewards: Sequence[Callable[..., Sequence[float]]]) -> Callable[..., list[float]]:
+def weighted_reward(reward_funcs: Sequence[Callable[..., Sequence[float]]]) -> Callable[..., list[float]]:
     """
     One reward function for `OnlineDPOTrainer` from several: each completion's are added with the weights of its own prompt.
 
     Args:
-        rewards (`Sequence[Callable]`):
+        reward_funcs (`Sequence[Callable]`):
             One per objective, in the order of [`weighted_prompts`], on comparable scales. They see prompts without the weights.
     """
 
     def reward(prompts, completions, objective_weights, **kwargs):
-        if any(len(weights) != len(rewards) for weights in objective_weights):
-            raise ValueError(f"Prompts have {len(objective_weights[0])} weights for {len(rewards)} rewards.")
+        if any(len(weights) != len(reward_funcs) for weights in objective_weights):
+            raise ValueError(f"Prompts have {len(objective_weights[0])} weights for {len(reward_funcs)} rewards.")
         plain = [_SHOWN.sub("", prompt) for prompt in prompts]
-        columns = [function(prompts=plain, completions=completions, **kwargs) for function in rewards]
+        columns = [function(prompts=plain, completions=completions, **kwargs) for function in reward_funcs]
         return [
             sum(weight * value for weight, value in zip(weights, values, strict=True))
             for weights, values in zip(objective_weights, zip(*columns, strict=True), strict=True)
@@ -250,29 +250,31 @@ def weighted_reward(rewards: Sequence[Callable[..., Sequence[float]]]) -> Callab
 @dataclass
 class DualVariable:
     """
-    Constrained DPO's price of the cost, and its update `lambda <- max(0, lambda + lr * (mean cost - budget))`
+    Constrained DPO's price of the cost, and its update `lambda <- max(0, lambda + learning_rate * (mean cost - budget))`
     (https://huggingface.co/papers/2403.02475; recalled, the loop confirmed by the abstract).
 
     Args:
         budget (`float`):
             Mean cost that is allowed.
-        lr (`float`):
+        learning_rate (`float`):
             Step of the update, positive.
         value (`float`, *optional*, defaults to `0.0`):
             lambda, at least 0.
     """
 
     budget: float
-    lr: float
+    learning_rate: float
     value: float = 0.0
 
     def __post_init__(self):
-        if not (self.lr > 0 and self.value >= 0):
-            raise ValueError(f"`lr={self.lr!r}` must be positive and `value={self.value!r}` at least 0.")
+        if not (self.learning_rate > 0 and self.value >= 0):
+            raise ValueError(
+                f"`learning_rate={self.learning_rate!r}` must be positive and `value={self.value!r}` at least 0."
+            )
 
     def update(self, costs: Sequence[float]) -> float:
         """After a round in which the policy's completions cost `costs`; returns the new value."""
-        self.value = max(0.0, self.value + self.lr * (sum(costs) / len(costs) - self.budget))
+        self.value = max(0.0, self.value + self.learning_rate * (sum(costs) / len(costs) - self.budget))
         return self.value
 
 
