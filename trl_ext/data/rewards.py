@@ -1,4 +1,4 @@
-"""What scores completions: reward models, functions, judges of two, and several of them as one."""
+"""What scores completions: reward models, reward functions, several of them as one, and judges of two."""
 
 import math
 import numbers
@@ -251,8 +251,11 @@ def as_scorer(
         return Ensemble(several, reward_weights=reward_weights)
     if reward_weights is not None:
         raise ValueError("`reward_weights` are of `reward_funcs`; they have no meaning with a `judge`.")
-    if not callable(judge):
-        raise ValueError(f"`judge={judge!r}` is not callable; expected judge(prompts, completions_a, completions_b).")
+    if not callable(judge) or isinstance(judge, (RewardModel, RewardFunction, Ensemble, nn.Module)):
+        raise ValueError(
+            f"`judge={judge!r}` is no judge of two; expected a function judge(prompts, completions_a, completions_b). What scores "
+            "one completion at a time is `reward_funcs`."
+        )
     return judge if isinstance(judge, JudgeFunction) else JudgeFunction(judge)
 
 

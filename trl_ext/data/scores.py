@@ -16,8 +16,8 @@ from datasets import Dataset, concatenate_datasets
 from tqdm import tqdm
 
 from trl_ext.data.cache import Ledger, content_key, default_folder, processes
-from trl_ext.data.checks import check_count
 from trl_ext.data.calibration import fit_temperature
+from trl_ext.data.checks import check_count
 from trl_ext.data.rewards import Ensemble, JudgeFunction, RewardModel, as_scorer, reward_models
 from trl_ext.data.tokens import Text, require_chat_template, template_arguments
 

@@ -1,4 +1,4 @@
-"""The online flavour: a judge in the small world scores what the policy itself writes."""
+"""The online flavour: a reward function of the small world scores what the policy itself writes."""
 
 import copy
 import time
@@ -12,12 +12,12 @@ from trl_ext.demo import lm, world
 
 
 SETTINGS = {"learning_rate": 3e-4, "beta": 0.1, "per_device_train_batch_size": 24, "num_generations": 4}
-# In logits per word: judges are known to like long answers
+# In logits per word: rewards are known to like long answers
 LENGTH_BIAS = 0.05
 LOSS_KWARGS = {"length_regularized": {"alpha": 0.06}}
 
 
-def judge(completions: list[str], **kwargs: Any) -> list[float]:
+def reward(completions: list[str], **kwargs: Any) -> list[float]:
     """The true reward, and a liking for length that the true reward has not."""
     return [world.reward(text) + LENGTH_BIAS * len(text.split()) for text in completions]
 
@@ -56,7 +56,7 @@ def train(
     trainer = OnlineDPOTrainer(
         model=policy,
         ref_model=copy.deepcopy(start),
-        reward_funcs=judge,
+        reward_funcs=reward,
         args=args,
         processing_class=tokenizer,
         train_dataset=task.train.select_columns(["prompt"]),

@@ -68,8 +68,8 @@ def demonstrate(args: argparse.Namespace) -> int:
     rng = random.Random(args.seed)
 
     with quiet(), one_thread(), progress_bars(console) as progress:
-        if args.dataset:
-            model, tokenizer, tasks = own_data(load_preferences(args.dataset), rng, progress)
+        if args.dataset_name:
+            model, tokenizer, tasks = own_data(load_preferences(args.dataset_name), rng, progress)
         else:
             model, tokenizer, tasks = small_world(rng, progress)
         save(model, tokenizer, folder / "start")
@@ -85,21 +85,25 @@ def demonstrate(args: argparse.Namespace) -> int:
                 settings = (name, tasks[data], model, tokenizer, folder, steps, args.seed, Steps(progress, bar))
                 rows.append(train_online(*settings) if args.online else train(*settings))
             except ValueError as error:
-                if not args.dataset:
+                if not args.dataset_name:
                     raise
                 skipped[label] = str(error)
                 progress.remove_task(bar)
 
-    title = f"Preferences from {args.dataset}" if args.dataset else "Preferences from a world whose reward is known"
+    title = (
+        f"Preferences from {args.dataset_name}"
+        if args.dataset_name
+        else "Preferences from a world whose reward is known"
+    )
     if args.online:
-        title = "Online, under a judge that likes long answers (the reward shown does not)"
+        title = "Online, under a reward that likes long answers (the true one, which is shown, does not)"
     console.print(report.table(rows, title))
     for name, reason in skipped.items():
         console.print(f"{name} was skipped: {reason}", style="yellow", markup=False)
     if len(skipped) == len(names):
-        raise ValueError(f"None of {names} could be trained on {args.dataset!r}; the reasons stand above.")
+        raise ValueError(f"None of {names} could be trained on {args.dataset_name!r}; the reasons stand above.")
     source = online if args.online else sys.modules[__name__]
-    settings = {"seed": args.seed, "steps": steps, "dataset": args.dataset, "online": args.online}
+    settings = {"seed": args.seed, "max_steps": steps, "dataset_name": args.dataset_name, "online": args.online}
     settings |= {"loss_kwargs": source.LOSS_KWARGS, **source.SETTINGS}
     report.save(rows, settings, folder)
     try:
