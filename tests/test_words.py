@@ -11,16 +11,16 @@ import yaml
 
 import trl_ext
 import trl_ext.data
-import trl_ext.data.recipes
 import trl_ext.rounds
 from trl_ext.cli import _parser
+from trl_ext.data import recipes
 from trl_ext.generation import sample
 from trl_ext.trainers.reward import RewardConfig, RewardTrainer
 
 
 ROOT = Path(__file__).resolve().parents[1]
 # The word of a thing, and what else it could be called
-OTHERS = {
+WORDS = {
     "reward_funcs": "reward rewards reward_fn reward_fns reward_func reward_model reward_models reward_function scorer scorers",
     "judge": "preference_fn preference_func pair pair_function oracle judges compare",
     "num_generations": "n k count num_samples num_completions samples best_of",
@@ -28,13 +28,13 @@ OTHERS = {
     "use_vllm": "backend",
     "max_new_tokens": "max_tokens",
     "cache_dir": "cache folder",
-    "loss_type": "loss loss_name",
-    "max_steps": "steps",
     "absolute_weight": "absolute_coefficient",
     "learning_rate": "lr",
-    "dataset_name": "dataset_path",
 }
-REFUSED = {other: word for word, others in OTHERS.items() for other in others.split()}
+# On the command line, where TRL's own command has a word of its own
+FLAGS = {"loss_type": "loss", "max_steps": "steps", "dataset_name": "dataset data", "output_dir": "output out"}
+REFUSED = {other: word for word, others in WORDS.items() for other in others.split()}
+REFUSED_FLAGS = REFUSED | {other: word for word, others in FLAGS.items() for other in others.split()}
 
 
 def signatures(value):
@@ -50,16 +50,14 @@ def signatures(value):
 def exported():
     modules = [trl_ext, trl_ext.data, trl_ext.rounds]
     found = {f"{module.__name__}.{name}": getattr(module, name) for module in modules for name in module.__all__}
-    recipes = {name: value for name, value in vars(trl_ext.data.recipes).items() if not name.startswith("_")}
-    of_their_own = {name: value for name, value in recipes.items() if value.__class__ is not str}
-    own = {n: v for n, v in of_their_own.items() if getattr(v, "__module__", None) == trl_ext.data.recipes.__name__}
-    return found | {f"recipes.{n}": v for n, v in own.items()} | {
-        "RewardConfig": RewardConfig, "RewardTrainer": RewardTrainer, "sample": sample,
-    }  # fmt: skip
+    for name, value in vars(recipes).items():
+        if getattr(value, "__module__", None) == recipes.__name__ and not name.startswith("_"):
+            found[f"recipes.{name}"] = value
+    return found | {"RewardConfig": RewardConfig, "RewardTrainer": RewardTrainer, "generation.sample": sample}
 
 
-def other_words(names):
-    return {name: REFUSED[name] for name in names if name in REFUSED}
+def other_words(names, refused=REFUSED):
+    return {name: refused[name] for name in names if name in refused}
 
 
 @pytest.mark.parametrize("name", sorted(exported()))
@@ -68,10 +66,9 @@ def test_signatures(name):
     assert not re.search("Pair(Function|Judge)|PreferenceF|Scorer", name)
 
 
-def test_words_are_there():
-    """What is looked at above holds the words, so that it could hold others."""
-    seen = {name for value in exported().values() for name in signatures(value)}
-    assert set(OTHERS) - {"dataset_name"} <= seen
+def test_the_words_are_there():
+    """What is looked at above holds each word, so that it could hold another in its place."""
+    assert set(WORDS) <= {name for value in exported().values() for name in signatures(value)}
 
 
 def commands(parser):
@@ -84,7 +81,7 @@ def commands(parser):
 def test_flags(command):
     flags = [flag for action in commands(_parser())[command]._actions for flag in action.option_strings]
     names = [flag.lstrip("-") for flag in flags]
-    assert not other_words(names) and "dataset" not in names
+    assert not other_words(names, REFUSED_FLAGS)
     assert not [name for name in names if "-" in name], "TRL's flags have underscores"
 
 
@@ -107,9 +104,11 @@ PAGES = [
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_pages(page):
-    """Old names in code, flags and settings: as an argument, a flag, or a setting of a file or in a sentence."""
+    """What is called, set and given in examples: arguments, flags and the settings of a file."""
     text = page.read_text()
-    arguments = re.findall(r"[(,] ?(\w+)=(?!=)", text) + re.findall(r"--(\w+)\b(?!-)", text)
-    arguments += re.findall(r"`(\w+):? ?[^`\n]*`", text) if page.suffix == ".md" else []
-    assert not other_words({*arguments} - {"k"})
-    assert not re.search(r"PairFunction|preference_fn|--output-dir|--max-length|absolute_coefficient", text)
+    arguments = re.findall(r"[(,] ?(\w+)=(?!=)", text) + re.findall(r"^(\w+):", text, flags=re.MULTILINE)
+    flags = [] if page.parent.name == "benchmarks" else re.findall(r"(?<![\w`-])`?--([\w-]+)", text)
+    assert not other_words(arguments) and not other_words(flags, REFUSED_FLAGS)
+    assert not re.search(
+        r"PairFunction|preference_fn|--output-dir|--max-length|absolute_coefficient|`(n|pair): ", text
+    )
