@@ -94,7 +94,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--memory-mb", type=float, help="`logprob_memory_mb` of our paths")
     parser.add_argument("--exact", action="store_true", help="compare gradients with a float64 model too")
     parser.add_argument(
-        "--scale", nargs="+", metavar=("AXIS", "VALUE"), help="prompt, vocab, pairs or num_generations, and the values to run it at"
+        "--scale",
+        nargs="+",
+        metavar=("AXIS", "VALUE"),
+        help="prompt, vocab, pairs or num_generations, and the values to run it at",
     )
     parser.add_argument("--csv", help="write the rows here")
     parser.add_argument("--plot", help="draw a plot here")
@@ -102,7 +105,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if args.scale and (args.scale[0] not in ("prompt", "vocab", "pairs", "num_generations") or len(args.scale) < 2):
         parser.error("--scale takes prompt, vocab, pairs or num_generations, then values: --scale prompt 50 200 800")
-    if args.num_generations < 2 or args.num_generations % 2 or (args.num_generations > 2 and args.pairs % (args.num_generations // 2)):
+    if (
+        args.num_generations < 2
+        or args.num_generations % 2
+        or (args.num_generations > 2 and args.pairs % (args.num_generations // 2))
+    ):
         parser.error("--num_generations takes an even number, and --pairs a multiple of half of it")
     if args.paths[0] != "trl":
         parser.error("--paths begins with trl: the others are compared with it")
@@ -231,7 +238,10 @@ def sampled(args: argparse.Namespace) -> list[tuple[list[int], list[list[int]]]]
         return [lengths.random.randrange(6, args.vocab) for _ in range(count)]
 
     prompts = 4 * args.pairs // (args.num_generations // 2)
-    return [(ids(lengths.prompt()), [ids(lengths.completion()) for _ in range(args.num_generations)]) for _ in range(prompts)]
+    return [
+        (ids(lengths.prompt()), [ids(lengths.completion()) for _ in range(args.num_generations)])
+        for _ in range(prompts)
+    ]
 
 
 def rows(args: argparse.Namespace) -> Dataset:
@@ -281,7 +291,17 @@ def measure(args: argparse.Namespace, flags: list[str]) -> list[dict]:
             "path": name,
             **{
                 key: getattr(args, key)
-                for key in ("size", "vocab", "prompt", "completion", "profile", "pairs", "num_generations", "lora", "dtype")
+                for key in (
+                    "size",
+                    "vocab",
+                    "prompt",
+                    "completion",
+                    "profile",
+                    "pairs",
+                    "num_generations",
+                    "lora",
+                    "dtype",
+                )
             },
             "checkpointing": not args.no_checkpointing,
             "seconds": statistics.median(seconds[name]),
@@ -291,7 +311,9 @@ def measure(args: argparse.Namespace, flags: list[str]) -> list[dict]:
             "speed": ratio(seconds["trl"], seconds[name]),
             "peak_mb": memory[name],
             "memory": memory[name] / memory["trl"],
-            "loss_difference": abs(agreement[name][0] - theirs[0]) / abs(theirs[0]) if args.num_generations == 2 else None,
+            "loss_difference": abs(agreement[name][0] - theirs[0]) / abs(theirs[0])
+            if args.num_generations == 2
+            else None,
             "gradient_difference": distance(agreement[name][1], theirs[1]) if args.num_generations == 2 else None,
             "gradient_error": distance(agreement[name][1], exact[1]) if exact else None,
             **provenance(args.device),

@@ -312,7 +312,7 @@ def files(folder):
         (["binary.jsonl"], "'binary.jsonl': it is no text: the byte at position 128"),
         (["false.parquet"], "'false.parquet': Parquet magic bytes not found"),
         (["notes.txt"], "expected a file that ends in"),
-        (["bad.csv"], "Its columns are ['answer', 'question']"),
+        (["bad.csv"], "its columns are ['answer', 'question']"),
         (["ragged.csv"], "'ragged.csv': Error tokenizing data. C error: Expected 3 fields in line 3, saw 5"),
         (
             ["mixed"],

@@ -155,7 +155,7 @@ REFUSED = [
     ({"reward_funcs": {"mean": ["implicit"]}}, "'implicit' cannot be one of several"),
     ({"reward_funcs": 3}, "is none of"),
     ({"judge": 3}, "is no judge of two"),
-    ({"scoring": {"temperature": "fit"}}, "no labels to fit it to"),
+    ({"scoring": {"temperature": "fit"}}, "groups have none"),
     ({"scoring": {"temperature": 0}}, "must be a positive number"),
     ({"scoring": {"temperature": float("inf")}}, "must be a positive number"),
     ({"scoring": {"batch_size": "4"}}, "`scoring.batch_size='4'` is a str"),

@@ -294,7 +294,7 @@ def test_chunks_are_kept_in_the_cache_by_default(tiny_model_dir, tmp_path, monke
     """One file per chunk, named by its first prompt, and taken from there the next time."""
     monkeypatch.setenv("TRL_EXT_CACHE", str(tmp_path))
     model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
-    options = {"tokenizer": AutoTokenizer.from_pretrained(tiny_model_dir), "max_new_tokens": 2, "batch_size": 2}
+    options = {"processing_class": AutoTokenizer.from_pretrained(tiny_model_dir), "max_new_tokens": 2, "batch_size": 2}
     first = sample_completions(PROMPTS, model, 1, **options)
     assert sorted(path.name for path in tmp_path.glob("samples/*/*")) == ["0.json", "2.json", "4.json"]
     monkeypatch.setattr(generators, "sample", None)

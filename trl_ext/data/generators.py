@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 from trl.trainer.utils import pad
 
-from trl_ext.data.cache import content_key
+from trl_ext.data.cache import content_key, content_seed
 from trl_ext.data.checks import check_count
 from trl_ext.generation import evaluating, sample
 
@@ -95,7 +95,7 @@ def with_transformers(
         mask = pad([torch.ones_like(row) for row in rows], padding_value=0, padding_side="left")
         devices = [device] if device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices), evaluating(model, None):
-            torch.manual_seed(int(content_key(options.seed, start), 16) % 2**31)
+            torch.manual_seed(content_seed(options.seed, start))
             output = sample(model, inputs, mask, config, options.num_generations).tolist()
         return [output[row :: len(ids)] for row in range(len(ids))]
 
@@ -120,7 +120,7 @@ def with_vllm(model: str, dtype: Any, stops: list[int], options: Sampling) -> Ge
                 top_p=options.top_p,
                 max_tokens=options.max_new_tokens,
                 stop_token_ids=stops,
-                seed=int(content_key(options.seed, start, row), 16) % 2**31,
+                seed=content_seed(options.seed, start, row),
             )
             for row in range(len(ids))
         ]

@@ -1,7 +1,6 @@
 """What a preference dataset holds, before one trains on it."""
 
 import dataclasses
-import math
 import os
 import statistics
 from pathlib import Path
@@ -11,7 +10,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from trl_ext.data.cache import content_key
-from trl_ext.data.checks import check_count
+from trl_ext.data.checks import check_count, is_finite_number, require_columns
 from trl_ext.data.columns import checked, columns_of, used_columns
 from trl_ext.data.groups import check_group, from_groups, is_grouped
 from trl_ext.data.tokens import pair_lengths, require_chat_template
@@ -108,12 +107,7 @@ def inspect_preferences(
         facts["completions per group"] = f"{min(sizes)} to {max(sizes)}"
         dataset = from_groups(dataset, "best_worst", "inspected")
         facts["pairs"] = f"{len(dataset):,}, best against worst"
-    missing = [name for name in ("chosen", "rejected") if name not in dataset.column_names]
-    if missing:
-        raise ValueError(
-            f"The dataset lacks {missing}: it holds no pairs, and no groups (completions, scores). Its columns are "
-            f"{sorted(dataset.column_names)}."
-        )
+    require_columns(dataset, ["chosen", "rejected"], " It holds no pairs, and no groups (completions, scores).")
     rows = _pairs(dataset)
     if len(rows) < len(dataset):
         facts["rows without a pair"] = _share(len(dataset) - len(rows), len(dataset))
@@ -240,11 +234,7 @@ def _margins(dataset: Dataset) -> list[float]:
     if not set(SCORES) <= set(dataset.column_names):
         return []
     rows = zip(*(dataset[name] for name in SCORES), strict=True)
-    return [a - b for a, b in rows if _finite(a) and _finite(b)]
-
-
-def _finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return [a - b for a, b in rows if is_finite_number(a) and is_finite_number(b)]
 
 
 def _remarks(dataset: Dataset, margins: list[float]) -> dict[str, str]:
@@ -252,7 +242,7 @@ def _remarks(dataset: Dataset, margins: list[float]) -> dict[str, str]:
     remarks = {}
     preferred = "preference_prob" in dataset.column_names
     if margins:
-        scores = [value for name in SCORES for value in dataset[name] if _finite(value)]
+        scores = [value for name in SCORES for value in dataset[name] if is_finite_number(value)]
         if all(value == int(value) for value in scores):
             ratings = (
                 "The scores are whole numbers: they look like ratings, not Bradley-Terry logits, the unit expected here. "

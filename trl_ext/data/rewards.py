@@ -1,7 +1,6 @@
 """What scores completions: reward models, reward functions, several of them as one, and judges of two."""
 
-import math
-import numbers
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +10,7 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 
 from trl_ext.data.cache import content_key, model_key
-from trl_ext.data.checks import check_count
+from trl_ext.data.checks import check_count, is_finite_number
 from trl_ext.data.fingerprint import function_key
 from trl_ext.data.paths import refuse_missing_path
 from trl_ext.data.tokens import Text, reward_ids, tokenizer_key
@@ -159,7 +158,7 @@ class JudgeFunction:
         return values
 
 
-COMBINATIONS = ("sum", "mean", "min")
+COMBINATIONS = {"sum": sum, "mean": statistics.fmean, "min": min}
 
 
 @dataclass
@@ -191,24 +190,18 @@ class Ensemble:
                 f"`combine={self.combine!r}`."
             )
         self.reward_funcs = [as_reward(each) for each in self.reward_funcs]
-        weights = self.reward_weights
-        if weights is not None and (
-            not isinstance(weights, (list, tuple))
-            or len(weights) != len(self.reward_funcs)
-            or not all(map(_finite, weights))
-        ):
+        number = len(self.reward_funcs)
+        weights = [1.0] * number if self.reward_weights is None else self.reward_weights
+        if not isinstance(weights, (list, tuple)) or len(weights) != number or not all(map(is_finite_number, weights)):
             raise ValueError(
-                f"`reward_weights={weights!r}` must be finite numbers, one for each of the {len(self.reward_funcs)} rewards."
+                f"`reward_weights={weights!r}` must be finite numbers, one for each of the {number} rewards."
             )
+        self.reward_weights = list(weights)
 
     def combined(self, values: Sequence[float]) -> float:
         """One reward from that of each member."""
-        weighted = [
-            weight * value for weight, value in zip(self.reward_weights or [1.0] * len(values), values, strict=True)
-        ]
-        if self.combine == "min":
-            return min(weighted)
-        return sum(weighted) / (len(weighted) if self.combine == "mean" else 1)
+        weights = zip(self.reward_weights, values, strict=True)
+        return COMBINATIONS[self.combine]([weight * value for weight, value in weights])
 
 
 def as_reward(reward_funcs: Any) -> RewardModel | RewardFunction | Ensemble:
@@ -241,9 +234,7 @@ def as_scorer(
     """
     if (reward_funcs is None) == (judge is None):
         given = "neither" if judge is None else "both"
-        raise ValueError(
-            f"Completions are scored by `reward_funcs` or by a `judge`; got {given}. Give one of the two."
-        )
+        raise ValueError(f"What scores is `reward_funcs` or a `judge`; got {given}. Give one of the two.")
     if judge is None and reward_weights is None:
         return as_reward(reward_funcs)
     if judge is None:
@@ -266,10 +257,6 @@ def reward_models(reward: Any) -> list[RewardModel]:
     return [reward] if isinstance(reward, RewardModel) else []
 
 
-def _finite(value: Any) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def finite_numbers(answer: Any, texts: Sequence[Text]) -> list[float]:
     """The answer of a function as floats, one per text; a `ValueError` if it is anything else."""
     values = answer.tolist() if hasattr(answer, "tolist") else answer
@@ -279,6 +266,6 @@ def finite_numbers(answer: Any, texts: Sequence[Text]) -> list[float]:
             f"The reward returned {given} for {len(texts)} texts; expected a list with one number per text."
         )
     for value, text in zip(values, texts, strict=True):
-        if not _finite(value):
+        if not is_finite_number(value):
             raise ValueError(f"The reward returned {value!r} for {text!r}; expected a finite number.")
     return [float(value) for value in values]

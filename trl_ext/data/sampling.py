@@ -140,13 +140,14 @@ def sample_completions(
     def as_completion(text: str, prompt: Any) -> Any:
         return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
 
-    completions = [
-        [as_completion(text, row["prompt"]) for text, _ in answer] for row, answer in zip(rows, answers, strict=True)
-    ]
     return Dataset.from_list(
         [
-            {**row, "completions": texts, "stop_reasons": [reason for _, reason in answer]}
-            for row, texts, answer in zip(rows, completions, answers, strict=True)
+            {
+                **row,
+                "completions": [as_completion(text, row["prompt"]) for text, _ in answer],
+                "stop_reasons": [reason for _, reason in answer],
+            }
+            for row, answer in zip(rows, answers, strict=True)
         ]
     )
 

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from trl_ext.data.cache import Ledger, content_key, default_folder, processes
 from trl_ext.data.calibration import fit_temperature
-from trl_ext.data.checks import check_count
+from trl_ext.data.checks import check_count, require_columns
 from trl_ext.data.rewards import Ensemble, JudgeFunction, RewardModel, as_scorer, reward_models
 from trl_ext.data.tokens import Text, require_chat_template, template_arguments
 
@@ -117,10 +117,8 @@ def check_temperature(temperature: float | str, scorer: Any, grouped: bool) -> N
 def check_texts(dataset: Dataset, grouped: bool) -> None:
     """Raise a `ValueError` for the first row that has no prompt, or a completion that is missing, empty or of another kind."""
     wanted = ["prompt", "completions"] if grouped else ["prompt", "chosen", "rejected"]
-    missing = [name for name in wanted if name not in dataset.column_names]
-    if missing:
-        hint = " `trl.extract_prompt` splits it off." if missing == ["prompt"] else ""
-        raise ValueError(f"The dataset lacks {missing}; its columns are {sorted(dataset.column_names)}.{hint}")
+    alone = "prompt" not in dataset.column_names and set(wanted[1:]) <= set(dataset.column_names)
+    require_columns(dataset, wanted, " `trl.extract_prompt` splits it off." if alone else "")
     if not len(dataset):
         raise ValueError("The dataset is empty: it has no rows to score.")
     empty = 0

@@ -10,7 +10,7 @@ from trl_ext.data.checks import check_count
 from trl_ext.data.pairing import PAIRINGS
 from trl_ext.data.paths import refuse_missing_path, refuse_unwritable_folder
 from trl_ext.data.sampling import sample_completions
-from trl_ext.data.scores import score_preferences
+from trl_ext.data.scores import check_temperature, score_preferences
 from trl_ext.rounds.checks import keyword_arguments, read_yaml, refuse_unknown, refuse_wrong_types
 from trl_ext.rounds.rewards import IMPLICIT, build_scorer
 from trl_ext.trainers.dpo_config import DPOConfig
@@ -166,14 +166,7 @@ class RoundsConfig:
                 f"as `implicit_reference`, and with no other rewards. Got `reward_funcs={self.reward_funcs!r}`, "
                 f"`judge={self.judge!r}` and `implicit_reference={self.implicit_reference!r}`."
             )
-        temperature = self.scoring.get("temperature", 1.0)
-        if not isinstance(temperature, (int, float)) or not 0 < temperature < math.inf:
-            raise ValueError(
-                f"`scoring.temperature={temperature!r}` must be a positive number: rounds score groups, which have no "
-                "labels to fit it to."
-            )
-        if self.judge is not None and temperature != 1:
-            raise ValueError("`scoring.temperature` has no meaning for a judge, whose answers are probabilities.")
+        check_temperature(self.scoring.get("temperature", 1.0), self.scorer, grouped=True)
 
     @property
     def scorer(self) -> Any:

@@ -9,7 +9,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 from transformers.integrations import get_reporting_integration_callbacks
 
-from trl_ext.data.cache import content_key, processes, write_atomically
+from trl_ext.data.cache import content_seed, processes, write_atomically
 from trl_ext.data.groups import from_groups
 from trl_ext.data.rewards import JudgeFunction
 from trl_ext.data.sampling import sample_completions
@@ -173,7 +173,7 @@ class IterativeDPO:
             prompts,
             policy,
             self.config.num_generations,
-            seed=int(content_key(self.config.seed, number), 16) % 2**31,
+            seed=content_seed(self.config.seed, number),
             cache_dir=folder / "chunks",
             **self.config.sampling,
         )
