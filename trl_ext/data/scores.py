@@ -5,6 +5,7 @@ Each text is scored once, whatever dataset it stands in and however often: resul
 weights, template, truncation), are written batch by batch, and a run that was killed goes on where it was.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -80,9 +81,7 @@ def score_preferences(
     if isinstance(scorer, JudgeFunction):
         return _add_preferences(dataset, scorer, grouped, batch_size, folder)
     texts = [
-        (row["prompt"], completion, template_arguments(row))
-        for row in dataset
-        for completion in (row["completions"] if grouped else (row["chosen"], row["rejected"]))
+        (row["prompt"], completion, template_arguments(row)) for row in dataset for completion in _completions(row)
     ]
     scores = iter(_scores(texts, scorer, batch_size, folder))
     if grouped:
@@ -126,7 +125,7 @@ def check_texts(dataset: Dataset, grouped: bool) -> None:
         prompt = row["prompt"]
         if not isinstance(prompt, (str, list)) or (isinstance(prompt, list) and not prompt):
             raise ValueError(f"Row {index}: the prompt is {prompt!r}; expected text or messages.")
-        completions = row["completions"] if grouped else [row["chosen"], row["rejected"]]
+        completions = _completions(row)
         if not isinstance(completions, list) or not completions:
             raise ValueError(f"Row {index}: `completions` is {completions!r}; expected a list of at least one.")
         for completion in completions:
@@ -135,6 +134,11 @@ def check_texts(dataset: Dataset, grouped: bool) -> None:
         logger.warning(
             f"{empty} completions of the dataset are empty: the policy ended at once. They are scored as they are."
         )
+
+
+def _completions(row: dict) -> list[Text]:
+    """Of a pair or a group."""
+    return row["completions"] if "completions" in row else [row["chosen"], row["rejected"]]
 
 
 def _check_completion(completion: Any, prompt: Text, index: int, grouped: bool) -> bool:
@@ -216,14 +220,7 @@ def _computed(
 def _add_preferences(dataset: Dataset, judge: JudgeFunction, grouped: bool, batch_size: int, folder: Path) -> Dataset:
     """Each two completions of a row compared once."""
 
-    def twos(row: dict) -> list[tuple[int, int]]:
-        count = len(row["completions"]) if grouped else 2
-        return [(i, j) for i in range(count) for j in range(i + 1, count)]
-
-    def texts(row: dict) -> list[Text]:
-        return row["completions"] if grouped else [row["chosen"], row["rejected"]]
-
-    triples = [(row["prompt"], texts(row)[i], texts(row)[j]) for row in dataset for i, j in twos(row)]
+    triples = [(row["prompt"], *two) for row in dataset for two in itertools.combinations(_completions(row), 2)]
     keys = [content_key(*triple) for triple in triples]
 
     known = _computed(
@@ -239,7 +236,7 @@ def _add_preferences(dataset: Dataset, judge: JudgeFunction, grouped: bool, batc
     scores = []
     for row in dataset:
         wins = [0.0] * len(row["completions"])
-        for i, j in twos(row):
+        for i, j in itertools.combinations(range(len(wins)), 2):
             p = next(answers)
             wins[i] += p
             wins[j] += 1 - p

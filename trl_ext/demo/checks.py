@@ -1,11 +1,10 @@
 """What the demonstration refuses before it builds anything."""
 
 import argparse
-import tempfile
 from pathlib import Path
 
 from trl_ext import list_losses
-from trl_ext.data.paths import refuse_missing_path
+from trl_ext.data.paths import refuse_missing_path, refuse_unwritable_folder
 from trl_ext.demo import BASELINE, IN_ROUNDS, ONLINE_STEPS, STEPS
 from trl_ext.losses import TRL_LOSS_TYPES, loss_class, resolve_name
 from trl_ext.trainers.online.config import ONLINE_TRL_LOSSES
@@ -60,12 +59,7 @@ def data(args: argparse.Namespace) -> None:
 
 def output_folder(args: argparse.Namespace) -> Path:
     """The output folder, made where it is not there."""
+    refuse_unwritable_folder(args.output_dir, "output_dir")
     folder = Path(args.output_dir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise ValueError(
-            f"`--output_dir {args.output_dir}` cannot be written to: {error}. Give the path of a folder."
-        ) from error
+    folder.mkdir(parents=True, exist_ok=True)
     return folder

@@ -84,20 +84,15 @@ def demonstrate(args: argparse.Namespace) -> int:
             label = name if data == "plain" else f"{name} ({data})"
             bar = progress.add_task(f"training {label}", total=steps)
             try:
-                callback = Steps(progress, bar)
-                row = train(name, tasks[data], model, tokenizer, folder, steps, args.seed, callback, flavour)
-                rows.append(row)
+                given = (model, tokenizer, folder, steps, args.seed, Steps(progress, bar), flavour)
+                rows.append(train(name, tasks[data], *given))
             except ValueError as error:
                 if not args.dataset_name:
                     raise
                 skipped[label] = str(error)
                 progress.remove_task(bar)
 
-    title = (
-        f"Preferences from {args.dataset_name}"
-        if args.dataset_name
-        else "Preferences from a world whose reward is known"
-    )
+    title = f"Preferences from {args.dataset_name or 'a world whose reward is known'}"
     if args.online:
         title = "Online, under a reward that likes long answers (the true one, which is shown, does not)"
     console.print(report.table(rows, title))
