@@ -45,7 +45,7 @@ def test_example(name, tiny_model_dir, shared_data, tmp_path):
                "--output_dir", tmp_path / "out", "--max_steps", "2", "--logging_steps", "1", "--use_cpu", "--bf16", "false",
                "--per_device_train_batch_size", "2", "--report_to", "none"]  # fmt: skip
     if name == "madpo":
-        command += ["--reward_steps", "2", "--held_out", "0.25"]
+        command += ["--reward_max_steps", "2", "--held_out", "0.25"]
     if name == "online_dpo":
         command += ["--max_new_tokens", "8"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_DATASETS_CACHE": str(tmp_path / "cache"),

@@ -116,9 +116,9 @@ class IterativeDPO:
         win_rates = config.judge is not None and config.length_shaping is None
         if getattr(self.losses.get("sppo_soft"), "target", None) == "win_rate" and not win_rates:
             raise ValueError(
-                f"`sppo_soft` reads scores as win rates, in [0, 1], which `reward_funcs={config.reward_funcs!r}` with "
-                f"`length_shaping={config.length_shaping!r}` does not give. Give a judge of two, `judge='module:function'`, without "
-                "length shaping; or take the scores as they are: `loss_kwargs={'target': 'score'}`."
+                f"`sppo_soft` reads scores as win rates, in [0, 1], which `reward_funcs={config.reward_funcs!r}`, "
+                f"`judge={config.judge!r}` and `length_shaping={config.length_shaping!r}` do not give. Give a judge of "
+                "two, `judge='module:function'`, without length shaping; or take the scores as they are: `loss_kwargs={'target': 'score'}`."
             )
 
     def run(self) -> list[dict[str, Any]]:
