@@ -81,8 +81,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     inspect.add_argument("dataset", metavar="DATASET", help="hub name, folder or file (JSON Lines, CSV, Parquet)")
     inspect.add_argument("--split", default="train", help="of a dataset that has several (default: %(default)s)")
-    inspect.add_argument("--tokenizer", metavar="PATH", help="counts tokens with it, not words; hub name or folder")
-    inspect.add_argument("--max-length", type=int, default=1024, help="of training, in tokens (default: %(default)s)")
+    inspect.add_argument(
+        "--processing_class", metavar="PATH", help="tokenizer that counts tokens, not words; hub name or folder"
+    )
+    inspect.add_argument("--max_length", type=int, default=1024, help="of training, in tokens (default: %(default)s)")
     inspect.add_argument("--plot", metavar="FILE", help="draw lengths and margins here")
     inspect.set_defaults(function=_inspect)
 
@@ -230,7 +232,7 @@ def _iterate(args: argparse.Namespace) -> int:
     overrides = {name[2:]: read_yaml(value, name) for name, value in zip(names, values, strict=True)}
     if not Path(args.config).is_file():
         raise ValueError(f"There is no file {args.config!r}. Recipes lie in examples/rounds.")
-    sys.path.insert(0, os.getcwd())  # judges of the user's own
+    sys.path.insert(0, os.getcwd())  # reward functions and judges of the user's own
     config = RoundsConfig.from_yaml(args.config, overrides)
     metrics = IterativeDPO(config).run()
     Console().print(table(metrics))
@@ -240,7 +242,7 @@ def _iterate(args: argparse.Namespace) -> int:
 def _inspect(args: argparse.Namespace) -> int:
     # What can be refused is, before anything is loaded
     if args.max_length < 1:
-        raise ValueError(f"`--max-length {args.max_length}` must be at least 1.")
+        raise ValueError(f"`--max_length {args.max_length}` must be at least 1.")
     from rich.console import Console
 
     from trl_ext.data.inspection import check_plot, inspect_preferences
@@ -248,9 +250,9 @@ def _inspect(args: argparse.Namespace) -> int:
 
     if args.plot:
         check_plot(args.plot)
-    tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
+    tokenizer = load_tokenizer(args.processing_class) if args.processing_class else None
     dataset = load_preferences(args.dataset, split=args.split)
-    report = inspect_preferences(dataset, tokenizer=tokenizer, max_length=args.max_length)
+    report = inspect_preferences(dataset, processing_class=tokenizer, max_length=args.max_length)
     for table in report.tables():
         Console().print(table)
     if args.plot:

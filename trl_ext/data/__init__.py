@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 _ORIGIN = {
     "EMPTY_TRACE": "reasoning",
     "Ensemble": "rewards",
-    "PairFunction": "rewards",
+    "JudgeFunction": "rewards",
     "PreferenceCollator": "collator",
     "RewardFunction": "rewards",
     "RewardModel": "rewards",
@@ -27,7 +27,7 @@ _ORIGIN = {
 __all__ = [
     "EMPTY_TRACE",
     "Ensemble",
-    "PairFunction",
+    "JudgeFunction",
     "PreferenceCollator",
     "RewardFunction",
     "RewardModel",
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from .inspection import inspect_preferences
     from .load import load_preferences
     from .reasoning import EMPTY_TRACE, strip_reasoning_traces
-    from .rewards import Ensemble, PairFunction, RewardFunction, RewardModel
+    from .rewards import Ensemble, JudgeFunction, RewardFunction, RewardModel
     from .sampling import pair_traces, sample_completions
     from .scores import score_preferences
 
