@@ -210,13 +210,20 @@ class Path:
             self.trainer.model.gradient_checkpointing_enable(config.gradient_checkpointing_kwargs)
         self.trainer.model.train()
         self.trainer.current_gradient_accumulation_steps = 1
+        self.examples: list[list[dict]] = []
+        self.collate, self.trainer.data_collator = self.trainer.data_collator, self.collate_and_keep
         self.batches = [self.trainer._prepare_inputs(batch) for batch in self.trainer.get_train_dataloader()]
         self.turn = 0
 
+    def collate_and_keep(self, examples: list[dict]) -> dict:
+        self.examples.append(examples)
+        return self.collate(examples)
+
     def step(self) -> None:
-        batch = self.batches[self.turn % len(self.batches)]
+        examples = self.examples[self.turn % len(self.examples)]
         self.turn += 1
-        self.trainer.training_step(self.trainer.model, batch)
+        # Padding and layout are part of the step: without workers, a run waits for them
+        self.trainer.training_step(self.trainer.model, self.trainer._prepare_inputs(self.collate(examples)))
         self.trainer.optimizer.step()
         self.trainer.model.zero_grad()
 
@@ -265,9 +272,11 @@ def groups(args: argparse.Namespace) -> Dataset:
                 "rejected_ids": completions[1],
                 "score_chosen": 1.0,
                 "score_rejected": 0.0,
-                "other_prompt_ids": [prompt] * (args.num_generations - 2),
-                "other_ids": completions[2:],
-                "other_scores": [0.5] * (args.num_generations - 2),
+                "further_pairs": [
+                    {"prompt_ids": prompt, "chosen_ids": completions[k], "rejected_ids": completions[k + 1]}
+                    for k in range(2, args.num_generations, 2)
+                ],
+                "group_scores": [1.0, 0.0, *[0.5] * (args.num_generations - 2)],
             }
             for prompt, completions in sampled(args)
         ]
