@@ -192,16 +192,13 @@ def _reads_and_state(name: str) -> list[str]:
         loss = None
     depends = "depends on the hyper-parameters"
     fixed = isinstance(cls.reads, frozenset)
+    stated = cls.reads if fixed else getattr(loss, "reads", None)
     words = {"ref_logps": "reference", "token_logps": "token log-probs", "behaviour_logps": "behaviour log-probs"}
-    if fixed or loss:
-        read = (cls if fixed else loss).reads
-        reads = ", ".join(["policy", *(word for name, word in words.items() if name in read)])
+    reads, state = depends, "none"
+    if stated is not None:
+        reads = ", ".join(["policy", *(word for name, word in words.items() if name in stated)])
         reads += "" if fixed else f" ({depends})"
-    else:
-        reads = depends
-    if cls.init_state is Loss.init_state:
-        state = "none"
-    else:
+    if cls.init_state is not Loss.init_state:
         state = depends if loss is None else ", ".join(loss.init_state()) or "none"
     return [f"Reads: {reads}", f"State: {state}"]
 

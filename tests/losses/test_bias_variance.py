@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import math
 
 import pytest
@@ -8,6 +9,7 @@ from tests.losses.batches import pairs
 from trl_ext import DPOConfig, PreferenceBatch, get_loss, register_loss
 from trl_ext.losses.base import PLAIN_LOSSES
 from trl_ext.losses.bias_variance import present
+from trl_ext.trainers.loss_terms import build_losses
 
 
 def both(traced, empty, **kwargs):
@@ -93,6 +95,7 @@ def test_base_that_reads_columns():
 )
 def test_beta_of_0_where_the_base_divides_by_it(base, divides):
     assert get_loss("bias_variance", base=base).divides_by_beta is divides
+    assert get_loss("bias_variance", base=base).reads_beta is (base != "inpo")
     if divides:
         with pytest.raises(ValueError, match=r"`beta=0` has no meaning for \['bias_variance'\]"):
             DPOConfig(output_dir="unused", loss_type="bias_variance", loss_kwargs={"base": base}, beta=0.0, bf16=False)
@@ -195,3 +198,105 @@ def test_remarks_are_those_of_the_base():
     assert get_loss("bias_variance", base="anchored").remark((*columns, "preference_prob")) == ""
     for base in (*PLAIN_LOSSES, "offset"):
         assert get_loss("bias_variance", base=base).remark(columns) == ""
+
+
+def test_hyperparameters_of_the_base():
+    scores = {"score_chosen": [2.5], "score_rejected": [1.0]}
+    batch = both([4.0], [-2.0], beta=0.5, **scores)
+    loss = get_loss("bias_variance", alpha=0.25, base="odpo", base_kwargs={"alpha": 2.0})
+    offset = 2 * math.log(1.5)
+    assert loss(batch).tolist() == pytest.approx([0.25 * softplus(offset - 2) + 0.75 * softplus(offset + 1)])
+    # Of the target sigmoid(1.5 / beta_r) = sigmoid(3)
+    q = 1 / (1 + math.exp(-3))
+    loss = get_loss("bias_variance", alpha=0.25, base="anchored", base_kwargs={"beta_r": 0.5, "tau": 4})
+    traced = q * softplus(-1) + (1 - q) * softplus(1)
+    empty = q * softplus(0.5) + (1 - q) * softplus(-0.5)
+    assert loss(batch).tolist() == pytest.approx([0.25 * traced + 0.75 * empty])
+    assert loss.divides_by_beta is False  # which `anchored` does without `tau`
+    assert get_loss("bias_variance", base="anchored", base_kwargs={"label_smoothing": 0.1}).remark(()) == ""
+    linear = get_loss("bias_variance", base="offset", base_kwargs={"scaling": "linear"})
+    contradicted = {"score_chosen": torch.tensor([0.0]), "score_rejected": torch.tensor([1.0])}
+    assert linear.check_columns(contradicted) is None
+
+
+def test_they_survive_json_and_stay_out_of_the_hash():
+    given = {"alpha": 0.3, "base": "offset", "base_kwargs": {"alpha": 2.0, "scaling": "linear"}}
+    loss = get_loss("bias_variance", **given)
+    assert dataclasses.asdict(loss) == given
+    assert get_loss("bias_variance", **json.loads(json.dumps(dataclasses.asdict(loss)))) == loss
+    assert loss != get_loss("bias_variance", alpha=0.3, base="offset")
+    assert hash(loss) == hash(dataclasses.replace(loss))
+    assert dataclasses.replace(loss, alpha=0.5).base_loss == get_loss("offset", alpha=2.0, scaling="linear")
+    assert loss.base_kwargs is not given["base_kwargs"]  # what the config holds may change afterwards
+
+
+def test_they_may_stand_alone_in_a_config():
+    for kwargs in ({"base_kwargs": {}}, {"bvpo": {"base_kwargs": {}}}):
+        assert build_losses(["bias_variance"], kwargs)["bias_variance"] == get_loss("bias_variance")
+    with pytest.raises(
+        ValueError, match=r"`base_kwargs=\{'alpha': 1.0\}` would be ignored: `base='sigmoid'` is TRL's"
+    ):
+        build_losses(["bias_variance"], {"base_kwargs": {"alpha": 1.0}})
+    args = DPOConfig(
+        output_dir="unused",
+        loss_type="bias_variance",
+        loss_kwargs='{"base": "offset", "base_kwargs": {"alpha": 2.0}}',
+        bf16=False,
+    )
+    loss = build_losses(["bias_variance"], args.loss_kwargs)["bias_variance"]
+    assert loss.base_loss == get_loss("offset", alpha=2.0)
+
+
+@pytest.mark.parametrize(
+    ("base", "base_kwargs", "message"),
+    [
+        ("offset", {"alhpa": 1.0}, "The loss 'offset' has no hyper-parameter 'alhpa'. Did you mean 'alpha'"),
+        ("offset", {"alpha": -1.0}, "offset: `alpha=-1.0` must be at least 0"),
+        ("odpo", {"alpha": "1"}, "OffsetLoss: `alpha='1'` is a str; expected float"),
+    ],
+)
+def test_what_the_base_refuses_names_both(base, base_kwargs, message):
+    start = rf"^bias_variance: `base='{base}'` with `base_kwargs=\{{'al.*\}}`: "
+    with pytest.raises(ValueError, match=start + message):
+        get_loss("bias_variance", base=base, base_kwargs=base_kwargs)
+
+
+@pytest.mark.parametrize("base", PLAIN_LOSSES)
+def test_trls_bases_have_no_hyperparameters(base):
+    with pytest.raises(
+        ValueError, match=rf"`base_kwargs=\{{'beta': 1.0\}}` would be ignored: `base='{base}'` is TRL's"
+    ):
+        get_loss("bias_variance", base=base, base_kwargs={"beta": 1.0})
+    assert get_loss("bias_variance", base=base, base_kwargs={}).base_kwargs == {}
+
+
+def test_a_base_that_asks_for_more_than_the_mixture_has():
+    @register_loss("greedy")
+    @dataclasses.dataclass(frozen=True)
+    class Greedy:
+        remembers: bool = False
+        looks: bool = False
+
+        @property
+        def reads(self):
+            return ["ref_logps", "token_logps", "behaviour_logps"] if self.looks else ["ref_logps"]
+
+        def init_state(self):
+            return {"mean": torch.zeros(())} if self.remembers else {}
+
+        def update(self, state, batch, reduce):
+            return state
+
+        def __call__(self, batch):
+            return batch.delta
+
+    reason = "but the mixture gives its base one log-probability per completion and no state"
+    reads = "reads 'behaviour_logps' and reads 'token_logps'"
+    for kwargs, beyond in [
+        ({"remembers": True}, "keeps state"),
+        ({"looks": True}, reads),
+        ({"remembers": True, "looks": True}, f"{reads} and keeps state"),
+    ]:
+        with pytest.raises(ValueError, match=f"^bias_variance: `base='greedy'` {beyond}, {reason}"):
+            get_loss("bias_variance", base="greedy", base_kwargs=kwargs)
+    assert get_loss("bias_variance", base="greedy").reads == frozenset({"ref_logps"})

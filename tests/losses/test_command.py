@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 import pytest
+import torch
 
 from tests.losses.conftest import PLUGIN, REGISTERED
 from trl_ext import list_losses, register_loss
@@ -117,3 +118,45 @@ def test_what_one_loss_says(name, lines, capsys):
     assert main(["losses", name]) == 0
     shown = capsys.readouterr().out.splitlines()
     assert [line for line in lines if line not in shown] == []
+
+
+def test_what_a_loss_asks_for_is_shown(capsys):
+    @register_loss("asking")
+    @dataclass(frozen=True)
+    class Asking(Loss):
+        reads = frozenset({"behaviour_logps", "token_logps", "ref_logps"})
+        names: tuple[str, ...] = ("mean", "std")
+
+        def init_state(self):
+            return dict.fromkeys(self.names, torch.zeros(()))
+
+        def update(self, state, batch, reduce):
+            return state
+
+        def __call__(self, batch):
+            return batch.delta
+
+    @register_loss("unknown_yet")
+    @dataclass(frozen=True)
+    class UnknownYet(Asking):
+        what: str
+
+        @property
+        def reads(self):
+            return frozenset({self.what})
+
+        names: tuple[str, ...] = field(kw_only=True)
+
+    @register_loss("forgetful")
+    @dataclass(frozen=True)
+    class Forgetful(Asking):
+        names: tuple[str, ...] = ()
+        reads = frozenset()
+
+    for name, *expected in [
+        ("asking", "Reads: policy, reference, token log-probs, behaviour log-probs", "State: mean, std"),
+        ("unknown_yet", "Reads: depends on the hyper-parameters", "State: depends on the hyper-parameters"),
+        ("forgetful", "Reads: policy", "State: none"),
+    ]:
+        assert main(["losses", name]) == 0
+        assert capsys.readouterr().out.splitlines()[-3:-1] == expected

@@ -95,7 +95,8 @@ class Loss:
         """
         What the loss remembers between micro-batches, by name, before the first one; `{}` for nothing.
 
-        The trainer keeps it, hands it over as `batch.state`, and saves it in checkpoints. In evaluation it stands still.
+        The trainer moves it to its device, hands it over as `batch.state`, and saves it in checkpoints. In evaluation it
+        stands still.
         """
         return {}
 

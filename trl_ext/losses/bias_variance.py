@@ -86,9 +86,9 @@ class BiasVarianceLoss(Loss):
             raise ValueError(
                 f"bias_variance: `base={self.base!r}` with `base_kwargs={self.base_kwargs}`: {error}"
             ) from error
-        beyond = [f"reads {what!r}" for what in sorted(set(loss.reads) - {"ref_logps"})] + ["keeps state"] * bool(
-            loss.init_state()
-        )
+        beyond = [f"reads {what!r}" for what in sorted(set(loss.reads) - {"ref_logps"})]
+        if loss.init_state():
+            beyond.append("keeps state")
         if beyond:
             raise ValueError(
                 f"bias_variance: `base={self.base!r}` {' and '.join(beyond)}, but the mixture gives its base one log-probability "

@@ -67,8 +67,8 @@ def register_loss(name: str, *, aliases: Iterable[str] = ()) -> Callable[[LossCl
             Other names for it.
 
     Raises:
-        `ValueError`: If one of the names is none, or TRL, this package or another class already has it; if the class reads
-            what there is not, or states `needs_reference`, or one of `init_state` and `update` without the other.
+        `ValueError`: If one of the names is none, or TRL, this package or another class already has it; if `reads` has an
+            unknown name; if the class states `needs_reference`, or one of `init_state` and `update` without the other.
         `TypeError`: If the class is not a callable dataclass.
 
     Example:
@@ -140,7 +140,7 @@ def _check_statements(cls: type) -> None:
 
 
 def _checked_reads(cls: type, reads: Any) -> frozenset[str]:
-    """The names that a loss asks for; a `ValueError` for one that there is not."""
+    """The names in `reads` as a frozenset; a `ValueError` for an unknown one."""
     if not isinstance(reads, (frozenset, set, list, tuple)):
         raise ValueError(
             f"The loss {cls.__qualname__} states `reads = {reads!r}`; expected a set of names, as in `reads = "
@@ -286,7 +286,9 @@ def get_loss(name: str, **hyperparameters: Any) -> Any:
         and field.default_factory is dataclasses.MISSING
     ]
     if missing:
-        raise ValueError(f"The loss {name!r} has no default for {missing}: set them, in a config as `loss_kwargs`.")
+        raise ValueError(
+            f"The loss {name!r} has no default for {missing}: set them, in a config as `loss_kwargs`, or in the `base_kwargs` of a loss around it."
+        )
     # Before the class sees them, so that it may compare them; and after, for defaults of a class that checks nothing itself
     loss = cls(**checked_hyperparameters(cls, hyperparameters))
     check_hyperparameters(loss)

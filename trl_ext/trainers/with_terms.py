@@ -4,8 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from transformers import Trainer
 
+from trl_ext.rows import TABLE
 from trl_ext.trainers.metrics import Means
 from trl_ext.trainers.model_card import complete_model_card, describe_losses
 from trl_ext.trainers.reference import load_reference, save_reference
@@ -28,6 +30,12 @@ class WithTerms:
             self._name = title
             self._paper = {"title": first.title, "id": first.paper.split(",")[0], "citation": first.citation}
             self._tag_names = [*self._tag_names, "trl-ext", *described]
+
+    def _prepare_inputs(self, inputs):
+        # Under DeepSpeed transformers casts all numbers to the model's dtype, in which scores of 6.1 and 6.12 would be one
+        inputs = dict(inputs)
+        table = {TABLE: send_to_device(inputs.pop(TABLE), self.args.device)} if TABLE in inputs else {}
+        return {**super()._prepare_inputs(inputs), **table}
 
     # Metrics
 

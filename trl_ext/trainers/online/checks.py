@@ -39,7 +39,7 @@ def _of_completions(column: str) -> bool:
 
 def check_reference(losses: Mapping[str, Any], args: Any) -> None:
     """Raise a `ValueError` for options that need the reference model where no loss reads one."""
-    if needs_reference(losses):
+    if any("ref_logps" in loss.reads for loss in losses.values()):
         return
     for option in ("mixture_coef", "sync_ref_model"):
         if getattr(args, option, None):
@@ -47,11 +47,6 @@ def check_reference(losses: Mapping[str, Any], args: Any) -> None:
                 f"`{option}={getattr(args, option)!r}` needs a reference model, and a run of {list(losses)} has none: none of "
                 "these losses reads it. Leave the option out, or use a loss with a reference."
             )
-
-
-def needs_reference(losses: Mapping[str, Any]) -> bool:
-    """Whether any of the losses reads log-probabilities of the reference."""
-    return any(getattr(loss, "needs_reference", True) for loss in losses.values())
 
 
 def reads_win_rates(loss: Any) -> bool:
@@ -71,23 +66,23 @@ def check_arguments(
     ref_model: Any,
     reward_funcs: Any,
     tokenizers: Any,
-    preference_fn: Any,
+    judge: Any,
     processing_class: Any,
     compute_metrics: Any,
     args: Any,
 ) -> list:
     """The reward functions as a list; a `ValueError` for arguments that exclude each other or cannot be used."""
-    if (reward_funcs is None or reward_funcs == []) == (preference_fn is None):
-        given = "neither" if preference_fn is None else "both"
+    if (reward_funcs is None or reward_funcs == []) == (judge is None):
+        given = "neither" if judge is None else "both"
         raise ValueError(
-            f"Completions are judged by `reward_funcs` or by a `preference_fn`; got {given}. Give one of the two."
+            f"Completions are judged by `reward_funcs` or by a `judge`; got {given}. Give one of the two."
         )
-    if preference_fn is not None and not callable(preference_fn):
-        raise ValueError(f"`preference_fn={preference_fn!r}` is not callable.")
+    if judge is not None and not callable(judge):
+        raise ValueError(f"`judge={judge!r}` is not callable.")
     penalties = [name for name in ("missing_eos_penalty", "length_penalty") if getattr(args, name, None)]
-    if preference_fn is not None and penalties:
+    if judge is not None and penalties:
         raise ValueError(
-            f"{penalties} take something off a reward, and a `preference_fn` gives none. Leave them out, or have the "
+            f"{penalties} take something off a reward, and a `judge` gives none. Leave them out, or have the "
             "oracle prefer accordingly."
         )
     if processing_class is None:
@@ -146,7 +141,7 @@ def read_columns(available: list[str], split: str, losses: Mapping[str, Any], or
         losses (`dict[str, Loss]`):
             The losses, by name.
         oracle (`bool`):
-            Whether a preference oracle judges, which gives probabilities and win rates, but no rewards.
+            Whether a judge judges, which gives probabilities and win rates, but no rewards.
 
     Raises:
         `ValueError`: If there is no column `prompt`, or a loss requires a column that is not there.
@@ -160,11 +155,9 @@ def read_columns(available: list[str], split: str, losses: Mapping[str, Any], or
     for name, loss in losses.items():
         for column in loss.required_columns:
             if column in SCORE_COLUMNS and oracle and not reads_win_rates(loss):
-                raise ValueError(f"The loss {name!r} needs {column!r}: rewards, which a `preference_fn` has not.")
+                raise ValueError(f"The loss {name!r} needs {column!r}: rewards, which a `judge` has not.")
             if column == "preference_prob" and not oracle:
-                raise ValueError(
-                    f"The loss {name!r} needs {column!r}: give a `preference_fn` in place of `reward_funcs`."
-                )
+                raise ValueError(f"The loss {name!r} needs {column!r}: give a `judge` in place of `reward_funcs`.")
             if column not in OWN_COLUMNS and column not in available:
                 raise ValueError(
                     f"The loss {name!r} needs the column {column!r}, which the {split} dataset does not have. Its "
@@ -227,7 +220,7 @@ def check_rewards(name: str, loss: Any, columns: Mapping[str, torch.Tensor]) -> 
         return
     row = int(bad.nonzero()[0])
     shown = ", ".join(f"{column}={values[row].item():g}" for column, values in columns.items())
-    hint = " A `preference_fn` in place of `reward_funcs` gives win rates." if reads_win_rates(loss) else ""
+    hint = " A `judge` in place of `reward_funcs` gives win rates." if reads_win_rates(loss) else ""
     raise ValueError(
         f"The loss {name!r} cannot take {int(bad.sum())} of {len(bad)} pairs of this batch, the first with {shown}. "
         f"{loss.column_help} Online, scores are what `reward_funcs` give, times their weights, less penalties.{hint}"

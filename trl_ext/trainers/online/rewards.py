@@ -1,9 +1,9 @@
-"""Scores of completions: reward functions, reward models and preference oracles, with every answer checked."""
+"""Scores of completions: reward functions, reward models and judges, with every answer checked."""
 
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import nn
 from trl.trainer.utils import pad
 
 from trl_ext.data.tokens import reward_ids
+from trl_ext.generation import Completions
 
 
 @dataclass
@@ -20,19 +21,23 @@ class Scores:
 
     Attributes:
         values (`torch.Tensor` of shape `(B, K)`):
-            Reward, or with a preference oracle the mean probability of winning against the others.
-        mask (`torch.Tensor` of shape `(B, K)`):
-            `False` where no reward function had an opinion.
+            Reward, or with a judge the mean probability of winning against the others.
+        mask (`torch.Tensor` of shape `(B, K)`, *optional*):
+            `False` where no reward function had an opinion; all have one by default.
         probabilities (`torch.Tensor` of shape `(B, K, K)`, *optional*):
-            Probability that the row's completion is preferred to the column's, from a preference oracle.
-        per_function (`dict[str, torch.Tensor]`):
+            Probability that the row's completion is preferred to the column's, from a judge.
+        per_function (`dict[str, torch.Tensor]`, *optional*):
             Reward of each function, shape `(B, K)`, NaN where it had no opinion.
     """
 
     values: torch.Tensor
-    mask: torch.Tensor
-    probabilities: torch.Tensor | None
-    per_function: dict[str, torch.Tensor]
+    mask: torch.Tensor | None = None
+    probabilities: torch.Tensor | None = None
+    per_function: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def __post_init__(self):
+        if self.mask is None:
+            self.mask = torch.ones_like(self.values, dtype=torch.bool)
 
 
 def call_reward_function(
@@ -134,7 +139,7 @@ def _loaded(tools: Any) -> Any:
     return json.loads(tools) if isinstance(tools, str) else tools
 
 
-def call_preference_fn(
+def call_judge(
     function: Callable[[list, list, list], Sequence[float]], prompts: list, first: list, second: list
 ) -> torch.Tensor:
     """
@@ -147,29 +152,27 @@ def call_preference_fn(
     try:
         answer = function(prompts, first, second)
     except Exception as error:
-        raise RuntimeError(
-            f"`preference_fn` raised {type(error).__name__} on {len(prompts)} comparisons: {error}"
-        ) from error
+        raise RuntimeError(f"`judge` raised {type(error).__name__} on {len(prompts)} comparisons: {error}") from error
     values = torch.as_tensor(answer, dtype=torch.float32).flatten() if answer is not None else torch.empty(0)
     if len(values) != len(prompts):
-        raise ValueError(f"`preference_fn` returned {len(values)} values for {len(prompts)} comparisons.")
+        raise ValueError(f"`judge` returned {len(values)} values for {len(prompts)} comparisons.")
     bad = ~((values >= 0) & (values <= 1))
     if bad.any():
         row = int(bad.nonzero()[0])
         raise ValueError(
-            f"`preference_fn` returned {values[row].item()} for the completions {first[row]!r} and {second[row]!r}; "
+            f"`judge` returned {values[row].item()} for the completions {first[row]!r} and {second[row]!r}; "
             "expected the probability, in [0, 1], that the first is preferred."
         )
     return values
 
 
-def preference_scores(function: Callable, prompts: list, completions: list) -> Scores:
+def judge_scores(function: Callable, prompts: list, completions: list) -> Scores:
     """
     Each two completions of a prompt compared once.
 
     Args:
         function (`Callable`):
-            The oracle.
+            The judge.
         prompts (`list`):
             `B` prompts.
         completions (`list`):
@@ -177,8 +180,10 @@ def preference_scores(function: Callable, prompts: list, completions: list) -> S
     """
     b = len(prompts)
     k = len(completions) // b
+    if k == 1:
+        return Scores(torch.zeros(b, 1))  # nothing to compare
     pairs = [(i, j) for i in range(k) for j in range(i + 1, k)]
-    answer = call_preference_fn(
+    answer = call_judge(
         function,
         prompts * len(pairs),
         [completions[i * b + row] for i, _ in pairs for row in range(b)],
@@ -188,4 +193,54 @@ def preference_scores(function: Callable, prompts: list, completions: list) -> S
     for (i, j), values in zip(pairs, answer, strict=True):
         probabilities[:, i, j], probabilities[:, j, i] = values, 1 - values
     wins = (probabilities.sum(dim=2) - 0.5) / (k - 1)
-    return Scores(wins, torch.ones(b, k, dtype=torch.bool), probabilities, {})
+    return Scores(wins, probabilities=probabilities)
+
+
+def reward_scores(trainer: Any, inputs: dict[str, Any], completions: Completions) -> Scores:
+    """
+    What the reward functions and models of a trainer say, weighted and added up, less its penalties.
+
+    Args:
+        trainer ([`OnlineDPOTrainer`]):
+            Has them.
+        inputs (`dict[str, Any]`):
+            A batch of the dataset: lists by column.
+        completions ([`~trl_ext.generation.Completions`]):
+            `K` of each of `B` prompts.
+    """
+    prompts, b = completions.prompts, len(completions.prompts)
+    k, device = len(completions.ids) // b, trainer.accelerator.device
+    columns = {
+        name: list(value) * k if isinstance(value, (list, tuple)) else value
+        for name, value in inputs.items()
+        if name != "prompt"
+    }
+    ids = [row.tolist() for row in completions.ids]
+    rewards: dict[str, torch.Tensor] = {}
+    for name, function, tokenizer in zip(
+        trainer.reward_func_names, trainer.reward_funcs, trainer.reward_processing_classes, strict=True
+    ):
+        if isinstance(function, torch.nn.Module):
+            rendering = {name: columns[name] for name in ("tools", "chat_template_kwargs") if name in columns}
+            values = call_reward_model(function, tokenizer, prompts * k, completions.texts, device, **rendering)
+        else:
+            values = call_reward_function(
+                name, function, prompts * k, completions.texts, ids, trainer_state=trainer.state, **columns
+            )
+        # Two functions may have one name
+        rewards[name if name not in rewards else f"{name}_{len(rewards)}"] = values.cpu()
+    stacked = torch.stack(list(rewards.values()), dim=1)
+    total = (stacked * trainer.reward_weights.cpu()).nansum(dim=1)
+    if trainer.args.missing_eos_penalty is not None:
+        total = total - trainer.args.missing_eos_penalty * ~completions.ended.cpu()
+    if trainer.args.length_penalty:
+        total = total - trainer.args.length_penalty * torch.tensor([len(row) for row in ids])
+
+    def by_prompt(values: torch.Tensor) -> torch.Tensor:
+        return values.view(k, b).T
+
+    return Scores(
+        by_prompt(total),
+        by_prompt(~stacked.isnan().all(dim=1)),
+        per_function={name: by_prompt(values) for name, values in rewards.items()},
+    )

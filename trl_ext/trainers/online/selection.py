@@ -1,4 +1,4 @@
-"""From scored completions to what the losses are given: which are learnt from, their rows, their batch."""
+"""From scored completions to the table that is learnt from: which completions, their rows, their pairs and groups."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -7,56 +7,61 @@ from typing import Any
 import torch
 from trl.trainer.utils import pad
 
-from trl_ext.data.pairing import Pairs, pair_up
+from trl_ext.data.columns import WEIGHT
+from trl_ext.data.pairing import pair_up
 from trl_ext.generation import Completions
-from trl_ext.losses import GroupBatch, PreferenceBatch
+from trl_ext.rows import ABSENT, Plan, Rows
 from trl_ext.trainers.online.rewards import Scores
 
 
 @dataclasses.dataclass
 class Selection:
     """
-    What is learnt from: `M` completions of each of `G` prompts, and the pairs among them.
+    What is learnt from: pairs or groups of the `K B` completions, by their numbers.
 
     Attributes:
-        completions ([`~trl_ext.generation.Completions`]): What was generated.
-        scores ([`~trl_ext.trainers.online.rewards.Scores`]): What it is worth.
-        rows (`torch.Tensor` of shape `(G,)`): Which prompts.
-        members (`torch.Tensor` of shape `(G, M)`): Which completions of each.
-        pairs ([`~trl_ext.data.pairing.Pairs`] or `None`): Indices into `(G, M)`; `None` where whole groups are learnt from.
+        completions ([`~trl_ext.generation.Completions`]):
+            What was generated; completion `k` of prompt `b` is number `k B + b`.
+        scores ([`~trl_ext.trainers.online.rewards.Scores`]):
+            What it is worth.
+        pairs (`torch.Tensor` of shape `(P, 2)`):
+            The preferred and the other completion; of a group, the best and the worst.
+        groups (`torch.Tensor` of shape `(P, K)`, *optional*):
+            Where whole groups are learnt from: their completions, -1 where one has no score.
     """
 
     completions: Completions
     scores: Scores
-    rows: torch.Tensor
-    members: torch.Tensor
-    pairs: Pairs | None
+    pairs: torch.Tensor
+    groups: torch.Tensor | None = None
 
-    def member_scores(self) -> torch.Tensor:
-        """Scores of the members, shape `(G, M)`."""
-        return self.scores.values[self.rows].gather(1, self.members)
-
-    def member_mask(self) -> torch.Tensor:
-        """Whether a member was scored, shape `(G, M)`."""
-        return self.scores.mask[self.rows].gather(1, self.members)
-
-    def ends(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Which scored member of each group has the highest score, and which the lowest; both of shape `(G,)`."""
-        scores, mask = self.member_scores(), self.member_mask()
-        best = scores.masked_fill(~mask, -torch.inf).argmax(dim=1)
-        return best, scores.masked_fill(~mask, torch.inf).argmin(dim=1)
-
+    @property
     def prompts(self) -> torch.Tensor:
-        """Which prompt of the batch each pair, or each group, belongs to; shape `(P,)` or `(G,)`."""
-        return self.rows if self.pairs is None else self.rows[self.pairs.group]
+        """Which prompt of the batch each pair or group belongs to, shape `(P,)`."""
+        return self.pairs[:, 0] % len(self.completions.prompts)
 
+    @property
     def share(self) -> torch.Tensor:
-        """What each pair, or each group, counts: 1 per prompt, whatever its number of pairs; shape `(P,)` or `(G,)`."""
-        prompts = self.prompts()
-        return 1 / prompts.bincount(minlength=len(self.completions.prompts))[prompts]
+        """What each pair or group counts: 1 per prompt, whatever its number of pairs; shape `(P,)`."""
+        return 1 / self.prompts.bincount()[self.prompts]
+
+    @property
+    def members(self) -> torch.Tensor:
+        """The completions that are learnt from, once each, shape `(M,)`."""
+        numbers = (self.pairs if self.groups is None else self.groups).unique()
+        return numbers[numbers != ABSENT]
+
+    def scores_of(self, numbers: torch.Tensor) -> torch.Tensor:
+        """Scores of completions, in the shape of their `numbers`; 0 where one is absent."""
+        return torch.where(numbers == ABSENT, 0, self.scores.values.cpu().T.flatten()[numbers])
+
+    def only(self, kept: torch.Tensor) -> "Selection":
+        """The pairs or groups that `kept`, shape `(P,)`, marks."""
+        groups = None if self.groups is None else self.groups[kept]
+        return dataclasses.replace(self, pairs=self.pairs[kept], groups=groups)
 
 
-def select(completions: Completions, scores: Scores, pairing: str, keep_ties: bool) -> Selection:
+def select(completions: Completions, scores: Scores, pairing: str, keep_ties: bool = False) -> Selection:
     """
     Which completions are learnt from, and which are preferred to which.
 
@@ -67,151 +72,127 @@ def select(completions: Completions, scores: Scores, pairing: str, keep_ties: bo
             Theirs.
         pairing (`str`):
             `"best_worst"`, `"all"` or `"group"`.
-        keep_ties (`bool`):
+        keep_ties (`bool`, *optional*, defaults to `False`):
             Whether two equal completions form a pair too.
     """
-    b, k = scores.values.shape
-    device = scores.values.device
-    everything = torch.arange(b, device=device), torch.arange(k, device=device)
-    if pairing == "group":
-        pairs = pair_up(scores.values, scores.mask, "best_worst")  # those with anything to learn
-        rows, pairs = pairs.group, None
-        members = everything[1].expand(len(rows), k)
+    values, mask = scores.values.cpu(), scores.mask.cpu()
+    b, k = values.shape
+    if pairing == "group":  # those with anything to learn
+        found = pair_up(values, mask, "best_worst")
     else:
-        pairs = pair_up(scores.values, scores.mask, pairing, scores.probabilities, keep_ties)
-        if pairing == "best_worst":
-            rows, members = pairs.group, torch.stack([pairs.chosen, pairs.rejected], dim=1)
-            at = torch.arange(len(rows), device=device)
-            pairs = Pairs(at, torch.zeros_like(at), torch.ones_like(at))
-        else:
-            rows, at = pairs.group.unique(return_inverse=True)
-            members, pairs = everything[1].expand(len(rows), k), dataclasses.replace(pairs, group=at)
-    if completions.vision is not None and pairs is not None:
-        # In some models an image's tensors have no row per completion: all rows stay, in their order
-        pairs = Pairs(rows[pairs.group], members[pairs.group, pairs.chosen], members[pairs.group, pairs.rejected])
-        rows, members = everything[0], everything[1].expand(b, k)
-    return Selection(completions, scores, rows, members, pairs)
+        probabilities = None if scores.probabilities is None else scores.probabilities.cpu()
+        found = pair_up(values, mask, pairing, probabilities, keep_ties)
+    pairs = torch.stack([found.chosen, found.rejected], dim=1) * b + found.group.unsqueeze(1)
+    groups = None
+    if pairing == "group":
+        groups = (torch.arange(k) * b + found.group.unsqueeze(1)).masked_fill(~mask[found.group], ABSENT)
+    return Selection(completions, scores, pairs, groups)
 
 
-def padded_rows(
-    selections: list[Selection], max_length: int, pad_token_id: int
-) -> tuple[dict[str, torch.Tensor], int, int]:
-    """One padded batch of all selected completions, member by member, with the numbers of groups and members."""
-    columns = []
-    for selection in selections:
-        rows, members = selection.rows, selection.members
-        if not len(rows):  # one group, of which nothing is learnt
-            rows = torch.zeros(1, dtype=torch.long, device=rows.device)
-            members = torch.arange(2 if len(selections) == 2 else members.size(1), device=rows.device).unsqueeze(0)
-        columns.append([(selection.completions, row, m) for row, m in zip(rows.tolist(), members.tolist())])  # noqa: B905
-    groups = [group for column in columns for group in column]
-    count = len(groups[0][2])
-    ids, masks = [], []
-    for member in range(count):
-        for completions, row, members in groups:
-            answers = [completions.ids[m * len(completions.prompts) + row] for m in members]
-            prompt = completions.prompt_ids[row]
-            if completions.vision is None:
-                # From the left, as TRL does, and alike for all completions of a prompt
-                room = max(max_length - max(len(answer) for answer in answers), 0)
-                prompt = prompt[max(len(prompt) - room, 0) :]
-            answer = answers[member]
-            if completions.vision is None:
-                answer = answer[:max_length]
-            ids.append(torch.cat([prompt, answer]))
-            masks.append(torch.cat([torch.zeros_like(prompt), torch.ones_like(answer)]))
-    batch = {
-        "input_ids": pad(ids, padding_value=pad_token_id, padding_side="right"),
-        "attention_mask": pad([torch.ones_like(row) for row in ids], padding_value=0, padding_side="right"),
-        "completion_mask": pad(masks, padding_value=0, padding_side="right"),
-        **(selections[0].completions.vision or {}),
-    }
-    return batch, len(groups), count
-
-
-def build_batch(
-    selection: Selection,
+def build_table(
+    selections: list[Selection],
     columns: Mapping[str, torch.Tensor],
-    logps: torch.Tensor,
-    ref_logps: torch.Tensor | None,
-    lengths: torch.Tensor,
-    beta: float,
-    win_rates: bool,
-) -> PreferenceBatch | GroupBatch:
+    max_length: int,
+    pad_token_id: int,
+    win_rates: bool = False,
+) -> tuple[Rows, Plan, list[torch.Tensor]]:
     """
-    What the losses are given: one row per pair, or per group.
+    The table of one selection, or of one with reasoning and one without.
 
     Args:
-        selection ([`Selection`]):
+        selections (`list[Selection]`):
             What is learnt from.
         columns (`dict[str, torch.Tensor]`):
             Columns of the prompts' dataset, each of shape `(B,)`, one value per prompt of the batch.
-        logps (`torch.Tensor` of shape `(G, M)`):
-            Under the policy, in nats.
-        ref_logps (`torch.Tensor` of shape `(G, M)`, *optional*):
-            Under the reference, where a loss reads it.
-        lengths (`torch.Tensor` of shape `(G, M)`):
-            Completion tokens.
-        beta (`float`):
-            Temperature.
-        win_rates (`bool`):
-            Whether the scores of a preference oracle, which are win rates, go into the batch beside its probabilities.
-    """
-    scores = selection.member_scores()
-    columns = {name: values[selection.prompts()] for name, values in columns.items()}
-    if selection.pairs is None:
-        return GroupBatch(logps, ref_logps, lengths, scores, selection.member_mask(), beta=beta, columns=columns)
-    g, chosen, rejected = selection.pairs.group, selection.pairs.chosen, selection.pairs.rejected
-    probabilities = selection.scores.probabilities
-    if probabilities is not None:
-        rows, members = selection.rows[g], selection.members
-        columns["preference_prob"] = probabilities[rows, members[g, chosen], members[g, rejected]]
-    if probabilities is None or win_rates:
-        columns |= {"score_chosen": scores[g, chosen], "score_rejected": scores[g, rejected]}
-    sides = [
-        None if tensor is None else tensor[g, side]
-        for tensor in (logps, ref_logps, lengths)
-        for side in (chosen, rejected)
-    ]
-    return PreferenceBatch(*sides, beta=beta, columns=columns)
-
-
-def join_traces(selections: list[Selection], batches: list[PreferenceBatch]) -> tuple[PreferenceBatch, torch.Tensor]:
-    """
-    Each prompt's pair with a trace beside its pair without; either may be missing.
-
-    A missing pair has no tokens, and the columns of the other: losses may refuse other values, and nothing comes of them.
+        max_length (`int`):
+            Tokens of prompt and completion. Prompts lose their beginning, alike for all completions of a prompt.
+        pad_token_id (`int`):
+            Fills the rows.
+        win_rates (`bool`, *optional*, defaults to `False`):
+            Whether the scores of a judge, which are win rates, go into the columns beside its probabilities.
 
     Returns:
-        The batch, one row per prompt that has a pair at all, and which prompts these are.
+        Rows and plan on the CPU, and of each selection the row of each completion, shape `(K B,)`, -1 where it has none. There is
+        one row at least, so that all processes take part.
     """
-    prompts = torch.cat([selection.rows for selection in selections]).unique()
-    at = [torch.searchsorted(prompts, selection.rows) for selection in selections]
+    ids, masks, owners, places = [], [], [], []
+    for number, selection in enumerate(selections):
+        completions, b = selection.completions, len(selection.completions.prompts)
+        members = selection.members
+        if (
+            completions.vision is not None
+        ):  # in some models an image's tensors have no row per completion: all stay, in order
+            members = torch.arange(len(completions.ids))
+        elif not len(members) and number == len(selections) - 1 and not ids:
+            members = torch.zeros(1, dtype=torch.long)
+        at = torch.full((len(completions.ids),), ABSENT)
+        at[members] = torch.arange(len(members)) + len(ids)
+        places.append(at)
+        longest: dict[int, int] = {}
+        for member in members.tolist():
+            longest[member % b] = max(longest.get(member % b, 0), len(completions.ids[member]))
+        for member in members.tolist():
+            prompt, answer = completions.prompt_ids[member % b], completions.ids[member]
+            if completions.vision is None:
+                room = max(max_length - longest[member % b], 0)
+                prompt, answer = prompt[max(len(prompt) - room, 0) :], answer[:max_length]
+            ids.append(torch.cat([prompt, answer]))
+            masks.append(torch.cat([torch.zeros_like(prompt), torch.ones_like(answer)]))
+            owners.append(number * b + member % b)
+    inputs = {
+        "input_ids": pad(ids, padding_value=pad_token_id, padding_side="right"),
+        "attention_mask": pad([torch.ones_like(row) for row in ids], padding_value=0, padding_side="right"),
+        **(selections[0].completions.vision or {}),
+    }
+    rows = Rows(
+        inputs=inputs,
+        completion_mask=pad(masks, padding_value=0, padding_side="right"),
+        prompt=torch.tensor(owners),
+        partner=torch.arange(len(ids)),
+    )
+    return rows, _plan(selections, places, columns, win_rates), places
 
-    def spread(half: int) -> PreferenceBatch:
-        batch, other = batches[half], batches[1 - half]
-        whole = _over_rows(batch, lambda value: value.new_zeros(len(prompts)).index_put((at[half],), value))
-        columns = {
-            name: values.new_zeros(len(prompts))
-            .index_put((at[1 - half],), other.columns[name])
-            .index_put((at[half],), values)
-            for name, values in batch.columns.items()
-        }
-        return dataclasses.replace(whole, columns=columns)
 
-    return dataclasses.replace(spread(0), empty_trace=spread(1)), prompts
+def _plan(selections: list[Selection], places: list[torch.Tensor], columns: Mapping, win_rates: bool) -> Plan:
+    selection, count = selections[0], len(selections[0].completions.prompts)
+    own = [_columns(each, columns, win_rates) for each in selections]
+    if len(selections) == 1:
+        fields: dict[str, Any] = {"pairs": places[0][selection.pairs]}
+        if selection.groups is not None:
+            fields["groups"] = torch.where(selection.groups == ABSENT, ABSENT, places[0][selection.groups])
+            fields["scores"] = selection.scores_of(selection.groups)
+        share = selection.share
+        if WEIGHT in columns:
+            share = share * columns[WEIGHT][selection.prompts]
+        return Plan(**fields, columns=own[0], share=share, count=count)
+    # Each prompt's pair with a trace beside its pair without; either may be missing
+    prompts = torch.cat([each.prompts for each in selections]).unique()
+    where = [torch.searchsorted(prompts, each.prompts) for each in selections]
+    pairs, filled = [], []
+    for half, (each, place) in enumerate(zip(selections, places, strict=True)):
+        absent = torch.full((len(prompts), 2), ABSENT)
+        pairs.append(absent.index_put((where[half],), place[each.pairs]))
+        # A missing pair has the columns of the other: losses may refuse other values, and nothing comes of them
+        filled.append(
+            {
+                name: values.new_zeros(len(prompts))
+                .index_put((where[1 - half],), own[1 - half][name])
+                .index_put((where[half],), values)
+                for name, values in own[half].items()
+            }
+        )
+    share = columns[WEIGHT][prompts] if WEIGHT in columns else None
+    return Plan(pairs[0], pairs[1], columns=filled[0], empty_columns=filled[1], share=share, count=count)
 
 
-def take(batch: Any, rows: torch.Tensor) -> Any:
-    """The rows of a batch that `rows`, shape `(B,)`, marks."""
-    return _over_rows(batch, lambda value: value[rows])
-
-
-def _over_rows(batch: Any, function: Any) -> Any:
-    """A batch with `function` applied to all that has one row per pair or group."""
-    fields = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
-    changed = {name: function(value) for name, value in fields.items() if isinstance(value, torch.Tensor)}
-    changed["columns"] = {name: function(value) for name, value in batch.columns.items()}
-    if fields.get("empty_trace") is not None:
-        changed["empty_trace"] = _over_rows(fields["empty_trace"], function)
-    return dataclasses.replace(batch, **changed)
+def _columns(selection: Selection, columns: Mapping[str, torch.Tensor], win_rates: bool) -> dict[str, torch.Tensor]:
+    """What losses read of each pair or group: the prompts' columns, and what the completions were found to be worth."""
+    found = {name: values[selection.prompts] for name, values in columns.items()}
+    probabilities = selection.scores.probabilities
+    if probabilities is not None and selection.groups is None:
+        chosen, rejected = (selection.pairs // len(selection.completions.prompts)).unbind(1)
+        found["preference_prob"] = probabilities.cpu()[selection.prompts, chosen, rejected]
+    if probabilities is None or win_rates or selection.groups is not None:
+        chosen, rejected = selection.scores_of(selection.pairs).unbind(1)
+        found |= {"score_chosen": chosen, "score_rejected": rejected}
+    return found
