@@ -59,7 +59,11 @@ def test_outputs_that_are_there_stand_in_for_the_model():
     model = lambda *args, **kwargs: (args, kwargs)  # noqa: E731
     replay = trl_seam.Replay(model, "outputs")
     assert replay(input_ids=1, fused_lm_head=True) == "outputs"
-    assert replay(2, input_ids=1) == ((2,), {"input_ids": 1})
+    # What else TRL asks of the model goes to the model, with a mask of as many rows as there are ids
+    ids, mask = torch.arange(6).view(2, 3), torch.arange(12).view(4, 3)
+    positional, named = replay(2, input_ids=ids, attention_mask=mask, use_cache=False)
+    assert positional == (2,) and named["input_ids"] is ids and named["use_cache"] is False
+    assert named["attention_mask"].tolist() == [[0, 1, 2], [3, 4, 5]] and len(named) == 3
 
 
 def test_metrics_that_are_taken_back():
