@@ -182,5 +182,7 @@ def test_a_registered_loss(tiny_model_dir, tmp_path, monkeypatch):
             return batch.delta.mean()
 
     trainer = build(DPOTrainer, DPOConfig, tiny_model_dir, tmp_path, loss_type="reduced")
-    with pytest.raises(ValueError, match=r"'reduced' returned shape \(\); expected one value per pair or group, shape \(4,\)"):
+    with pytest.raises(
+        ValueError, match=r"'reduced' returned shape \(\); expected one value per pair or group, shape \(4,\)"
+    ):
         trainer.train()
