@@ -190,32 +190,4 @@ def test_a_trainer_scores_training_and_evaluation_data(cache, tiny_model_dir, tm
 # What is measured when
 
 
-def statistics(step, *, training=True, capped=None, state=2, strategy="steps", first=False):
-    """Of the step after `step`; `logging_steps` is `state`."""
-    trainer = DPOTrainer.__new__(DPOTrainer)
-    trainer.args = SimpleNamespace(logging_strategy=strategy, logging_first_step=first)
-    trainer.state = SimpleNamespace(global_step=step, logging_steps=state)
-    text_config = SimpleNamespace() if capped is None else SimpleNamespace(final_logit_softcapping=capped)
-    trainer.model = SimpleNamespace(training=training, config=SimpleNamespace(get_text_config=lambda: text_config))
-    return trainer._statistics()
-
-
-CHEAP = ("mean_logits", "is_top1")
-
-
-def test_all_statistics_in_steps_that_are_logged():
-    assert [statistics(step) for step in range(4)] == [CHEAP, None, CHEAP, None]
-    assert [statistics(step, state=3) for step in range(4)] == [CHEAP, CHEAP, None, CHEAP]
-    assert [statistics(step, first=True) for step in range(4)] == [None, None, CHEAP, None]
-    assert statistics(0, state=0) is None  # not known yet
-    assert [statistics(step, strategy="epoch") for step in range(2)] == [None, None]
-    assert [statistics(step, strategy=SimpleNamespace(value="no")) for step in range(2)] == [CHEAP, CHEAP]
-    assert statistics(0, strategy="no", first=True) is None
-    assert statistics(0, training=False) is None and statistics(0, strategy="no", training=False) is None
-
-
-def test_means_of_capped_logits_are_not_cheap():
-    assert statistics(0, capped=30.0) == ("is_top1",)
-
-
 # What a model card says

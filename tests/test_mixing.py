@@ -71,7 +71,13 @@ def measured(rows: list[tuple], prompts: list[int] | None = None, batch=2, steps
     """The estimate for rows of (traced gradient, empty gradient)."""
     prompts = prompts or list(range(len(rows)))
     dataset = [
-        {"prompt_ids": [prompt], "chosen_ids": [1], "further_pairs": [{"chosen_ids": [1]}], "traced": traced, "empty": empty}
+        {
+            "prompt_ids": [prompt],
+            "chosen_ids": [1],
+            "further_pairs": [{"chosen_ids": [1]}],
+            "traced": traced,
+            "empty": empty,
+        }
         for prompt, (traced, empty) in zip(prompts, rows, strict=True)
     ]
     toy = Toy(
