@@ -36,6 +36,18 @@ OUR_LOSSES = (
     "inpo",
     "sppo_soft",
 )
+# What each of our losses logs
+LOSS_METRICS = {
+    "offset": {"offset/mean"},
+    "anchored": {"target/mean"},
+    "margin_adaptive": {"weight/mean", "weight/min", "weight/max"},
+    "bias_variance": {"empty_trace/margins", "empty_trace/accuracies", "empty_trace/share"},
+    "length_regularized": {"length_gap/mean", "length_margin/mean"},
+    "inpo": {"margin/mean"},
+    "sppo_soft": {"target/chosen", "target/rejected"},
+}
+# Of pairs, whatever the loss
+SHARED_METRICS = {"lengths/chosen", "lengths/rejected", "logratios/chosen", "logratios/rejected"}
 
 TIMINGS = ("runtime", "per_second", "total_flos")
 

@@ -1,9 +1,6 @@
 """What a config or a trainer is given reaches the place where it is used."""
 
-from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
-from typing import ClassVar
 
 import pytest
 import torch
@@ -15,9 +12,10 @@ import trl_ext
 from tests.conftest import preference_rows
 from tests.helpers import build, first_batch, options
 from trl_ext.losses import get_loss
-from trl_ext.trainers import arguments, dpo
-from trl_ext.trainers.dpo import DPOTrainer, _scored
-from trl_ext.trainers.model_card import complete_model_card, describe_losses
+from trl_ext.trainers import arguments, reference
+from trl_ext.trainers.dpo import DPOTrainer
+from trl_ext.trainers.prepare import with_scores
+from trl_ext.trainers.reference import copies_policy
 
 
 # Of the command line
@@ -83,11 +81,11 @@ def test_all_arguments_are_handed_on_to_trl(tiny_model_dir, tmp_path, monkeypatc
     names = ("data_collator", "compute_metrics", "callbacks", "optimizers", "quantization_config", "peft_config")
     given = {name: object() for name in (*names, "processing_class")}
     args, data = trl_ext.DPOConfig(**options(tmp_path)), Dataset.from_list(preference_rows(2))
-    reference = torch.nn.Identity()
+    given_reference = torch.nn.Identity()
     with pytest.raises(Stop):
-        DPOTrainer(str(tiny_model_dir), reference, args, train_dataset=data, eval_dataset={"a": data}, **given)
+        DPOTrainer(str(tiny_model_dir), given_reference, args, train_dataset=data, eval_dataset={"a": data}, **given)
     assert {name: seen[name] for name in given} == given
-    assert (seen["model"], seen["ref_model"], seen["args"]) == (str(tiny_model_dir), reference, args)
+    assert (seen["model"], seen["ref_model"], seen["args"]) == (str(tiny_model_dir), given_reference, args)
     assert seen["train_dataset"][:] == seen["eval_dataset"]["a"][:] == data[:] and len(seen) == 12
 
 
@@ -119,12 +117,12 @@ def test_when_the_reference_is_a_copy(options, environment, copies, zero3, tiny_
     monkeypatch.delenv("ACCELERATE_USE_FSDP", raising=False)
     if environment is not None:
         monkeypatch.setenv("ACCELERATE_USE_FSDP", environment)
-    monkeypatch.setattr(dpo, "is_deepspeed_zero3_enabled", lambda: zero3)
+    monkeypatch.setattr(reference, "is_deepspeed_zero3_enabled", lambda: zero3)
     args = None if options is None else SimpleNamespace(**options)
     model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
-    assert DPOTrainer._copies_policy(model, None, args) is (copies and not zero3)
-    assert DPOTrainer._copies_policy(model, object(), args) is False
-    assert DPOTrainer._copies_policy(str(tiny_model_dir), None, args) is False
+    assert copies_policy(model, None, args) is (copies and not zero3)
+    assert copies_policy(model, object(), args) is False
+    assert copies_policy(str(tiny_model_dir), None, args) is False
 
 
 # Scores that a reward gives
@@ -147,34 +145,34 @@ def pairs(**columns):
 OFFSET = {"sigmoid": get_loss("length_regularized"), "offset": get_loss("offset")}
 
 
-def test_what_has_no_scores_is_scored(cache):
-    (row,) = _scored(pairs(), lengths, OFFSET)
+def test_what_has_no_scores_iswith_scores(cache):
+    (row,) = with_scores(pairs(), lengths, OFFSET)
     assert (row["score_chosen"], row["score_rejected"]) == (5.0, 3.0)
     for there in ({"score_chosen": 1.0, "score_rejected": 0.0}, {"preference_prob": 0.5}, {"scores": [1.0]}):
         data = pairs(**there)
-        assert _scored(data, lengths, OFFSET) is data
-    assert _scored(None, lengths, OFFSET) is None
+        assert with_scores(data, lengths, OFFSET) is data
+    assert with_scores(None, lengths, OFFSET) is None
 
 
-def test_each_of_several_datasets_is_scored(cache):
+def test_each_of_several_datasets_iswith_scores(cache):
     given = {"a": pairs(), "b": pairs(score_chosen=1.0, score_rejected=0.0), "c": None}
-    found = _scored(given, lengths, OFFSET)
+    found = with_scores(given, lengths, OFFSET)
     assert list(found) == ["a", "b", "c"] and found["c"] is None
     assert found["a"]["score_chosen"][:] == [5.0] and found["b"]["score_chosen"][:] == [1.0]
 
 
 @pytest.mark.parametrize("loss", ["margin_adaptive", "anchored", "sppo_soft"])
 def test_losses_that_read_scores_take_a_reward(loss, cache):
-    assert "score_rejected" in _scored(pairs(), lengths, {loss: get_loss(loss)}).column_names
+    assert "score_rejected" in with_scores(pairs(), lengths, {loss: get_loss(loss)}).column_names
 
 
 def test_a_reward_that_would_not_be_used(cache):
     with pytest.raises(ValueError, match=r"none of the losses \['length_regularized'\] reads scores"):
-        _scored(pairs(), lengths, {"length_regularized": get_loss("length_regularized")})
+        with_scores(pairs(), lengths, {"length_regularized": get_loss("length_regularized")})
     with pytest.raises(ValueError, match="none of the losses of TRL reads scores"):
-        _scored(None, lengths, {})
+        with_scores(None, lengths, {})
     with pytest.raises(ValueError, match="map-style datasets"):
-        _scored(pairs().to_iterable_dataset(), lengths, OFFSET)
+        with_scores(pairs().to_iterable_dataset(), lengths, OFFSET)
 
 
 def test_a_trainer_scores_training_and_evaluation_data(cache, tiny_model_dir, tmp_path):
@@ -183,7 +181,7 @@ def test_a_trainer_scores_training_and_evaluation_data(cache, tiny_model_dir, tm
     )
     trainer = build(
         DPOTrainer, trl_ext.DPOConfig, tiny_model_dir, tmp_path, dataset=data, loss_type="margin_adaptive",
-        trainer_kwargs={"reward_model": lengths, "eval_dataset": {"a": data, "b": data.select([0])}},
+        trainer_kwargs={"reward_funcs": lengths, "eval_dataset": {"a": data, "b": data.select([0])}},
     )  # fmt: skip
     assert trainer.train_dataset["score_chosen"][:] == [float(len(text)) for text in data["chosen"]]
     assert trainer.eval_dataset["b"]["score_rejected"][:] == [float(len(data["rejected"][0]))]
@@ -192,82 +190,4 @@ def test_a_trainer_scores_training_and_evaluation_data(cache, tiny_model_dir, tm
 # What is measured when
 
 
-def statistics(step, *, training=True, capped=None, state=2, strategy="steps", first=False):
-    """Of the step after `step`; `logging_steps` is `state`."""
-    trainer = DPOTrainer.__new__(DPOTrainer)
-    trainer.args = SimpleNamespace(logging_strategy=strategy, logging_first_step=first)
-    trainer.state = SimpleNamespace(global_step=step, logging_steps=state)
-    text_config = SimpleNamespace() if capped is None else SimpleNamespace(final_logit_softcapping=capped)
-    trainer.model = SimpleNamespace(training=training, config=SimpleNamespace(get_text_config=lambda: text_config))
-    return trainer._statistics()
-
-
-CHEAP = ("mean_logits", "is_top1")
-
-
-def test_all_statistics_in_steps_that_are_logged():
-    assert [statistics(step) for step in range(4)] == [CHEAP, None, CHEAP, None]
-    assert [statistics(step, state=3) for step in range(4)] == [CHEAP, CHEAP, None, CHEAP]
-    assert [statistics(step, first=True) for step in range(4)] == [None, None, CHEAP, None]
-    assert statistics(0, state=0) is None  # not known yet
-    assert [statistics(step, strategy="epoch") for step in range(2)] == [None, None]
-    assert [statistics(step, strategy=SimpleNamespace(value="no")) for step in range(2)] == [CHEAP, CHEAP]
-    assert statistics(0, strategy="no", first=True) is None
-    assert statistics(0, training=False) is None and statistics(0, strategy="no", training=False) is None
-
-
-def test_means_of_capped_logits_are_not_cheap():
-    assert statistics(0, capped=30.0) == ("is_top1",)
-
-
 # What a model card says
-
-
-def test_a_card_names_the_first_paper_and_the_losses(tiny_model_dir, tmp_path):
-    trainer = build(
-        DPOTrainer, trl_ext.DPOConfig, tiny_model_dir, tmp_path, loss_type=["sigmoid", "offset", "length_regularized"]
-    )
-    trainer.create_model_card(model_name="mine")
-    card = (tmp_path / "README.md").read_text()
-    assert "trained with sigmoid + offset + length_regularized, a method introduced in [Direct Preference" in card
-    assert "Optimization with an Offset](https://huggingface.co/papers/2402.10571)." in card
-    assert "\n- trl-ext\n" in card and "\n- offset\n" in card and "\n- length_regularized\n" in card
-    assert "\n- trl\n" in card and "\n- sigmoid\n" not in card
-
-
-def test_the_table_of_losses():
-    @dataclass(frozen=True)
-    class Two:
-        paper: ClassVar[str] = "2401.00001, 2402.00002"
-        where: Path = Path("a/b")
-        alpha: float = 0.5
-
-    first, second = (f"[{each}](https://huggingface.co/papers/{each})" for each in ("2401.00001", "2402.00002"))
-    assert describe_losses({"sigmoid": 1.0, "two": 0.25}, {"two": Two()}, 0.3) == (
-        "### Loss\n\n| loss | weight | hyper-parameters | paper |\n| --- | --- | --- | --- |\n| `sigmoid` | 1.0 |  |  |\n"
-        f'| `two` | 0.25 | `{{"where": "a/b", "alpha": 0.5}}` | {first}, {second} |\n\n'
-        "With [trl_ext](https://pypi.org/project/trl-ext/), `beta=0.3`."
-    )
-
-
-@pytest.mark.parametrize(
-    ("name", "said"),
-    [
-        ("/data/models/mine", "the local model `mine`"),
-        ("", "a model that has no name"),
-        (None, "a model that has no name"),
-    ],
-)
-def test_the_name_of_the_base_model(name, said, tmp_path):
-    unnamed = "of [None](https://huggingface.co/None)"
-    text = (
-        f"---\ntags: []\n---\n\nA version {unnamed}. {unnamed}\n\n### Framework versions\n\n### Framework versions\n"
-    )
-    config = SimpleNamespace() if name is None else SimpleNamespace(_name_or_path=name)
-    for losses, table in (("", ""), ("TABLE", "TABLE\n\n")):
-        (tmp_path / "README.md").write_text(text)
-        complete_model_card(str(tmp_path), SimpleNamespace(config=config), losses)
-        body = (tmp_path / "README.md").read_text().split("---\n")[2]
-        assert body == (
-            f"\nA version of {said}. {unnamed}\n\n{table}### Framework versions\n\n### Framework versions\n"
-        )

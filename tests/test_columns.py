@@ -191,7 +191,7 @@ def test_columns_reach_the_loss_in_their_order(tiny_model_dir, tmp_path):
     lengths = batch["completion_mask"].sum(1)[:7] - 1  # without the end-of-sequence token
     tokens = len(trainer.processing_class(" good")["input_ids"])
     assert sorted((lengths // tokens).tolist()) == [1, 2, 3, 5, 6, 7, 8]
-    assert (lengths / tokens).tolist() == batch["score_chosen"].tolist()
+    assert (lengths / tokens).tolist() == batch["table"]["plan"]["columns"]["score_chosen"].tolist()
 
 
 def test_a_text_is_not_taken_for_a_score():

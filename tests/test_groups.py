@@ -41,7 +41,9 @@ def test_rows():
     assert best["chosen"] == completions[scores.index(max(scores))]
     assert best["rejected"] == completions[scores.index(min(scores))]
     whole = from_groups(data, "group", "train")[0]
-    assert sorted([whole["chosen"], whole["rejected"], *whole["other_completions"]]) == sorted(completions)
+    (others,) = whole["other_completions"]
+    assert others["chosen"] == others["rejected"]  # one alone stands twice
+    assert sorted([whole["chosen"], whole["rejected"], others["chosen"]]) == sorted(completions)
 
 
 def test_streams_become_pairs():

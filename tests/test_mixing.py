@@ -12,6 +12,7 @@ from tests.conftest import preference_rows
 from tests.helpers import assert_same_parameters, build, history, parameters
 from trl_ext.trainers import mixing
 from trl_ext.trainers.mixing import MixingEstimate, estimate_alpha
+from trl_ext.trainers.terms import Terms
 
 
 def trainer(model_dir, tmp_path, rows=None, **kwargs):
@@ -25,7 +26,7 @@ def by_definition(ours, rows):
     gradients = []
     for alpha in (1.0, 0.0):
         side = []
-        ours._losses = {"bias_variance": trl_ext.get_loss("bias_variance", alpha=alpha)}
+        ours._terms = Terms({"bias_variance": trl_ext.get_loss("bias_variance", alpha=alpha)}, {"bias_variance": 1.0})
         for example in list(ours.train_dataset)[:rows]:
             ours.model.zero_grad()
             ours.compute_loss(ours.model, ours._prepare_inputs(ours.data_collator([example]))).backward()
@@ -61,7 +62,7 @@ class Toy(SimpleNamespace):
     """What `estimate_alpha` reads of a trainer."""
 
     def compute_loss(self, model, inputs):
-        alpha = self._losses["bias_variance"].alpha
+        alpha = self._terms.losses["bias_variance"].alpha
         traced, empty = (torch.tensor(inputs[name], dtype=torch.float32) for name in ("traced", "empty"))
         return (model.weights * (alpha * traced + (1 - alpha) * empty)).sum()
 
@@ -70,7 +71,13 @@ def measured(rows: list[tuple], prompts: list[int] | None = None, batch=2, steps
     """The estimate for rows of (traced gradient, empty gradient)."""
     prompts = prompts or list(range(len(rows)))
     dataset = [
-        {"prompt_ids": [prompt], "chosen_ids": [1], "empty_trace_chosen_ids": [1], "traced": traced, "empty": empty}
+        {
+            "prompt_ids": [prompt],
+            "chosen_ids": [1],
+            "further_pairs": [{"chosen_ids": [1]}],
+            "traced": traced,
+            "empty": empty,
+        }
         for prompt, (traced, empty) in zip(prompts, rows, strict=True)
     ]
     toy = Toy(
@@ -81,8 +88,8 @@ def measured(rows: list[tuple], prompts: list[int] | None = None, batch=2, steps
         is_world_process_zero=lambda: False,
         is_deepspeed_enabled=False,
         is_fsdp_enabled=False,
-        _losses={"bias_variance": trl_ext.get_loss("bias_variance", alpha="auto")},
-        _weights={"bias_variance": 1.0},
+        _terms=Terms({"bias_variance": trl_ext.get_loss("bias_variance", alpha="auto")}, {"bias_variance": 1.0}),
+        _means={},
         _metrics={},
         _prepare_inputs=lambda inputs: inputs,
         _total_train_tokens=0,
@@ -183,7 +190,8 @@ def test_auto_is_used_logged_and_leaves_no_trace(tiny_model_dir, tmp_path):
     before = parameters(ours)
     estimate = estimate_alpha(ours)
     assert_same_parameters(parameters(ours), before)
-    assert not any(ours._metrics["train"].values()) and ours.model.lm_head.weight.grad is None
+    assert not any(ours._metrics["train"].values()) and not ours._means["train"].over_processes()
+    assert ours.model.lm_head.weight.grad is None
     ours.train()
     entry = history(ours)[0]
     assert entry["mixing/alpha"] == pytest.approx(estimate.alpha) and 0 <= entry["mixing/variance_ratio"] < 2
@@ -258,10 +266,23 @@ def test_what_a_run_began_with_is_read_from_its_checkpoint(tiny_model_dir, tmp_p
     for step, text in ((1, own.to_json()), (2, first.to_json())):
         (tmp_path / f"checkpoint-{step}").mkdir()
         (tmp_path / f"checkpoint-{step}" / "bias_variance_mixing.json").write_text(text)
-    assert ours._estimated_mixing(True) == first  # the last
-    assert ours._estimated_mixing(str(tmp_path / "checkpoint-1")) == own
-    ours._mixing = own
+    measured = ours._mixing
+    for checkpoint, expected in ((True, first), (str(tmp_path / "checkpoint-1"), own)):  # `True` is the last
+        measured.before_training(checkpoint)
+        assert measured.estimate == expected and ours._terms.losses["bias_variance"].alpha == expected.alpha
+    measured.estimate = own
     for nothing in (None, False, str(tmp_path)):  # measured before, such as by an evaluation
-        assert ours._estimated_mixing(nothing) is own
-    ours._mix(first)
-    assert ours._losses["bias_variance"].alpha == 0.25 and ours._mixing is first
+        ours._terms.losses["bias_variance"] = trl_ext.get_loss("bias_variance", alpha=0.5)
+        measured.before_training(nothing)
+        assert measured.estimate is own and ours._terms.losses["bias_variance"].alpha == 0.75
+    measured.before_evaluation()  # measures nothing again
+    assert measured.estimate is own
+
+
+def test_a_weight_that_was_given_is_not_measured(tiny_model_dir, tmp_path):
+    ours = trainer(tiny_model_dir, tmp_path, loss_kwargs={"alpha": 0.25})
+    ours._mixing.before_training(None)
+    ours._mixing.before_evaluation()
+    assert ours._mixing.estimate is None and ours._mixing.metrics == {}
+    ours._mixing.save(str(tmp_path))
+    assert not (tmp_path / "bias_variance_mixing.json").exists()

@@ -4,7 +4,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from trl_ext.data.groups import OTHER_SCORES, flatten_others, from_groups, gather_others
+from trl_ext.data.groups import from_groups
 from trl_ext.data.pairing import pair_up
 from trl_ext.data.sampling import pair_traces
 
@@ -69,42 +69,32 @@ def whole():
     return from_groups(Dataset.from_list(GROUPS), "group", "train")
 
 
+def two(chosen, rejected):
+    return {"chosen": chosen, "rejected": rejected}
+
+
 def test_whole_groups_by_hand():
+    """Beside best and worst the others in twos, the last of an odd number twice; scores of best, worst and the others."""
     first, second, third = whole()
     assert first == {
         "prompt": "p", "tools": "[]", "extra": 1, "chosen": "e", "rejected": "d", "score_chosen": 5.0, "score_rejected": 1.0,
-        "other_completions": ["a", "b", "c"], "other_scores": [3.0, 1.0, 4.0],
+        "other_completions": [two("a", "b"), two("c", "c")], "group_scores": [5.0, 1.0, 3.0, 1.0, 4.0],
     }  # fmt: skip
-    assert (second["chosen"], second["rejected"], second["other_completions"]) == ("g", "f", ["h"])
-    assert (third["chosen"], third["rejected"], third["other_completions"], third["other_scores"]) == (
+    assert (second["chosen"], second["rejected"], second["other_completions"]) == ("g", "f", [two("h", "h")])
+    assert second["group_scores"] == [2.0, 0.0, 1.0]
+    assert (third["chosen"], third["rejected"], third["other_completions"], third["group_scores"]) == (
         "i",
         "j",
         [],
-        [],
+        [1.0, 0.0],
     )
 
 
-def test_others_in_twos_and_back():
-    """Three as two pairs whose last one stands twice, one as a pair with itself, none as none."""
-    flat, starts = flatten_others(whole())
-    row = lambda prompt, chosen, rejected: {"prompt": prompt, "tools": "[]", "chosen": chosen, "rejected": rejected}  # noqa: E731
-    assert starts == [0, 2, 3, 3]
-    assert flat.to_list() == [row("p", "a", "b"), row("p", "c", "c"), row("q", "h", "h")]
-    known = {name: number for number, name in enumerate("abcdefgh")}
-    flat = flat.map(lambda row: {"one": known[row["chosen"]], "two": known[row["rejected"]]})
-    back = gather_others(whole(), flat, starts, {"number": ("one", "two"), "twice": ("two", "two")})
-    assert back["number"] == [[0, 1, 2], [7], []] and back["twice"] == [[1, 1, 2], [7], []]
-    assert back["chosen"] == ["e", "g", "i"]
-
-
-def test_others_that_are_token_ids():
-    rows = [
-        {"other_prompt_ids": [[1], [2], [3]], "other_ids": [[4], [5], [6]], OTHER_SCORES: [0.0] * 3},
-        {"other_prompt_ids": [[7], [8]], "other_ids": [[9], [10]], OTHER_SCORES: [0.0] * 2},
-    ]
-    flat, starts = flatten_others(Dataset.from_list(rows))
-    assert starts == [0, 2, 3] and flat.to_list() == [
-        {"prompt_ids": [1], "chosen_ids": [4], "rejected_ids": [5]},
-        {"prompt_ids": [3], "chosen_ids": [6], "rejected_ids": [6]},
-        {"prompt_ids": [7], "chosen_ids": [9], "rejected_ids": [10]},
-    ]
+def test_log_probs_of_the_policy_that_sampled_go_along():
+    """In the order of the scores: best, worst, the others as they come."""
+    given = [[-0.1, -0.2, -0.3, -0.4, -0.5], [-1.1, -1.2, -1.3], [-2.1, -2.2]]
+    rows = [{**row, "behaviour_logps": logps} for row, logps in zip(GROUPS, given, strict=True)]
+    found = from_groups(Dataset.from_list(rows), "group", "train")
+    assert found["behaviour_logps"][:] == [[-0.5, -0.4, -0.1, -0.2, -0.3], [-1.2, -1.1, -1.3], [-2.1, -2.2]]
+    # What is made into pairs has none
+    assert "behaviour_logps" not in from_groups(Dataset.from_list(rows), "all", "train").column_names

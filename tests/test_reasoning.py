@@ -70,10 +70,10 @@ def row(**changes):
 def test_templates(template, prompt, chosen, tiny_model_dir):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
     tokenizer.chat_template = template or tokenizer.chat_template
-    ids = tokenize_empty_trace(row(), tokenizer)
-    assert tokenizer.decode(ids["empty_trace_prompt_ids"]) == prompt
-    assert tokenizer.decode(ids["empty_trace_chosen_ids"]) == chosen
-    assert tokenizer.decode(ids["empty_trace_rejected_ids"]) == chosen.replace("<b>good", "bad")
+    (ids,) = tokenize_empty_trace(row(), tokenizer)["further_pairs"]
+    assert tokenizer.decode(ids["prompt_ids"]) == prompt
+    assert tokenizer.decode(ids["chosen_ids"]) == chosen
+    assert tokenizer.decode(ids["rejected_ids"]) == chosen.replace("<b>good", "bad")
     # What generation with reasoning switched off starts from
     if template in (SWITCH, DROPS):
         generation = tokenizer.apply_chat_template(
@@ -84,19 +84,20 @@ def test_templates(template, prompt, chosen, tiny_model_dir):
 
 def test_plain_text(tiny_model_dir):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
-    ids = tokenize_empty_trace(
+    (ids,) = tokenize_empty_trace(
         row(prompt="what is it", chosen_empty_trace=" good", rejected_empty_trace=" bad<|eos|>"), tokenizer
-    )
-    assert tokenizer.decode(ids["empty_trace_prompt_ids"]) == "what is it" + EMPTY_TRACE
-    assert tokenizer.decode(ids["empty_trace_chosen_ids"]) == " good<|eos|>"
-    assert tokenizer.decode(ids["empty_trace_rejected_ids"]) == " bad<|eos|>"
+    )["further_pairs"]
+    assert tokenizer.decode(ids["prompt_ids"]) == "what is it" + EMPTY_TRACE
+    assert tokenizer.decode(ids["chosen_ids"]) == " good<|eos|>"
+    assert tokenizer.decode(ids["rejected_ids"]) == " bad<|eos|>"
 
 
 def test_tools_and_template_arguments_reach_the_template(tiny_model_dir):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
     tokenizer.chat_template = "{{- tools[0].name ~ mood }}" + PLAIN
-    ids = tokenize_empty_trace(row(tools='[{"name": "clock"}]', chat_template_kwargs={"mood": "!"}), tokenizer)
-    assert tokenizer.decode(ids["empty_trace_prompt_ids"]).startswith("clock![user]")
+    given = row(tools='[{"name": "clock"}]', chat_template_kwargs={"mood": "!"})
+    (ids,) = tokenize_empty_trace(given, tokenizer)["further_pairs"]
+    assert tokenizer.decode(ids["prompt_ids"]).startswith("clock![user]")
 
 
 def test_template_that_hides_the_completion(tiny_model_dir):
@@ -185,10 +186,13 @@ def test_prompts_beyond_max_length(tiny_model_dir, tmp_path):
 
 def test_tokens_of_both_pairs_are_counted(tiny_model_dir, tmp_path):
     trainer = build(DPOTrainer, DPOConfig, tiny_model_dir, tmp_path, loss_type="bias_variance", max_steps=1)
-    batch = first_batch(trainer)
+    batch = next(iter(trainer.get_eval_dataloader()))  # the first four rows
     loss_and_gradients(trainer, batch)
-    expected = batch["attention_mask"].sum() + batch["empty_trace_attention_mask"].sum()
-    assert trainer._metrics["train"]["num_tokens"] == [expected.item()]
+    expected = 0
+    for example in trainer.train_dataset.select(range(4)):
+        for pair in (example, *example["further_pairs"]):
+            expected += 2 * len(pair["prompt_ids"]) + len(pair["chosen_ids"]) + len(pair["rejected_ids"])
+    assert trainer._metrics["train"]["num_tokens"] == [expected]
 
 
 @pytest.mark.parametrize("form", ["plain", "conversational"])
@@ -251,13 +255,15 @@ def test_rows_are_marked_and_filled():
 def test_rows_without_a_pair_have_nothing_to_score():
     tokenizer = build_tokenizer()
     empty = {"chosen_empty_trace": None, "rejected_empty_trace": None}
-    assert tokenize_empty_trace({"prompt": "p", "prompt_ids": [1, 2], **empty, "has_traces": True}, tokenizer) == {
-        "empty_trace_prompt_ids": [1, 2], "empty_trace_chosen_ids": [], "empty_trace_rejected_ids": [],
-    }  # fmt: skip
+    given = {"prompt": "p", "prompt_ids": [1, 2], **empty, "has_traces": True}
+    assert tokenize_empty_trace(given, tokenizer) == {"further_pairs": []}
     given = row(prompt="what is it", chosen_empty_trace=" good", rejected_empty_trace=" bad", has_traces=False)
     ids = tokenize_empty_trace(given, tokenizer)
     assert ids["chosen_ids"] == ids["rejected_ids"] == [] and "prompt_ids" not in ids
-    start = tokenizer("what is it" + EMPTY_TRACE)["input_ids"]
-    assert [ids[f"empty_trace_{side}_ids"] for side in ("prompt", "chosen", "rejected")] == [
-        start, tokenizer(" good<|eos|>")["input_ids"], tokenizer(" bad<|eos|>")["input_ids"],
-    ]  # fmt: skip
+    assert ids["further_pairs"] == [
+        {
+            "prompt_ids": tokenizer("what is it" + EMPTY_TRACE)["input_ids"],
+            "chosen_ids": tokenizer(" good<|eos|>")["input_ids"],
+            "rejected_ids": tokenizer(" bad<|eos|>")["input_ids"],
+        }
+    ]

@@ -6,8 +6,7 @@ import pytest
 import torch
 import trl
 from datasets import Dataset
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Partial, Shard, distribute_tensor
+from torch.distributed.tensor import Partial
 from transformers import AutoTokenizer
 
 from tests.conftest import preference_rows
@@ -38,18 +37,6 @@ def test_gradients_of_a_sharded_head_are_averaged():
     assert sharded.grad_fn.grad_placements == [Partial("avg"), Partial("avg")] and not vars(plain.grad_fn)
 
 
-def test_a_head_that_is_made_whole_is_found_by_its_gradient():
-    """torch's own: where its backward looks for the placements that are set."""
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
-        mesh = init_device_mesh("cpu", (1,))
-        whole = distribute_tensor(torch.ones(2, requires_grad=True), mesh, [Shard(0)]).full_tensor()
-        assert whole.grad_fn.dtensor_spec.mesh.ndim == 1
-        assert whole.grad_fn.grad_placements is None
-    finally:
-        torch.distributed.destroy_process_group()
-
-
 def test_a_model_is_called_as_trl_calls_it():
     """Labels where the completion is; nothing is kept for generation; router logits where they are asked for."""
     calls = []
@@ -72,11 +59,11 @@ def test_outputs_that_are_there_stand_in_for_the_model():
     model = lambda *args, **kwargs: (args, kwargs)  # noqa: E731
     replay = trl_seam.Replay(model, "outputs")
     assert replay(input_ids=1, fused_lm_head=True) == "outputs"
-    # TRL counts tokens in a mask that may have more rows than those it is given
-    assert replay(2, input_ids=[1, 2], attention_mask=[3, 4, 5]) == (
-        (2,),
-        {"input_ids": [1, 2], "attention_mask": [3, 4]},
-    )
+    # What else TRL asks of the model goes to the model, with a mask of as many rows as there are ids
+    ids, mask = torch.arange(6).view(2, 3), torch.arange(12).view(4, 3)
+    positional, named = replay(2, input_ids=ids, attention_mask=mask, use_cache=False)
+    assert positional == (2,) and named["input_ids"] is ids and named["use_cache"] is False
+    assert named["attention_mask"].tolist() == [[0, 1, 2], [3, 4, 5]] and len(named) == 3
 
 
 def test_metrics_that_are_taken_back():

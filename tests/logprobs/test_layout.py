@@ -10,8 +10,11 @@ from tests.logprobs.families import tiny
 from trl_ext.logprobs import SharedPrefixLayout, pays, shared_prefix_layout, why_not_shared
 
 
-def layout_of(rows, groups, width=None):
-    """The layout of rows `(prompt, completion)` of token ids, padded on the right to the longest, or to `width`."""
+def layout_of(rows, prompts, width=None):
+    """
+    The layout of rows `(prompt, completion)` of token ids, padded on the right to the longest, or to `width`; `prompts` says which
+    prompt each row continues.
+    """
     width = width or max(len(prompt) + len(completion) for prompt, completion in rows)
     ids, attention, scored = (torch.zeros(len(rows), width, dtype=torch.long) for _ in range(3))
     for row, (prompt, completion) in enumerate(rows):
@@ -19,24 +22,26 @@ def layout_of(rows, groups, width=None):
         ids[row, :length] = torch.tensor([*prompt, *completion])
         attention[row, :length] = 1
         scored[row, len(prompt) : length] = 1
-    return shared_prefix_layout(ids, attention, scored, groups)
+    return shared_prefix_layout(ids, attention, scored, torch.tensor(prompts))
 
 
 def test_a_pair_slot_by_slot():
     """The example of the module: p0 p1 | p2 c0 c1 | p2 r0 r1 r2."""
-    layout = layout_of([([1, 2, 3], [4, 5, 6]), ([1, 2, 3], [7, 8, 9, 10])], 1)
+    layout = layout_of([([1, 2, 3], [4, 5, 6]), ([1, 2, 3], [7, 8, 9, 10])], [0, 0])
     assert layout.tokens.tolist() == [[0, 1, 2, 3, 4, 7 + 2, 7 + 3, 7 + 4, 7 + 5]]
     assert layout.positions.tolist() == [[0, 1, 2, 3, 4, 2, 3, 4, 5]]
     assert layout.groups.tolist() == [[0] * 9]
     assert layout.parts.tolist() == [[0, 0, 1, 1, 1, 2, 2, 2, 2]]
     assert layout.slots.tolist() == [[0, 0, 2, 3, 4, 0], [0, 0, 5, 6, 7, 8]]
-    assert layout.tokens.dtype == layout.slots.dtype == torch.int64
+    # Tokens 3 to 5 of the first row and 3 to 6 of the second, in the flattened (2, 6)
+    assert layout.scored.tolist() == [2, 3, 4, 8, 9, 10, 11]
+    assert layout.tokens.dtype == layout.slots.dtype == layout.scored.dtype == torch.int64
 
 
 def test_short_rows_are_packed_together():
     """Units of 2, 3, 4 and 7 slots, the longest first: 7; then 4 and 3; then 2 alone."""
     rows = [([1, 2], [3]), ([5], [5, 7, 8]), ([3, 3, 3], [4, 4]), ([9, 8, 7, 6, 5], [4, 3, 2])]
-    layout = layout_of(rows, 4)
+    layout = layout_of(rows, [0, 1, 2, 3])
     assert layout.groups.tolist() == [[0] * 7, [1, 1, 1, 1, 2, 2, 2], [3, 3, -1, -1, -1, -1, -1]]
     assert layout.tokens.tolist() == [
         [24, 25, 26, 27, 28, 29, 30],
@@ -56,7 +61,7 @@ def test_short_rows_are_packed_together():
 def test_members_with_other_prompts_stand_alone():
     """Of four rows, the first and the last have one prompt, the others one each: as long, and longer."""
     rows = [([1, 2, 3], [4]), ([1, 9, 3], [4]), ([1, 2, 3, 4], [5]), ([1, 2, 3], [6, 7])]
-    layout = layout_of(rows, 1)
+    layout = layout_of(rows, [0, 0, 0, 0])
     # 2 + 1 + 2 slots for the shared one, 4 for the longer, 3 for the third: two rows of 5
     assert layout.groups.tolist() == [[0] * 5, [1, 1, 1, 1, -1], [2, 2, 2, -1, -1]]
     assert layout.parts.tolist() == [[0, 0, 1, 2, 2], [0, 0, 0, 1, 0], [0, 0, 1, 0, 0]]
@@ -66,48 +71,68 @@ def test_members_with_other_prompts_stand_alone():
 
 def test_only_the_last_token_of_the_prompts_differs():
     """That token stands in the parts, so what is in front of it is shared all the same."""
-    layout = layout_of([([1, 2, 3], [4]), ([1, 2, 9], [5])], 1)
+    layout = layout_of([([1, 2, 3], [4]), ([1, 2, 9], [5])], [0, 0])
     assert layout.tokens.tolist() == [[0, 1, 2, 6]]
     assert layout.parts.tolist() == [[0, 0, 1, 2]]
 
 
-def test_groups_are_a_stride_apart():
-    """Rows 0 and 2 have one prompt, rows 1 and 3 another."""
-    layout = layout_of([([1, 2], [3]), ([5, 6], [7]), ([1, 2], [4]), ([5, 6], [8])], 2)
+@pytest.mark.parametrize("prompts", [[0, 1, 0, 1], [7, 3, 7, 3]])
+def test_rows_of_a_prompt_stand_anywhere(prompts):
+    """Rows 0 and 2 have one prompt, rows 1 and 3 another, as in a batch of pairs; what their numbers are is of no matter."""
+    layout = layout_of([([1, 2], [3]), ([5, 6], [7]), ([1, 2], [4]), ([5, 6], [8])], prompts)
     assert layout.tokens.tolist() == [[0, 1, 7], [3, 4, 10]]
     assert layout.slots.tolist() == [[0, 1], [0, 4], [0, 2], [0, 5]]
     assert layout.groups.tolist() == [[0, 0, 0], [1, 1, 1]]
 
 
+def test_groups_of_different_sizes():
+    """Prompt 0 has rows 0, 2, 3 and 5, prompt 1 has rows 1 and 4: one slot for the first token, then two per completion."""
+    rows = [([1, 2], [3, 3]), ([5, 6], [7]), ([1, 2], [4]), ([1, 2], [5, 5]), ([5, 6], [8, 8]), ([1, 2], [6])]
+    layout = layout_of(rows, [0, 1, 0, 0, 1, 0])
+    # Width 4. Units of 1 + 2 + 1 + 2 + 1 = 7 and of 1 + 1 + 2 = 4 slots
+    assert layout.tokens.tolist() == [[0, 1, 2, 9, 13, 14, 21], [4, 5, 17, 18, 0, 0, 0]]
+    assert layout.parts.tolist() == [[0, 1, 1, 2, 3, 3, 4], [0, 1, 2, 2, 0, 0, 0]]
+    assert layout.groups.tolist() == [[0] * 7, [1, 1, 1, 1, -1, -1, -1]]
+    assert layout.slots.tolist() == [[0, 1, 2], [0, 8, 0], [0, 3, 0], [0, 4, 5], [0, 9, 10], [0, 6, 0]]
+    assert layout.scored.tolist() == [1, 2, 4, 7, 10, 11, 13, 14, 16]
+
+
+def test_equal_rows_of_different_prompts_are_not_shared():
+    layout = layout_of([([1, 2, 3], [4]), ([1, 2, 3], [5])], [0, 1])
+    assert layout.tokens.tolist() == [[0, 1, 2], [4, 5, 6]] and layout.parts.tolist() == [[0, 0, 1], [0, 0, 1]]
+
+
 def test_rows_that_hold_little():
     # An empty completion scores nothing and takes no slot; what it has of the prompt is the other's
-    layout = layout_of([([1, 2, 3], []), ([1, 2, 3], [4])], 1)
+    layout = layout_of([([1, 2, 3], []), ([1, 2, 3], [4])], [0, 0])
     assert layout.slots.tolist() == [[0, 0, 0], [0, 0, layout.tokens.tolist()[0].index(4 + 2)]]
+    assert layout.scored.tolist() == [5]
     # No prompt at all: the first token is not scored, the others are
-    layout = layout_of([([], [1, 2, 3])], 1)
+    layout = layout_of([([], [1, 2, 3])], [0])
     assert (layout.tokens.tolist(), layout.parts.tolist()) == ([[0, 1]], [[1, 1]])
     assert layout.slots.tolist() == [[0, 1]]
     # One token: nothing predicts anything
-    layout = layout_of([([1], []), ([1], [])], 1)
+    layout = layout_of([([1], []), ([1], [])], [0, 0])
     assert (layout.tokens.shape, layout.groups.tolist(), layout.slots.shape) == ((1, 1), [[-1]], (2, 0))
-    assert layout_of([([], []), ([], [])], 1, width=3) is None
+    assert layout_of([([], []), ([], [])], [0, 0], width=3) is None
 
 
 def test_padding_on_the_left_in_one_row_is_enough():
     ids = torch.tensor([[1, 2, 3], [1, 2, 3]])
     attention, scored = torch.ones_like(ids), torch.tensor([[0, 0, 1], [0, 0, 1]])
-    assert shared_prefix_layout(ids, attention, scored, 1) is not None
+    prompt = torch.zeros(2, dtype=torch.long)
+    assert shared_prefix_layout(ids, attention, scored, prompt) is not None
     attention[1, 0] = 0
-    assert shared_prefix_layout(ids, attention, scored, 1) is None
+    assert shared_prefix_layout(ids, attention, scored, prompt) is None
     attention[1] = torch.tensor([1, 0, 1])
-    assert shared_prefix_layout(ids, attention, scored, 1) is None
+    assert shared_prefix_layout(ids, attention, scored, prompt) is None
 
 
 def test_what_a_slot_sees():
     """Two prompts in a row; the first has two completions, and there is padding."""
     empty = torch.zeros(1, 6, dtype=torch.long)
     groups, parts = torch.tensor([[0, 0, 0, 1, 1, -1]]), torch.tensor([[0, 1, 2, 0, 1, 0]])
-    layout = SharedPrefixLayout(empty, empty, groups, parts, empty)
+    layout = SharedPrefixLayout(empty, empty, groups, parts, empty, empty)
     index = torch.arange(6)
     seen = layout.sees(torch.tensor(0), index[:, None], index[None])
     assert seen.int().tolist() == [
@@ -205,7 +230,7 @@ def test_dropout_anywhere():
 def test_masks_are_those_of_the_layout_alone():
     """What a caller says of the slots, as of padding, has no say in shared rows."""
     model = tiny("llama", {})
-    layout = layout_of([([1, 2, 3], [4, 5]), ([1, 2, 3], [7, 8])], 1)
+    layout = layout_of([([1, 2, 3], [4, 5]), ([1, 2, 3], [7, 8])], [0, 0])
     given = {"input_ids": torch.tensor([[1, 2, 3, 4, 3, 7]]), "position_ids": layout.positions}
     hidden = torch.ones(1, 6, dtype=torch.long)
     hidden[0, 1] = 0

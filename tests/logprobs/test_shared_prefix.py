@@ -5,14 +5,26 @@ import torch
 from trl.trainer.utils import add_fused_lm_head
 
 from tests.logprobs.families import EXACT, INEXACT, batch, tiny
-from trl_ext.logprobs import Head, pays, shared_prefix_layout, why_not_shared
+from trl_ext.logprobs import Head, Sharing, pays, shared_prefix_layout, why_not_shared
+from trl_ext.rows import Rows
 from trl_ext.trainers.scoring import Scorer
 from trl_ext.trainers.trl_seam import fused_forward
 
 
+def prompts_of(inputs, groups):
+    """Rows are `groups` apart: the first completion of each prompt, then the second of each."""
+    return torch.arange(len(inputs["input_ids"])) % groups
+
+
+def layout_of(inputs, groups):
+    return shared_prefix_layout(**inputs, prompt=prompts_of(inputs, groups))
+
+
 def shared(model, inputs, groups):
-    scorer = Scorer(Head(), share_prefix=True, always=True, hidden_size=32)
-    return scorer(model, inputs, scorer.layout(inputs, groups))
+    inputs, prompt = dict(inputs), prompts_of(inputs, groups)
+    mask = inputs.pop("completion_mask")
+    layout = Sharing(hidden_size=32, always=True).layout(inputs, mask, prompt)
+    return Scorer(Head())(model, Rows(inputs, mask, prompt, torch.arange(len(mask)), layout))
 
 
 def gradients(model, output, upstream):
@@ -66,7 +78,7 @@ def test_group_size(members):
 def test_prompts_that_differ_are_not_shared():
     inputs = batch(prompts=(9, 9), members=4)
     inputs["input_ids"][2, 3] = 50  # the second completion of the first prompt has another prompt
-    layout = shared_prefix_layout(**inputs, groups=2)
+    layout = layout_of(inputs, 2)
     lengths, prefix = inputs["attention_mask"].sum(1), 8
     assert (layout.groups >= 0).sum() == (lengths - 1).sum() - prefix * (2 + 3)  # five of eight read another's prompt
     assert_same(tiny("llama", {}), inputs, groups=2)
@@ -97,14 +109,14 @@ def test_one_completion_much_longer():
         inputs[name] = torch.nn.functional.pad(value, (0, width - value.size(1)))
     inputs["input_ids"][1, 3:63], inputs["attention_mask"][1, 3:63] = long, 1
     inputs["completion_mask"][1, 3:63] = 1
-    layout = shared_prefix_layout(**inputs, groups=4)
+    layout = layout_of(inputs, 4)
     assert layout.tokens.size(0) < 4  # short rows are packed together
     assert_same(tiny("llama", {}), inputs, groups=4)
 
 
 def test_left_padding_is_not_laid_out():
     inputs = {name: value.flip(1) for name, value in batch().items()}
-    assert shared_prefix_layout(**inputs, groups=3) is None
+    assert layout_of(inputs, 3) is None
     with pytest.raises(ValueError, match="not padded on the right"):
         shared(tiny("llama", {}), inputs, 3)
 
@@ -114,7 +126,7 @@ def test_pays_where_prompts_are_long():
         ones = torch.ones(2, prompt + completion, dtype=torch.long)
         scored = ones.clone()
         scored[:, :prompt] = 0
-        return pays(shared_prefix_layout(ones, ones, scored, groups=1), *ones.shape, hidden_size)
+        return pays(shared_prefix_layout(ones, ones, scored, torch.zeros(2)), *ones.shape, hidden_size)
 
     assert both(prompt=60, completion=8, hidden_size=1)
     assert both(prompt=1, completion=60, hidden_size=1024)  # a token less

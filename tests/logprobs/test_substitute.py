@@ -63,7 +63,7 @@ def test_threads_that_overlap_leave_nothing_behind(tiny_model_dir):
     entered, left = threading.Event(), threading.Event()
     ids = torch.arange(12).view(2, 6)
     mask = torch.tensor([[0, 0, 0, 1, 1, 1]] * 2)
-    layout = shared_prefix_layout(ids[:1].repeat(2, 1), torch.ones_like(ids), mask, 1)
+    layout = shared_prefix_layout(ids[:1].repeat(2, 1), torch.ones_like(ids), mask, torch.zeros(2))
     model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
     failures = []
 
@@ -97,7 +97,7 @@ def test_another_thread_keeps_the_library_as_it_is(tiny_model_dir):
     ids = torch.arange(8).view(1, 8) + 10
     expected = model(input_ids=ids).logits
     layout = shared_prefix_layout(
-        ids.repeat(2, 1), torch.ones(2, 8, dtype=torch.long), torch.tensor([[0] * 4 + [1] * 4] * 2), 1
+        ids.repeat(2, 1), torch.ones(2, 8, dtype=torch.long), torch.tensor([[0] * 4 + [1] * 4] * 2), torch.zeros(2)
     )
     seen = []
     with head_in_place(Head("torch"), ()), layout.masks():
@@ -108,6 +108,6 @@ def test_another_thread_keeps_the_library_as_it_is(tiny_model_dir):
 
 def test_a_model_that_builds_no_mask_is_refused():
     ids = torch.arange(8).view(2, 4)
-    layout = shared_prefix_layout(ids, torch.ones_like(ids), torch.tensor([[0, 0, 1, 1]] * 2), 1)
+    layout = shared_prefix_layout(ids, torch.ones_like(ids), torch.tensor([[0, 0, 1, 1]] * 2), torch.zeros(2))
     with pytest.raises(RuntimeError, match="built no attention mask"), layout.masks():
         pass

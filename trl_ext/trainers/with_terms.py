@@ -53,7 +53,8 @@ class WithTerms:
         return Trainer._maybe_log_save_evaluate(self, *args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if self.model.training:
+        # The final log may follow an evaluation, which leaves the model in its mode
+        if self.model.training or "train_runtime" in logs:
             logs.update(self._due)
             self._due = {}
         super().log(logs, start_time)

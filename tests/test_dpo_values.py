@@ -1,0 +1,172 @@
+"""Our losses in the trainer, in numbers: against full logits in float64, in their limits, mixed and weighted."""
+
+import copy
+import functools
+
+import pytest
+import torch
+import trl
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM
+
+from tests.conftest import preference_rows
+from tests.helpers import (
+    LOSS_METRICS,
+    OUR_LOSSES,
+    SHARED_METRICS,
+    assert_same_parameters,
+    build,
+    first_batch,
+    history,
+    loss_and_gradients,
+    parameters,
+)
+from tests.plain import pair_batch
+from trl_ext import DPOConfig, DPOTrainer, get_loss
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "loss_kwargs", "ld_alpha"),
+    [
+        *((name, {}, None) for name in OUR_LOSSES),
+        # Losses that read lengths, on both pairs
+        ("bias_variance", {"base": "ipo", "alpha": 0.3}, None),
+        ("bias_variance", {"base": "length_regularized", "alpha": 0.3}, None),
+        *((name, {}, 0.3) for name in ("offset", "bias_variance", "sppo_soft")),
+    ],
+)
+def test_loss_and_gradients_equal_the_plain_way(loss_type, loss_kwargs, ld_alpha, tiny_model_dir, tmp_path):
+    # A reference that differs from the policy, so that no term vanishes
+    torch.manual_seed(1)
+    reference = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
+    for parameter in reference.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    trainer = build(
+        DPOTrainer, DPOConfig, tiny_model_dir, tmp_path, loss_type=loss_type, loss_kwargs=loss_kwargs or None,
+        ld_alpha=ld_alpha, train_sampling_strategy="sequential", trainer_kwargs={"ref_model": reference},
+    )  # fmt: skip
+    batch = first_batch(trainer)
+    loss, gradients = loss_and_gradients(trainer, batch)
+
+    policy, reference = (
+        AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float64),
+        copy.deepcopy(reference).double(),
+    )
+    rows = preference_rows(4)
+    examples = list(trainer.train_dataset.select(range(4)))
+    columns = {
+        name: torch.tensor([row[name] for row in rows]) for name, value in rows[0].items() if isinstance(value, float)
+    }
+    plain = functools.partial(pair_batch, policy, reference, columns=columns, ld_alpha=ld_alpha)
+    empty = plain([example["further_pairs"][0] for example in examples]) if loss_type == "bias_variance" else None
+    expected_batch = plain(examples, empty_trace=empty)
+    expected = get_loss(loss_type, **loss_kwargs)(expected_batch).mean()
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    largest = max(parameter.grad.abs().max().item() for parameter in policy.parameters())
+    for name, parameter in policy.named_parameters():
+        torch.testing.assert_close(
+            gradients[name].double(), parameter.grad, rtol=1e-4, atol=3e-6 * largest, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@pytest.mark.parametrize("peft", [False, True], ids=["full", "peft"])
+@pytest.mark.parametrize(
+    ("loss_type", "loss_kwargs"),
+    [
+        ("offset", {"alpha": 0.0}),
+        ("length_regularized", {"alpha": 0.0}),
+        ("bias_variance", {"alpha": 1.0}),
+    ],
+)
+def test_limit_trains_like_trls_sigmoid(loss_type, loss_kwargs, peft, tiny_model_dir, tmp_path):
+    kwargs = {
+        "trainer_kwargs": {"peft_config": LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")}
+        if peft
+        else None
+    }
+    theirs = build(trl.DPOTrainer, trl.DPOConfig, tiny_model_dir, tmp_path / "trl", **kwargs)
+    ours = build(
+        DPOTrainer,
+        DPOConfig,
+        tiny_model_dir,
+        tmp_path / "ours",
+        loss_type=loss_type,
+        loss_kwargs=loss_kwargs,
+        **kwargs,
+    )
+    for trainer in (theirs, ours):
+        trainer.train()
+        trainer.evaluate()
+    assert_same_parameters(parameters(theirs), parameters(ours), rtol=1e-4, atol=1e-5)
+    # Every metric of TRL's is there, with its value, beside ours
+    extra = LOSS_METRICS[loss_type] | SHARED_METRICS
+    for expected, entry in zip(history(theirs), history(ours), strict=True):
+        prefix = "eval_" if any(key.startswith("eval_") for key in entry) else ""
+        if "train_loss" not in entry:
+            assert entry.keys() == expected.keys() | {prefix + key for key in extra}
+        for key, value in expected.items():
+            if key not in ("num_tokens", "eval_num_tokens") or loss_type != "bias_variance":
+                assert entry[key] == pytest.approx(value, rel=2e-3, abs=2e-4), key
+
+
+def test_anchored_without_scores_is_trls_sigmoid(tiny_model_dir, tmp_path):
+    dataset = Dataset.from_list(preference_rows(8)).select_columns(["prompt", "chosen", "rejected"])
+    theirs = build(trl.DPOTrainer, trl.DPOConfig, tiny_model_dir, tmp_path / "trl", dataset=dataset)
+    ours = build(DPOTrainer, DPOConfig, tiny_model_dir, tmp_path / "ours", dataset=dataset, loss_type="anchored")
+    theirs.train()
+    ours.train()
+    assert_same_parameters(parameters(theirs), parameters(ours), rtol=1e-4, atol=1e-6)
+
+
+def test_mixture_is_the_weighted_sum(tiny_model_dir, tmp_path):
+    def gradients(loss_type, **overrides):
+        trainer = build(DPOTrainer, DPOConfig, tiny_model_dir, tmp_path, loss_type=loss_type, **overrides)
+        return loss_and_gradients(trainer, first_batch(trainer))
+
+    mixture = ["sft", "offset", "bias_variance"]
+    loss, grads = gradients(mixture, loss_weights=[0.5, 2.0, -0.25], loss_kwargs={"offset": {"alpha": 0.5}})
+    parts = [gradients("sft"), gradients("offset", loss_kwargs={"alpha": 0.5}), gradients("bias_variance")]
+    weights = [0.5, 2.0, -0.25]
+    assert loss.item() == pytest.approx(
+        sum(w * part[0].item() for w, part in zip(weights, parts, strict=True)), rel=1e-5
+    )
+    for name in grads:
+        expected = sum(w * part[1][name] for w, part in zip(weights, parts, strict=True))
+        torch.testing.assert_close(grads[name], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_mixture_logs_each_loss(tiny_model_dir, tmp_path):
+    trainer = build(
+        DPOTrainer, DPOConfig, tiny_model_dir, tmp_path, loss_type=["sigmoid", "offset", "margin_adaptive"]
+    )
+    trainer.train()
+    assert {"loss/offset", "loss/margin_adaptive", "offset/mean", "weight/mean"} <= history(trainer)[0].keys()
+
+
+def test_weight_scales_each_pair(tiny_model_dir, tmp_path):
+    rows = preference_rows(8)
+    weights = [0.0, 2.0, 1.0, 0.5, 0.0, 3.0, 1.0, 0.25]
+    weighted = Dataset.from_list([{**row, "weight": weight} for row, weight in zip(rows, weights, strict=True)])
+    for loss_type in ("sigmoid", "length_regularized", ["sigmoid", "offset"]):
+        trainer = build(DPOTrainer, DPOConfig, tiny_model_dir, tmp_path, loss_type=loss_type, dataset=weighted,
+                        per_device_train_batch_size=8, train_sampling_strategy="sequential")  # fmt: skip
+        loss, grads = loss_and_gradients(trainer, first_batch(trainer))
+        singles = build(DPOTrainer, DPOConfig, tiny_model_dir, tmp_path, loss_type=loss_type, dataset=Dataset.from_list(rows),
+                        per_device_train_batch_size=1, train_sampling_strategy="sequential")  # fmt: skip
+        parts = [loss_and_gradients(singles, batch) for batch in singles.get_train_dataloader()]
+        expected = sum(w * part[0] for w, part in zip(weights, parts, strict=True)) / 8
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+        for name in grads:
+            total = sum(w * part[1][name] for w, part in zip(weights, parts, strict=True)) / 8
+            torch.testing.assert_close(grads[name], total, rtol=1e-4, atol=1e-6)
+
+
+def test_weights_of_one_are_trls_sigmoid(tiny_model_dir, tmp_path):
+    dataset = Dataset.from_list([{**row, "weight": 1.0} for row in preference_rows(8)])
+    ours = build(DPOTrainer, DPOConfig, tiny_model_dir, tmp_path / "a", dataset=dataset)
+    theirs = build(trl.DPOTrainer, trl.DPOConfig, tiny_model_dir, tmp_path / "b", dataset=dataset)
+    for trainer in (ours, theirs):
+        trainer.train()
+    assert_same_parameters(parameters(ours), parameters(theirs), rtol=1e-4, atol=1e-6)
