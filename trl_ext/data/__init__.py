@@ -10,7 +10,7 @@ _ORIGIN = {
     "EMPTY_TRACE": "reasoning",
     "Ensemble": "rewards",
     "JudgeFunction": "rewards",
-    "PreferenceCollator": "collator",
+    "RowsCollator": "collator",
     "RewardFunction": "rewards",
     "RewardModel": "rewards",
     "calibrate": "calibration",
@@ -28,9 +28,9 @@ __all__ = [
     "EMPTY_TRACE",
     "Ensemble",
     "JudgeFunction",
-    "PreferenceCollator",
     "RewardFunction",
     "RewardModel",
+    "RowsCollator",
     "calibrate",
     "fit_temperature",
     "from_groups",
@@ -44,7 +44,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from .calibration import calibrate, fit_temperature
-    from .collator import PreferenceCollator
+    from .collator import RowsCollator
     from .groups import from_groups
     from .inspection import inspect_preferences
     from .load import load_preferences
