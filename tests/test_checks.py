@@ -230,3 +230,13 @@ class TestResumingWithOtherLosses:
         assert json.loads(path.read_text()) == {"sigmoid": {"weight": 1.0}}
         path.unlink()
         self.run(tiny_model_dir, tmp_path, loss_type="offset").train(resume_from_checkpoint=str(path.parent))
+
+
+def test_batches_cut_by_one_process_are_refused_with_our_losses(tiny_model_dir, tmp_path):
+    config = {"accelerator_config": {"dispatch_batches": True}}
+    with pytest.raises(ValueError, match="`dispatch_batches=True` has one process cut batches"):
+        build(trl_ext.DPOTrainer, trl_ext.DPOConfig, tiny_model_dir, tmp_path, loss_type="offset", **config)
+    # TRL's own losses read nothing but the sequences
+    theirs = build(trl_ext.DPOTrainer, trl_ext.DPOConfig, tiny_model_dir, tmp_path, loss_type="sigmoid", **config)
+    theirs.train()
+    assert theirs.state.global_step == theirs.args.max_steps

@@ -127,3 +127,12 @@ def test_pins_fit_together():
                 assert name != "trl-ext" or need.name == "trl-ext", f"{need} has no pin"
             else:
                 assert need.specifier.contains(pin), f"{name} asks for {need}; the pin is {pin}"
+
+
+@pytest.mark.parametrize("room", ["logprobs", "data", "trainers", "trainers/online"])
+def test_the_house_is_shown_as_it_is(room):
+    """CONTRIBUTING names each file of the rooms in the middle, and no file that is not there."""
+    house = (ROOT / "CONTRIBUTING.md").read_text().split("```")[1]
+    shown = set(re.findall(r"\b(\w+)\.py\b", house))
+    assert {path.stem for path in (ROOT / "trl_ext" / room).glob("*.py")} - {"__init__"} <= shown
+    assert shown <= {path.stem for path in (ROOT / "trl_ext").rglob("*.py")} | {"mutants"}

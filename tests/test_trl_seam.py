@@ -148,7 +148,7 @@ def test_signatures():
 
 def test_arguments_of_the_trainer_are_trls():
     theirs, ours = (inspect.signature(cls.__init__).parameters for cls in (trl.DPOTrainer, trl_ext.DPOTrainer))
-    assert list(ours) == [*theirs, "reward_funcs"]
+    assert list(ours) == [*theirs, "reward_funcs", "judge"]
     assert all(ours[name].default == theirs[name].default for name in theirs)
 
 

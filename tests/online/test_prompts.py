@@ -198,7 +198,7 @@ def test_a_reward_model_reads_conversations_with_their_tools(reward_dir):
     model = Qwen3ForSequenceClassification.from_pretrained(reward_dir)
     prompts = [[{"role": "user", "content": text}] for text in ("so", "what is it")]
     answers = [[{"role": "assistant", "content": text}] for text in ("a film", "good")]
-    values = call_reward_model(model, tokenizer, prompts, answers, "cpu", tools=[json.dumps(TOOLS), None])
+    values = call_reward_model(model, tokenizer, prompts, answers, [{"tools": json.dumps(TOOLS)}, {"tools": None}])
     for value, prompt, answer, start in zip(values, prompts, answers, ("tools: look ", ""), strict=True):
         text = (
             f"{start}<|im_start|>user\n{prompt[0]['content']}<|im_end|>\n"
@@ -227,7 +227,7 @@ def test_a_reward_that_is_no_number(reward_dir):
         model.score.weight.fill_(torch.nan)
     tokenizer = AutoTokenizer.from_pretrained(reward_dir)
     with pytest.raises(ValueError, match="returned nan for the completion ' a' of the prompt 'p'"):
-        call_reward_model(model, tokenizer, ["p"], [" a"], "cpu")
+        call_reward_model(model, tokenizer, ["p"], [" a"], [{}])
 
 
 # vLLM, with stand-ins of its engine and of its server

@@ -2,7 +2,7 @@
 
 import difflib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,23 @@ def columns_of(dataset: Dataset | IterableDataset, split: str) -> list[str]:
     if first is None:
         raise ValueError(f"The {split} dataset is empty: it gave no row.")
     return list(first)
+
+
+def over_splits(dataset: Any, function: Callable[[Any, str], Any], split: str = "eval") -> Any:
+    """`function` of a dataset and its name, or of each in a dict of them by its key; what is no dataset stays as it is."""
+    if isinstance(dataset, Mapping):
+        return type(dataset)({name: over_splits(each, function, name) for name, each in dataset.items()})
+    return function(dataset, split) if isinstance(dataset, (Dataset, IterableDataset)) else dataset
+
+
+def require_same_columns(columns: Iterable[str], available: Sequence[str], split: str) -> None:
+    """Raise a `ValueError` where a dataset lacks `columns` that are read from the training data."""
+    missing = [column for column in columns if column not in available]
+    if missing:
+        raise ValueError(
+            f"The {split} dataset lacks the columns {missing}, which are read from the train dataset. Its columns are "
+            f"{sorted(available)}."
+        )
 
 
 def used_columns(available: Sequence[str], losses: Mapping[str, Any], split: str) -> list[str]:

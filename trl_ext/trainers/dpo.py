@@ -82,8 +82,10 @@ class DPOTrainer(WithTerms, trl.DPOTrainer):
             Preference data in any form that TRL takes, with the columns that the losses require (`trl-ext losses NAME`
             says which). A numeric column `weight`, at least 0, scales the loss of each pair.
         reward_funcs (*optional*):
-            What [`~trl_ext.data.score_preferences`] takes as `reward_funcs`. Scores the pairs (or groups) where a loss reads scores
-            and the dataset has none.
+            What [`~trl_ext.data.score_preferences`] takes: a reward model, a function, or a list of them. Scores the pairs (or
+            groups) where a loss reads scores and the dataset has none.
+        judge (`Callable`, *optional*):
+            A judge of two in place of `reward_funcs`; pairs get the column `preference_prob`.
         kwargs:
             All other arguments of [`trl.DPOTrainer`], with their meaning there.
 
@@ -107,25 +109,28 @@ class DPOTrainer(WithTerms, trl.DPOTrainer):
         quantization_config: Any | None = None,
         peft_config: Any | None = None,
         reward_funcs: Any | None = None,
+        judge: Callable | None = None,
     ):
         names, losses = ["sigmoid"], {}
         if args is not None:
             names = resolve_loss_types(args.loss_type)
             losses = build_losses(names, args.loss_kwargs if isinstance(args, DPOConfig) else None)
             check_combination(args, names, losses)
-        if reward_funcs is not None:
+        if reward_funcs is not None or judge is not None:
             self._check_paths(model, ref_model)  # before the scoring, which may take long
             train_dataset, eval_dataset = (
-                with_scores(data, reward_funcs, losses) for data in (train_dataset, eval_dataset)
+                with_scores(data, reward_funcs, judge, losses) for data in (train_dataset, eval_dataset)
             )
         self._data = PreferenceData(names, losses, args)
         train_dataset = self._data.training(train_dataset)
         if eval_dataset is not None:
             eval_dataset = self._data.evaluation(eval_dataset)
         losses = self._data.losses
-        if args is not None and args.accelerator_config.dispatch_batches is None:
-            args.accelerator_config.dispatch_batches = (
-                False  # of streams: a table cannot be cut into rows for processes
+        dispatched = args is not None and args.accelerator_config.dispatch_batches
+        if losses and dispatched:
+            raise ValueError(
+                "`dispatch_batches=True` has one process cut batches for the others, and what losses read of a batch has no row for "
+                "each of its sequences. Leave it out of `accelerator_config`: each process then reads its own part."
             )
         self._check_paths(model, ref_model)
         for given in (model, ref_model):
@@ -165,8 +170,9 @@ class DPOTrainer(WithTerms, trl.DPOTrainer):
         self._mixing = MeasuredMixing(self)
         if losses:  # TRL computes its own loss types, we the rest
             self.loss_types, self.loss_weights = [name for name, _ in theirs], [weight for _, weight in theirs]
-        if losses or self._scorer.head is not None:
+        if losses or (self._scorer.head is not None and not dispatched):
             data = self._data
+            self.accelerator.dataloader_config.dispatch_batches = False  # which a stream would have turned on
             self.data_collator = RowsCollator(
                 self.data_collator, data.numeric_columns, data.empty_trace, data.groups, self._scorer.sharing
             )
@@ -288,11 +294,11 @@ class DPOTrainer(WithTerms, trl.DPOTrainer):
         theirs |= zip(REFERENCES, ref_logps[:first].chunk(2), strict=True)
         if first < len(mask):
             outputs = map_rows(outputs, lambda field: field[:first])
-            theirs["input_ids"] = theirs["input_ids"][
-                :first
-            ]  # the attention mask stays whole: TRL counts tokens by it
+            # The attention mask stays whole: TRL counts tokens by it
+            theirs["input_ids"] = theirs["input_ids"][:first]
         alone: dict[str, Any] = {}
-        result = self._trls_loss(model, outputs, theirs, return_outputs, num_items_in_batch, alone)
+        replay = Replay(model, outputs, rows.inputs)
+        result = self._trls_loss(replay, outputs, theirs, return_outputs, num_items_in_batch, alone)
         if statistics is not None:
             forget_statistics(self, statistics)
         if not terms.losses:
@@ -309,7 +315,6 @@ class DPOTrainer(WithTerms, trl.DPOTrainer):
 
     def _trls_loss(self, model, outputs, inputs, return_outputs, num_items_in_batch, metrics):
         """TRL's method on outputs that are there; beside losses of ours, each of its loss types goes into `metrics` by name."""
-        model = Replay(model, outputs)
         with reference_in_inputs(self):
             if not self._terms.losses or not self.loss_types:
                 return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)

@@ -10,7 +10,15 @@ from datasets import Dataset, IterableDataset
 from trl.data_utils import is_conversational
 
 from trl_ext.data.checks import TOKENIZED, check_tokenized, say_what_was_dropped, warn_of_empty_completions
-from trl_ext.data.columns import TEXT_COLUMNS, WEIGHT, checked, columns_of, used_columns
+from trl_ext.data.columns import (
+    TEXT_COLUMNS,
+    WEIGHT,
+    checked,
+    columns_of,
+    over_splits,
+    require_same_columns,
+    used_columns,
+)
 from trl_ext.data.further import FURTHER, map_further
 from trl_ext.data.groups import BEHAVIOUR_LOGPS, GROUP_SCORES, OTHERS, from_groups, is_grouped
 from trl_ext.data.reasoning import HAS_TRACES, check_pairs, tokenize_empty_trace
@@ -28,21 +36,22 @@ REFERENCES = ("ref_chosen_logps", "ref_rejected_logps")
 PREPARED = {FURTHER, GROUP_SCORES, *REFERENCES}
 
 
-def with_scores(dataset: Any, reward_funcs: Any, losses: Mapping[str, Any]) -> Any:
+def with_scores(dataset: Any, reward_funcs: Any, judge: Any, losses: Mapping[str, Any]) -> Any:
     """The dataset, or each of several, with scores where a loss reads them and there are none."""
-    if isinstance(dataset, Mapping):
-        return type(dataset)({name: with_scores(split, reward_funcs, losses) for name, split in dataset.items()})
     read = {name for loss in losses.values() for name in (*loss.required_columns, *loss.optional_columns)}
+    given = "reward_funcs" if judge is None else "judge"
     if not read & {"score_chosen", "score_rejected", "preference_prob"}:
         raise ValueError(
-            f"`reward_funcs` would not be used: none of the losses {sorted(losses) or 'of TRL'} reads scores. Leave it out."
+            f"`{given}` would not be used: none of the losses {sorted(losses) or 'of TRL'} reads scores. Leave it out."
         )
-    if dataset is None:
-        return None
-    if not isinstance(dataset, Dataset):
-        raise ValueError("`reward_funcs` scores map-style datasets; load the data without `streaming=True`.")
-    there = {"score_chosen", "preference_prob", "scores"} & set(dataset.column_names)
-    return dataset if there else score_preferences(dataset, reward_funcs)
+
+    def scored(each: Dataset | IterableDataset, split: str) -> Dataset:
+        if not isinstance(each, Dataset):
+            raise ValueError(f"`{given}` scores map-style datasets; load the data without `streaming=True`.")
+        there = {"score_chosen", "preference_prob", "scores"} & set(each.column_names)
+        return each if there else score_preferences(each, reward_funcs, judge=judge)
+
+    return over_splits(dataset, scored)
 
 
 class PreferenceData:
@@ -110,13 +119,9 @@ class PreferenceData:
 
     def evaluation(self, dataset: Any) -> Any:
         """Evaluation data, one dataset or a dict of them, with the same columns as the training data, checked."""
-        if isinstance(dataset, Mapping):
-            return type(dataset)({name: self._split(split, name) for name, split in dataset.items()})
-        return self._split(dataset, "eval")
+        return over_splits(dataset, self._split)
 
-    def _split(self, dataset: Any, split: str) -> Any:
-        if not isinstance(dataset, (Dataset, IterableDataset)):
-            return dataset
+    def _split(self, dataset: Dataset | IterableDataset, split: str) -> Dataset | IterableDataset:
         available = columns_of(dataset, split)
         if is_grouped(available):
             # Where training is on pairs, whole groups cannot be collated: the best against the worst
@@ -128,16 +133,12 @@ class PreferenceData:
             raise ValueError(
                 f"The {split} dataset holds no groups, the train dataset does. Its columns are {available}."
             )
-        missing = [column for column in self.columns if column not in available]
+        read = self.columns
         if self.empty_trace and FURTHER in available:
-            missing = [column for column in missing if column not in TEXT_COLUMNS]
+            read = self.numeric_columns
         else:
             used_columns(available, self.losses, split)
-        if missing:
-            raise ValueError(
-                f"The {split} dataset lacks the columns {missing}, which the losses read from the train dataset. Its "
-                f"columns are {sorted(available)}."
-            )
+        require_same_columns(read, available, split)
         self._check_reads(available)
         return checked(dataset, self.columns, self.losses, split)
 

@@ -47,7 +47,7 @@ class WithTerms:
 
     def _maybe_log_save_evaluate(self, *args, **kwargs):
         # Here and not in `log`, which a script may call in one process alone
-        if self.control.should_log or self.control.should_training_stop:
+        if self._terms.losses and (self.control.should_log or self.control.should_training_stop):
             self._due |= self._means["train"].over_processes()
         # transformers' own: that of TRL's online trainer rounds the loss, and divides by the number of its statistics
         return Trainer._maybe_log_save_evaluate(self, *args, **kwargs)

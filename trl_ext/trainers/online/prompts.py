@@ -5,7 +5,7 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset
 
-from trl_ext.data.columns import WEIGHT, checked, columns_of
+from trl_ext.data.columns import WEIGHT, checked, columns_of, over_splits, require_same_columns
 from trl_ext.data.tokens import require_chat_template
 from trl_ext.trainers.online.checks import OWN_COLUMNS, SCORE_COLUMNS, of_completions, reads_win_rates
 
@@ -40,21 +40,12 @@ class PromptData:
 
     def evaluation(self, dataset: Any) -> Any:
         """Evaluation data, one dataset or a dict of them, with the columns that are read from the training data, checked."""
-        if isinstance(dataset, Mapping):
-            return type(dataset)({name: self._split(split, name) for name, split in dataset.items()})
-        return self._split(dataset, "eval")
+        return over_splits(dataset, self._split)
 
-    def _split(self, dataset: Any, split: str) -> Any:
-        if not isinstance(dataset, (Dataset, IterableDataset)):
-            return dataset
+    def _split(self, dataset: Dataset | IterableDataset, split: str) -> Dataset | IterableDataset:
         available = columns_of(dataset, split)
         read_columns(available, split, self.losses, self.judged)
-        missing = [column for column in self.columns if column not in available]
-        if missing:
-            raise ValueError(
-                f"The {split} dataset lacks the columns {missing}, which are read from the train dataset. Its columns are "
-                f"{sorted(available)}."
-            )
+        require_same_columns(self.columns, available, split)
         return check_prompts(dataset, self.columns, split, self.processing_class)
 
 

@@ -1,6 +1,5 @@
 """Scores of completions: reward functions, reward models and judges, with every answer checked."""
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -8,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from trl.trainer.utils import pad
 
-from trl_ext.data.tokens import reward_ids
+from trl_ext.data.rewards import RewardModel
+from trl_ext.data.tokens import template_arguments
 from trl_ext.generation import Completions
 
 
@@ -83,60 +82,33 @@ def call_reward_function(
 
 
 def call_reward_model(
-    model: nn.Module,
-    tokenizer: Any,
-    prompts: list,
-    completions: list,
-    device: Any,
-    tools: list | None = None,
-    chat_template_kwargs: list | None = None,
+    model: nn.Module, processing_class: Any, prompts: list, completions: list, rows: list[dict[str, Any]]
 ) -> torch.Tensor:
     """
-    First logit of a sequence classifier on prompt and completion, shape `(N,)`.
-
-    It reads the tokens that `RewardTrainer` trains on: plain text has the tokenizer's special tokens and ends with the
-    end-of-sequence token; a conversation is as the reward model's own chat template writes it.
+    First logit of a sequence classifier on prompt and completion, as [`~trl_ext.data.RewardModel`] reads them; shape `(N,)`.
 
     Args:
         model (`nn.Module`):
             The classifier.
-        tokenizer (`PreTrainedTokenizerBase`):
-            Its own.
+        processing_class (`PreTrainedTokenizerBase`):
+            Its own tokenizer.
         prompts (`list`):
             `N` prompts, as text or messages.
         completions (`list`):
             Their completions.
-        device (`torch.device`):
-            Where the model is.
-        tools (`list`, *optional*):
-            The dataset's column of that name, one entry per prompt.
-        chat_template_kwargs (`list`, *optional*):
-            The dataset's column of that name, one entry per prompt.
+        rows (`list[dict[str, Any]]`):
+            The row of the dataset of each, of which `tools` and `chat_template_kwargs` reach the chat template.
 
     Raises:
         `ValueError`: If an answer is NaN or infinite.
     """
-    nothing = [None] * len(prompts)
-    rows = zip(prompts, completions, tools or nothing, chat_template_kwargs or nothing, strict=True)
-    ids = [
-        torch.tensor(reward_ids(prompt, completion, tokenizer, tools=_loaded(tool), chat_template_kwargs=options))
-        for prompt, completion, tool, options in rows
-    ]
-    mask = pad([torch.ones_like(row) for row in ids], padding_value=0, padding_side="right")
-    ids = pad(ids, padding_value=tokenizer.pad_token_id, padding_side="right")
-    with torch.inference_mode():
-        rewards = model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits[:, 0].float()
-    if not rewards.isfinite().all():
-        row = int((~rewards.isfinite()).nonzero()[0])
-        raise ValueError(
-            f"The reward model returned {rewards[row].item()} for the completion {completions[row]!r} of the prompt "
-            f"{prompts[row]!r}."
-        )
-    return rewards.clone()  # an inference tensor takes no part in autograd
-
-
-def _loaded(tools: Any) -> Any:
-    return json.loads(tools) if isinstance(tools, str) else tools
+    rewards = RewardModel(model, processing_class)(prompts, completions, [template_arguments(row) for row in rows])
+    for reward, completion, prompt in zip(rewards, completions, prompts, strict=True):
+        if not math.isfinite(reward):
+            raise ValueError(
+                f"The reward model returned {reward} for the completion {completion!r} of the prompt {prompt!r}."
+            )
+    return torch.tensor(rewards, dtype=torch.float32)
 
 
 def call_judge(
@@ -209,7 +181,10 @@ def reward_scores(trainer: Any, inputs: dict[str, Any], completions: Completions
             `K` of each of `B` prompts.
     """
     prompts, b = completions.prompts, len(completions.prompts)
-    k, device = len(completions.ids) // b, trainer.accelerator.device
+    k = len(completions.ids) // b
+    rows = [
+        {name: inputs[name][row] for name in ("tools", "chat_template_kwargs") if name in inputs} for row in range(b)
+    ]
     columns = {
         name: list(value) * k if isinstance(value, (list, tuple)) else value
         for name, value in inputs.items()
@@ -221,14 +196,13 @@ def reward_scores(trainer: Any, inputs: dict[str, Any], completions: Completions
         trainer.reward_func_names, trainer.reward_funcs, trainer.reward_processing_classes, strict=True
     ):
         if isinstance(function, torch.nn.Module):
-            rendering = {name: columns[name] for name in ("tools", "chat_template_kwargs") if name in columns}
-            values = call_reward_model(function, tokenizer, prompts * k, completions.texts, device, **rendering)
+            values = call_reward_model(function, tokenizer, prompts * k, completions.texts, rows * k)
         else:
             values = call_reward_function(
                 name, function, prompts * k, completions.texts, ids, trainer_state=trainer.state, **columns
             )
         # Two functions may have one name
-        rewards[name if name not in rewards else f"{name}_{len(rewards)}"] = values.cpu()
+        rewards[name if name not in rewards else f"{name}_{len(rewards)}"] = values
     stacked = torch.stack(list(rewards.values()), dim=1)
     total = (stacked * trainer.reward_weights.cpu()).nansum(dim=1)
     if trainer.args.missing_eos_penalty is not None:

@@ -4,7 +4,7 @@ import contextlib
 import functools
 import inspect
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 
 import torch
@@ -158,14 +158,14 @@ def unbind_forward(model: nn.Module) -> None:
 
 
 class Replay:
-    """Stands in for the model in a call of TRL's: answers the fused forward with outputs that are already there."""
+    """
+    Stands in for the model in a call of TRL's: answers the fused forward with outputs that are already there.
 
-    def __init__(self, model: Callable, outputs: FusedCausalLMOutput):
-        self.model = model
-        self.outputs = outputs
+    What else TRL asks the model for, it asks of all rows of `inputs`, which may be more than those that TRL's loss was given.
+    """
+
+    def __init__(self, model: Callable, outputs: FusedCausalLMOutput, inputs: Mapping[str, torch.Tensor]):
+        self.model, self.outputs, self.inputs = model, outputs, inputs
 
     def __call__(self, *args, fused_lm_head: bool = False, **kwargs):
-        if fused_lm_head:
-            return self.outputs
-        mask = kwargs["attention_mask"]  # may have more rows than TRL was given, for it to count their tokens
-        return self.model(*args, **{**kwargs, "attention_mask": mask[: len(kwargs["input_ids"])]})
+        return self.outputs if fused_lm_head else self.model(*args, **{**kwargs, **self.inputs})
