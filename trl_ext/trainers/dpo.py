@@ -53,6 +53,11 @@ class DPOTrainer(WithTerms, trl.DPOTrainer):
     With TRL's loss types it is TRL's trainer. With ours, the dataset columns that a loss reads reach it, and each loss
     is computed on the same log-probabilities and in the same forward as TRL's own, with which it can be mixed.
 
+    Beside TRL's metrics are logged, each a mean over the rows of all processes and micro-batches since the last log: `lengths/*`
+    (tokens) and `logratios/*` (nats) of chosen and rejected completions, `pair_weight/mean`, what each loss gives as `metrics`, and
+    of several losses each one's own mean, `loss/NAME`. Those of an evaluation begin with its dataset, `eval_NAME_`. With
+    `bias_variance`, TRL's `rewards/*` and `logps/*` are over the rows that have a traced pair.
+
     Example:
 
     ```python

@@ -51,13 +51,13 @@ class OnlineDPOTrainer(Generation, Evaluation, WithTerms, TRLOnlineDPOTrainer):
     [`~trl_ext.generation.Completions`], [`~trl_ext.trainers.online.rewards.Scores`] and
     [`~trl_ext.trainers.online.selection.Selection`], is on the CPU.
 
-    Metrics, each a mean over the rows of all processes and micro-batches since the last log: `objective/scores`, `objective/kl`, `objective/entropy`,
-    `objective/non_score_reward` and `objective/rlhf_reward` are over the same completions, those that are learnt from;
-    `rlhf_reward` is the sum of `scores` and `non_score_reward`. `objective/scores_margin`, `rewards/chosen`, `rewards/rejected`,
-    `rewards/margins`, `rewards/accuracies` and `logps/*` are over the pairs that are learnt from (for groups: the best completion
-    against the worst). `completions/*`, `val/contain_eos_token`, `rewards/unscored` and each reward function's
-    `rewards/NAME/mean` are over all sampled completions; `pairs/dropped_prompts` is the share of prompts of which nothing is
-    learnt.
+    Metrics, each a mean over the rows of all processes and micro-batches since the last log: `objective/scores`, `objective/kl`,
+    `objective/entropy`, `objective/non_score_reward` and `objective/rlhf_reward` are over the same completions, those that are
+    learnt from; `rlhf_reward` is the sum of `scores` and `non_score_reward`. `objective/scores_margin`, `rewards/chosen`,
+    `rewards/rejected`, `rewards/margins`, `rewards/accuracies`, `logps/*`, `lengths/*` and `logratios/*` are over the pairs that
+    are learnt from (for groups: the best completion against the worst). `completions/*`, `val/contain_eos_token`,
+    `rewards/unscored` and each reward function's `rewards/NAME/mean` are over all sampled completions; `pairs/dropped_prompts` is
+    the share of prompts of which nothing is learnt. `loss/NAME` of several losses is each one's own mean over prompts.
 
     Example:
 
