@@ -190,8 +190,8 @@ class Path:
             given = Completions(
                 prompts,
                 trainer.processing_class.batch_decode(ids),
-                [row[keep.bool()] for row, keep in zip(prompt_ids, mask, strict=True)],
-                list(ids),
+                [row[keep.bool()] for row, keep in zip(prompt_ids.cpu(), mask.cpu(), strict=True)],
+                list(ids.cpu()),
                 torch.zeros(len(ids), dtype=torch.bool),
             )
             trainer.generate = lambda *args, **kwargs: given

@@ -79,11 +79,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--pairs", type=int, default=4, help="pairs per step")
     parser.add_argument(
-        "--k",
+        "--num_generations",
         type=int,
         default=2,
-        help="completions of each prompt, an even number: ours learns from the whole group (anchored), the others from K/2 "
-        "pairs with that prompt, so that all score the same completions; losses then differ",
+        help="completions of each prompt, an even number: ours learns from the whole group (anchored), the others from half as "
+        "many pairs with that prompt, so that all score the same completions; losses then differ",
     )
     parser.add_argument("--lora", action="store_true", help="train a LoRA of rank 16 on all linear layers")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
@@ -94,16 +94,23 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--memory-mb", type=float, help="`logprob_memory_mb` of our paths")
     parser.add_argument("--exact", action="store_true", help="compare gradients with a float64 model too")
     parser.add_argument(
-        "--scale", nargs="+", metavar=("AXIS", "VALUE"), help="prompt, vocab, pairs or k, and the values to run it at"
+        "--scale",
+        nargs="+",
+        metavar=("AXIS", "VALUE"),
+        help="prompt, vocab, pairs or num_generations, and the values to run it at",
     )
     parser.add_argument("--csv", help="write the rows here")
     parser.add_argument("--plot", help="draw a plot here")
     parser.add_argument("--measure-memory", metavar="PATH", help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
-    if args.scale and (args.scale[0] not in ("prompt", "vocab", "pairs", "k") or len(args.scale) < 2):
-        parser.error("--scale takes prompt, vocab, pairs or k, then values: --scale prompt 50 200 800")
-    if args.k < 2 or args.k % 2 or (args.k > 2 and args.pairs % (args.k // 2)):
-        parser.error("--k takes an even number, and --pairs a multiple of half of it")
+    if args.scale and (args.scale[0] not in ("prompt", "vocab", "pairs", "num_generations") or len(args.scale) < 2):
+        parser.error("--scale takes prompt, vocab, pairs or num_generations, then values: --scale prompt 50 200 800")
+    if (
+        args.num_generations < 2
+        or args.num_generations % 2
+        or (args.num_generations > 2 and args.pairs % (args.num_generations // 2))
+    ):
+        parser.error("--num_generations takes an even number, and --pairs a multiple of half of it")
     if args.paths[0] != "trl":
         parser.error("--paths begins with trl: the others are compared with it")
     return args
@@ -165,13 +172,13 @@ class Path:
         ours = name.startswith("ours")
         options = {"logprob_memory_mb": args.memory_mb, "share_prefix": name == "ours" and "auto"} if ours else {}
         text = {"prompt": "a ", "chosen": "b", "rejected": "c"}
-        grouped = ours and args.k > 2
+        grouped = ours and args.num_generations > 2
         if grouped:
             options["loss_type"] = "anchored"
             text = {"prompt": "a ", "completions": ["b", "c", "b"], "scores": [2.0, 1.0, 0.0]}
         config = (trl_ext if ours else trl).DPOConfig(
             output_dir=tempfile.mkdtemp(),
-            per_device_train_batch_size=args.pairs // (args.k // 2 if grouped else 1),
+            per_device_train_batch_size=args.pairs // (args.num_generations // 2 if grouped else 1),
             report_to="none",
             bf16=False,
             use_cpu=args.device == "cpu",
@@ -203,13 +210,20 @@ class Path:
             self.trainer.model.gradient_checkpointing_enable(config.gradient_checkpointing_kwargs)
         self.trainer.model.train()
         self.trainer.current_gradient_accumulation_steps = 1
+        self.examples: list[list[dict]] = []
+        self.collate, self.trainer.data_collator = self.trainer.data_collator, self.collate_and_keep
         self.batches = [self.trainer._prepare_inputs(batch) for batch in self.trainer.get_train_dataloader()]
         self.turn = 0
 
+    def collate_and_keep(self, examples: list[dict]) -> dict:
+        self.examples.append(examples)
+        return self.collate(examples)
+
     def step(self) -> None:
-        batch = self.batches[self.turn % len(self.batches)]
+        examples = self.examples[self.turn % len(self.examples)]
         self.turn += 1
-        self.trainer.training_step(self.trainer.model, batch)
+        # Padding and layout are part of the step: without workers, a run waits for them
+        self.trainer.training_step(self.trainer.model, self.trainer._prepare_inputs(self.collate(examples)))
         self.trainer.optimizer.step()
         self.trainer.model.zero_grad()
 
@@ -230,8 +244,11 @@ def sampled(args: argparse.Namespace) -> list[tuple[list[int], list[list[int]]]]
     def ids(count: int) -> list[int]:
         return [lengths.random.randrange(6, args.vocab) for _ in range(count)]
 
-    prompts = 4 * args.pairs // (args.k // 2)
-    return [(ids(lengths.prompt()), [ids(lengths.completion()) for _ in range(args.k)]) for _ in range(prompts)]
+    prompts = 4 * args.pairs // (args.num_generations // 2)
+    return [
+        (ids(lengths.prompt()), [ids(lengths.completion()) for _ in range(args.num_generations)])
+        for _ in range(prompts)
+    ]
 
 
 def rows(args: argparse.Namespace) -> Dataset:
@@ -240,7 +257,7 @@ def rows(args: argparse.Namespace) -> Dataset:
         [
             {"prompt_ids": prompt, "chosen_ids": completions[k], "rejected_ids": completions[k + 1]}
             for prompt, completions in sampled(args)
-            for k in range(0, args.k, 2)
+            for k in range(0, args.num_generations, 2)
         ]
     )
 
@@ -255,9 +272,11 @@ def groups(args: argparse.Namespace) -> Dataset:
                 "rejected_ids": completions[1],
                 "score_chosen": 1.0,
                 "score_rejected": 0.0,
-                "other_prompt_ids": [prompt] * (args.k - 2),
-                "other_ids": completions[2:],
-                "other_scores": [0.5] * (args.k - 2),
+                "further_pairs": [
+                    {"prompt_ids": prompt, "chosen_ids": completions[k], "rejected_ids": completions[k + 1]}
+                    for k in range(2, args.num_generations, 2)
+                ],
+                "group_scores": [1.0, 0.0, *[0.5] * (args.num_generations - 2)],
             }
             for prompt, completions in sampled(args)
         ]
@@ -281,7 +300,17 @@ def measure(args: argparse.Namespace, flags: list[str]) -> list[dict]:
             "path": name,
             **{
                 key: getattr(args, key)
-                for key in ("size", "vocab", "prompt", "completion", "profile", "pairs", "k", "lora", "dtype")
+                for key in (
+                    "size",
+                    "vocab",
+                    "prompt",
+                    "completion",
+                    "profile",
+                    "pairs",
+                    "num_generations",
+                    "lora",
+                    "dtype",
+                )
             },
             "checkpointing": not args.no_checkpointing,
             "seconds": statistics.median(seconds[name]),
@@ -291,8 +320,10 @@ def measure(args: argparse.Namespace, flags: list[str]) -> list[dict]:
             "speed": ratio(seconds["trl"], seconds[name]),
             "peak_mb": memory[name],
             "memory": memory[name] / memory["trl"],
-            "loss_difference": abs(agreement[name][0] - theirs[0]) / abs(theirs[0]) if args.k == 2 else None,
-            "gradient_difference": distance(agreement[name][1], theirs[1]) if args.k == 2 else None,
+            "loss_difference": abs(agreement[name][0] - theirs[0]) / abs(theirs[0])
+            if args.num_generations == 2
+            else None,
+            "gradient_difference": distance(agreement[name][1], theirs[1]) if args.num_generations == 2 else None,
             "gradient_error": distance(agreement[name][1], exact[1]) if exact else None,
             **provenance(args.device),
         }

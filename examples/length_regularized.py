@@ -4,7 +4,7 @@ Length-regularised DPO (R-DPO, iLR-DPO): longer answers need less push.
 Needs nothing but pairs. `alpha` is the price of a token: `alpha` times a typical length gap should be of order 1.
 
     python examples/length_regularized.py --output_dir out
-    python examples/length_regularized.py --model path/to/model --dataset pairs.jsonl --output_dir out --max_steps 100
+    python examples/length_regularized.py --model_name_or_path path/to/model --dataset_name pairs.jsonl --output_dir out --max_steps 100
 
 Every field of `DPOConfig` is a flag, `--loss_kwargs '{"alpha": 0.01}'` among them.
 """
@@ -19,8 +19,8 @@ from trl_ext.data import load_preferences
 
 @dataclass
 class Script:
-    model: str = field(default="Qwen/Qwen3-0.6B", metadata={"help": "Hub name or folder of the model."})
-    dataset: str = field(
+    model_name_or_path: str = field(default="Qwen/Qwen3-0.6B", metadata={"help": "Hub name or folder of the model."})
+    dataset_name: str = field(
         default="trl-lib/ultrafeedback_binarized",
         metadata={"help": "Hub name, folder or file (JSON Lines, CSV, Parquet) of the preference data."},
     )
@@ -31,7 +31,7 @@ if __name__ == "__main__":
     parser.set_defaults(loss_type=["length_regularized"], loss_kwargs={"alpha": 0.02})
     script, args = parser.parse_args_and_config()
 
-    dataset = load_preferences(script.dataset)
-    trainer = DPOTrainer(model=script.model, args=args, train_dataset=dataset)
+    dataset = load_preferences(script.dataset_name)
+    trainer = DPOTrainer(model=script.model_name_or_path, args=args, train_dataset=dataset)
     trainer.train()
     trainer.save_model()

@@ -1,11 +1,11 @@
 """
-Online DPO: the policy writes, rewards judge, any loss learns.
+Online DPO: the policy writes, rewards score, any loss learns.
 
-With `--reward_model` a sequence classifier judges; without it a rule does, here: answers that end by themselves, and
-soon. Reads a dataset with a column `prompt`.
+With `--reward_funcs` a sequence classifier scores; without it a rule does, here: answers that end by themselves, and
+soon. For a judge of two answers give the trainer `judge=` in place of `reward_funcs=`. Reads a dataset with a column `prompt`.
 
     python examples/online_dpo.py --output_dir out
-    python examples/online_dpo.py --reward_model path/to/rm --loss_type offset --num_generations 4 --output_dir out
+    python examples/online_dpo.py --reward_funcs path/to/rm --loss_type offset --num_generations 4 --output_dir out
     python examples/online_dpo.py --loss_type ipo --mixture_coef 0.125 --output_dir out         # IPO-MD's sampling
 
 Every field of `OnlineDPOConfig` is a flag.
@@ -22,12 +22,12 @@ from trl_ext.data import load_preferences
 
 @dataclass
 class Script:
-    model: str = field(default="Qwen/Qwen3-0.6B", metadata={"help": "Hub name or folder of the model."})
-    dataset: str = field(
+    model_name_or_path: str = field(default="Qwen/Qwen3-0.6B", metadata={"help": "Hub name or folder of the model."})
+    dataset_name: str = field(
         default="trl-lib/ultrafeedback-prompt",
         metadata={"help": "Hub name, folder or file (JSON Lines, CSV, Parquet) of the prompts."},
     )
-    reward_model: str | None = field(default=None, metadata={"help": "Hub name or folder of a sequence classifier."})
+    reward_funcs: str | None = field(default=None, metadata={"help": "Hub name or folder of a sequence classifier."})
 
 
 def brevity(completions, completion_ids, **kwargs):
@@ -41,11 +41,11 @@ if __name__ == "__main__":
     script, args = parser.parse_args_and_config()
 
     trainer = OnlineDPOTrainer(
-        model=script.model,
-        reward_funcs=script.reward_model or brevity,
+        model=script.model_name_or_path,
+        reward_funcs=script.reward_funcs or brevity,
         args=args,
-        train_dataset=load_preferences(script.dataset).select_columns(["prompt"]),
-        processing_class=AutoTokenizer.from_pretrained(script.model),
+        train_dataset=load_preferences(script.dataset_name).select_columns(["prompt"]),
+        processing_class=AutoTokenizer.from_pretrained(script.model_name_or_path),
     )
     trainer.train()
     trainer.save_model()

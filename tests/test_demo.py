@@ -85,7 +85,16 @@ def test_kl_to_reference_equals_the_mean_log_ratio(tmp_path):
 def test_own_dataset(shared_data, tmp_path, capsys):
     data = shared_data / "imdb_sentiment" / "pairs_train.jsonl"
     status = run(
-        "--dataset", data, "--loss", "sigmoid", "odpo", "bias_variance", "--steps", 2, "--output-dir", tmp_path
+        "--dataset_name",
+        data,
+        "--loss_type",
+        "sigmoid",
+        "odpo",
+        "bias_variance",
+        "--max_steps",
+        2,
+        "--output_dir",
+        tmp_path,
     )
     assert status == 0
     rows = results(tmp_path)
@@ -101,19 +110,19 @@ def test_own_dataset(shared_data, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--loss", "ofset"], "Did you mean 'offset'"),
-        (["--loss", "inpo"], "trl-ext iterate"),
-        (["--loss", "sigmoid", "sppo_soft"], "trl-ext iterate"),
-        (["--loss", "gpo", "--online"], "trl-ext iterate"),
-        (["--loss", "bco_pair", "--online"], "['hinge', 'ipo', 'sigmoid'] are"),
-        (["--steps", "0"], "at least 1 step"),
-        (["--steps", "-3", "--online"], "at least 1 step"),
+        (["--loss_type", "ofset"], "Did you mean 'offset'"),
+        (["--loss_type", "inpo"], "trl-ext iterate"),
+        (["--loss_type", "sigmoid", "sppo_soft"], "trl-ext iterate"),
+        (["--loss_type", "gpo", "--online"], "trl-ext iterate"),
+        (["--loss_type", "bco_pair", "--online"], "['hinge', 'ipo', 'sigmoid'] are"),
+        (["--max_steps", "0"], "at least 1 step"),
+        (["--max_steps", "-3", "--online"], "at least 1 step"),
         (["--seed", "-1"], "whole number from 0"),
-        (["--output-dir", "notes.txt"], "notes.txt` cannot be written to"),
-        (["--output-dir", "notes.txt/out"], "cannot be written to"),
-        (["--dataset", "notes.txt"], "expected a file that ends in"),
-        (["--dataset", "nowhere.jsonl"], "There is no dataset 'nowhere.jsonl'"),
-        (["--dataset", "notes.jsonl", "--online"], "only the small world has"),
+        (["--output_dir", "notes.txt"], "`output_dir='notes.txt'` cannot be a folder"),
+        (["--output_dir", "notes.txt/out"], "notes.txt' is a file"),
+        (["--dataset_name", "notes.txt"], "expected a file that ends in"),
+        (["--dataset_name", "nowhere.jsonl"], "There is no dataset 'nowhere.jsonl'"),
+        (["--dataset_name", "notes.jsonl", "--online"], "only the small world has"),
     ],
 )
 def test_mistakes_are_refused_at_once(arguments, message, tmp_path, monkeypatch, capsys):
@@ -134,7 +143,7 @@ def test_a_loss_without_its_columns_is_refused_at_once(monkeypatch, tmp_path, ca
 
     monkeypatch.setitem(registry._classes, "needy", Needy)
     monkeypatch.setattr("trl_ext.demo.lm.build_model", None)
-    assert main(["demo", "--loss", "needy", "--output-dir", str(tmp_path)]) == 2
+    assert main(["demo", "--loss_type", "needy", "--output_dir", str(tmp_path)]) == 2
     assert "needs the columns ['clicks']" in capsys.readouterr().err
 
 
@@ -164,7 +173,7 @@ def test_the_demonstration(tmp_path, capsys):
     """Each loss raises the true reward; everything it promises to save is there, and loads."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    assert run("--output-dir", tmp_path, "--seed", 1) == 0
+    assert run("--output_dir", tmp_path, "--seed", 1) == 0
     rows = results(tmp_path)
     start = {row["data"]: row for row in rows if row["loss"] == "start"}
     trained = [row for row in rows if row["loss"] != "start"]
@@ -186,7 +195,7 @@ def test_the_demonstration(tmp_path, capsys):
 
 def test_online(tmp_path, monkeypatch):
     monkeypatch.setattr("trl_ext.demo.training.FINE_TUNING_STEPS", 20)
-    assert run("--online", "--loss", "sigmoid", "bias_variance", "--steps", 2, "--output-dir", tmp_path) == 0
+    assert run("--online", "--loss_type", "sigmoid", "bias_variance", "--max_steps", 2, "--output_dir", tmp_path) == 0
     rows = results(tmp_path)
     assert [(row["loss"], row["data"]) for row in rows[2:]] == [
         ("sigmoid", "plain"), ("sigmoid", "traced"), ("bias_variance", "traced")

@@ -41,11 +41,11 @@ def test_example(name, tiny_model_dir, shared_data, tmp_path):
         rows = [json.dumps(row) for row in rows]
     data = tmp_path / "pairs.jsonl"
     data.write_text("\n".join(rows))
-    command = [sys.executable, ROOT / "examples" / f"{name}.py", "--model", tiny_model_dir, "--dataset", data,
+    command = [sys.executable, ROOT / "examples" / f"{name}.py", "--model_name_or_path", tiny_model_dir, "--dataset_name", data,
                "--output_dir", tmp_path / "out", "--max_steps", "2", "--logging_steps", "1", "--use_cpu", "--bf16", "false",
                "--per_device_train_batch_size", "2", "--report_to", "none"]  # fmt: skip
     if name == "madpo":
-        command += ["--reward_steps", "2", "--held_out", "0.25"]
+        command += ["--reward_max_steps", "2", "--held_out", "0.25"]
     if name == "online_dpo":
         command += ["--max_new_tokens", "8"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_DATASETS_CACHE": str(tmp_path / "cache"),

@@ -9,7 +9,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from trl_ext.data import PairFunction, RewardFunction, score_preferences
+from trl_ext.data import JudgeFunction, RewardFunction, score_preferences
 from trl_ext.data.fingerprint import _constant, function_key
 
 
@@ -202,8 +202,8 @@ def test_versions():
     keys = [RewardFunction(typed, "1").key(), RewardFunction(typed, "2").key(), RewardFunction(other, "1").key()]
     assert len({*keys}) == 3 and RewardFunction(typed, "1").key() == keys[0]
     assert RewardFunction(functools.partial(typed), "1").key() == keys[0]
-    assert PairFunction(typed, "1").key().split("-") == ["pair", keys[0].split("-")[1]]
-    assert RewardFunction(typed).key() is PairFunction(typed).key() is None
+    assert JudgeFunction(typed, "1").key().split("-") == ["judge", keys[0].split("-")[1]]
+    assert RewardFunction(typed).key() is JudgeFunction(typed).key() is None
 
 
 def test_versions_of_objects_of_different_classes():
@@ -225,13 +225,13 @@ def test_edited_functions_are_asked_anew(package, tmp_path):
     assert score_preferences(PAIRS, package().reward, cache_dir=folder)["score_chosen"] == [7.0]
     longer = package("_words", "return len(text)", "return 10 * len(text)")
     assert score_preferences(PAIRS, longer.reward, cache_dir=folder)["score_chosen"] == [61.0]
-    judge = PairFunction(longer.closure(0.01))
+    judge = JudgeFunction(longer.closure(0.01))
     judge.function = functools.partial(_pairs, longer)
-    assert score_preferences(PAIRS, judge, cache_dir=folder)["preference_prob"] == [0.3]
+    assert score_preferences(PAIRS, judge=judge, cache_dir=folder)["preference_prob"] == [0.3]
     back = package("_words", "return 10 * len(text)", "return len(text)")
     assert score_preferences(PAIRS, back.reward, cache_dir=folder)["score_chosen"] == [7.0]
     judge.function = functools.partial(_pairs, back)
-    assert score_preferences(PAIRS, judge, cache_dir=folder)["preference_prob"] == [0.03]
+    assert score_preferences(PAIRS, judge=judge, cache_dir=folder)["preference_prob"] == [0.03]
 
 
 def _pairs(judges, prompts, first, second):

@@ -73,15 +73,15 @@ def test_tokens_are_counted_as_training_counts_them(form, tiny_model_dir, tmp_pa
     expected = {side: [len(ids) for ids in prepared[f"{side}_ids"]] for side in ("prompt", "chosen", "rejected")}
     whole = sorted(p + max(c, r) for p, c, r in zip(*expected.values(), strict=True))
     longest = max(expected["prompt"])
-    report = inspect_preferences(Dataset.from_list(rows), tokenizer=tokenizer, max_length=whole[-1])
+    report = inspect_preferences(Dataset.from_list(rows), processing_class=tokenizer, max_length=whole[-1])
     assert report.lengths == expected and report.unit == "tokens" and report.facts["form"] == form
     assert report.facts[f"longer than max_length={whole[-1]}"] == "0 of 6 (0.0%)"
-    report = inspect_preferences(Dataset.from_list(rows), tokenizer=tokenizer, max_length=longest)
+    report = inspect_preferences(Dataset.from_list(rows), processing_class=tokenizer, max_length=longest)
     over = sum(value > longest for value in whole)
     assert report.facts[f"longer than max_length={longest}"].startswith(f"{over} of 6")
     fills = sum(value == longest for value in expected["prompt"])
     assert report.facts["prompt alone fills it (dropped)"].startswith(f"{fills} of 6")
-    report = inspect_preferences(Dataset.from_list(rows), tokenizer=tokenizer, max_length=longest + 1)
+    report = inspect_preferences(Dataset.from_list(rows), processing_class=tokenizer, max_length=longest + 1)
     assert report.facts["prompt alone fills it (dropped)"] == "0 of 6 (0.0%)"
 
 
@@ -109,7 +109,9 @@ def test_tools_reach_the_template(tiny_model_dir):
 
 def test_pairs_without_a_prompt(tiny_model_dir):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
-    report = inspect_preferences(Dataset.from_dict({"chosen": [" a"], "rejected": [" the film"]}), tokenizer=tokenizer)
+    report = inspect_preferences(
+        Dataset.from_dict({"chosen": [" a"], "rejected": [" the film"]}), processing_class=tokenizer
+    )
     expected = [len(tokenizer(text + "<|eos|>")["input_ids"]) for text in (" a", " the film")]
     assert report.lengths == {"prompt": [0], "chosen": expected[:1], "rejected": expected[1:]}
 
@@ -253,7 +255,9 @@ def test_groups_and_conversations(tiny_model_dir):
     rows = [
         {"prompt": message("user", "p"), "chosen": message("assistant", "a b"), "rejected": message("assistant", "c")}
     ]
-    report = inspect_preferences(Dataset.from_list(rows), tokenizer=AutoTokenizer.from_pretrained(tiny_model_dir))
+    report = inspect_preferences(
+        Dataset.from_list(rows), processing_class=AutoTokenizer.from_pretrained(tiny_model_dir)
+    )
     assert report.facts["form"] == "conversational" and report.unit == "tokens"
     with pytest.raises(ValueError, match="holds no pairs"):
         inspect_preferences(Dataset.from_dict({"text": ["a"]}))
@@ -308,7 +312,7 @@ def files(folder):
         (["binary.jsonl"], "'binary.jsonl': it is no text: the byte at position 128"),
         (["false.parquet"], "'false.parquet': Parquet magic bytes not found"),
         (["notes.txt"], "expected a file that ends in"),
-        (["bad.csv"], "Its columns are ['answer', 'question']"),
+        (["bad.csv"], "its columns are ['answer', 'question']"),
         (["ragged.csv"], "'ragged.csv': Error tokenizing data. C error: Expected 3 fields in line 3, saw 5"),
         (
             ["mixed"],
@@ -319,11 +323,11 @@ def files(folder):
         (["saved"], "Cannot read 'saved': Directory saved is neither"),
         (["kinds.jsonl"], "Row 1: the completions are list"),
         (["part", "--split", "test"], "line 1 is no JSON"),
-        (["missing.jsonl", "--tokenizer", "./no"], "There is no tokenizer './no'"),
-        (["good.jsonl", "--tokenizer", "none"], "Cannot load the tokenizer 'none'"),
-        (["talk.jsonl", "--tokenizer", "tokenizer"], "has no chat template"),
-        (["missing.jsonl", "--max-length", "-5"], "`--max-length -5` must be at least 1"),
-        (["missing.jsonl", "--max-length", "0"], "`--max-length 0` must be at least 1"),
+        (["missing.jsonl", "--processing_class", "./no"], "There is no tokenizer './no'"),
+        (["good.jsonl", "--processing_class", "none"], "Cannot load the tokenizer 'none'"),
+        (["talk.jsonl", "--processing_class", "tokenizer"], "has no chat template"),
+        (["missing.jsonl", "--max_length", "-5"], "`--max_length -5` must be at least 1"),
+        (["missing.jsonl", "--max_length", "0"], "`--max_length 0` must be at least 1"),
         (["missing.jsonl", "--plot", "nowhere/plot.png"], "there is no folder 'nowhere'"),
         (["missing.jsonl", "--plot", "plot.xyz"], "its name must end in one of"),
         (["missing.jsonl", "--plot", "plot"], "its name must end in one of"),
@@ -427,7 +431,7 @@ def test_splits(tmp_path, capsys):
 
 def test_refused():
     for value in (0, -5, 1.5, True, None):
-        with pytest.raises(ValueError, match="must be a whole number of tokens, at least 1"):
+        with pytest.raises(ValueError, match="must be a whole number, at least 1"):
             inspect_preferences(pairs(), max_length=value)
     with pytest.raises(ValueError, match="Row 1 of the inspected dataset has 2 completions and 1 scores"):
         inspect_preferences(

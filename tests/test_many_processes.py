@@ -25,8 +25,8 @@ def test_rounds_in_two_processes(tiny_model_dir, tmp_path):
     results = []
     for count in (1, 2):
         config = {
-            "model": str(tiny_model_dir), "prompts": str(prompts), "judge": "tests.test_rounds:length", "rounds": 1,
-            "output_dir": str(tmp_path / f"run-{count}"), "sampling": {"max_new_tokens": 5, "batch_size": 2}, "n": 2,
+            "model": str(tiny_model_dir), "prompts": str(prompts), "reward_funcs": "tests.test_rounds:length", "rounds": 1,
+            "output_dir": str(tmp_path / f"run-{count}"), "sampling": {"max_new_tokens": 5, "batch_size": 2}, "num_generations": 2,
             "training": {**TRAINING, "per_device_train_batch_size": 4 // count, "max_steps": 1, "optim": "sgd",
                          "loss_type": "inpo", "loss_kwargs": {"eta": 0.5, "tau": 0.25}},
         }  # fmt: skip

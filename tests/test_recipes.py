@@ -136,7 +136,7 @@ def test_costs_turn_pairs():
 
 
 def test_dual_variable():
-    dual = DualVariable(budget=1.0, lr=0.5)
+    dual = DualVariable(budget=1.0, learning_rate=0.5)
     assert dual.update([3.0, 1.0]) == 0.5
     assert dual.update([0.0]) == 0.0  # never negative
 
@@ -249,7 +249,7 @@ def test_a_price_turns_whole_rows():
 @pytest.mark.parametrize(("lr", "value"), [(0.0, 0.0), (-1.0, 0.0), (1.0, -0.1)])
 def test_dual_variables_that_cannot_be(lr, value):
     with pytest.raises(ValueError, match="must be positive and"):
-        DualVariable(budget=1.0, lr=lr, value=value)
+        DualVariable(budget=1.0, learning_rate=lr, value=value)
 
 
 def test_the_text_of_a_refinement():

@@ -25,7 +25,7 @@ def test_eurus_terms(tiny_model_dir, tmp_path):
     for args in (
         trl.RewardConfig(**options),
         RewardConfig(**options),
-        RewardConfig(**options, absolute_coefficient=0.5),
+        RewardConfig(**options, absolute_weight=0.5),
     ):
         torch.manual_seed(0)
         trainer = RewardTrainer(model=str(tiny_model_dir), args=args, train_dataset=pairs)
@@ -42,4 +42,4 @@ def test_eurus_terms(tiny_model_dir, tmp_path):
     assert losses == pytest.approx([plain, plain, plain + 0.5 * absolute], rel=1e-5)
     for value in (-1.0, math.inf, math.nan):
         with pytest.raises(ValueError, match="must be finite and at least 0"):
-            RewardConfig(output_dir=str(tmp_path), absolute_coefficient=value, use_cpu=True, bf16=False)
+            RewardConfig(output_dir=str(tmp_path), absolute_weight=value, use_cpu=True, bf16=False)

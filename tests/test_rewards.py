@@ -95,7 +95,7 @@ def test_the_length_is_the_models_own_by_default(positions, known, expected):
     assert reward.max_length == expected
     assert RewardModel(model, tokenizer, max_length=1).max_length == 1
     for value in (0, -1, True, 2.5):
-        with pytest.raises(ValueError, match=f"`max_length={value}` must be a whole number of tokens"):
+        with pytest.raises(ValueError, match=f"`max_length={value}` must be a whole number, at least 1"):
             RewardModel(model, tokenizer, max_length=value)
 
 
@@ -228,7 +228,9 @@ def test_an_empty_sample_is_scored_by_a_model(tiny_model_dir, reward_dir, tmp_pa
     model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
     model.generation_config.eos_token_id = list(range(len(tokenizer)))  # ends at once
-    groups = sample_completions(PAIRS.select_columns(["prompt"]), model, 2, tokenizer=tokenizer, cache_dir=tmp_path)
+    groups = sample_completions(
+        PAIRS.select_columns(["prompt"]), model, 2, processing_class=tokenizer, cache_dir=tmp_path
+    )
     assert groups["completions"] == [["", ""]] * 6
     scored = score_preferences(groups, str(reward_dir))
     reward = Qwen3ForSequenceClassification.from_pretrained(reward_dir)
@@ -240,7 +242,7 @@ def test_an_empty_sample_is_scored_by_a_model(tiny_model_dir, reward_dir, tmp_pa
 def test_the_trainer_scores_what_has_no_scores(tiny_model_dir, tmp_path, reward_dir):
     trainer = build(
         trl_ext.DPOTrainer, trl_ext.DPOConfig, tiny_model_dir, tmp_path, dataset=PAIRS, loss_type="margin_adaptive",
-        trainer_kwargs={"reward_model": str(reward_dir)},
+        trainer_kwargs={"reward_funcs": str(reward_dir)},
     )  # fmt: skip
     trainer.train()
     trainer.evaluate()

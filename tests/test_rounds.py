@@ -51,10 +51,10 @@ def settings(model_dir, prompts, folder, **overrides):
     return {
         "model": str(model_dir),
         "prompts": prompts,
-        "judge": "tests.test_rounds:length",
+        **({} if "judge" in overrides else {"reward_funcs": "tests.test_rounds:length"}),
         "output_dir": str(folder),
         "rounds": 2,
-        "n": 3,
+        "num_generations": 3,
         "sampling": {"max_new_tokens": 6, "batch_size": 2},
         "training": training,
         **overrides,
@@ -89,8 +89,8 @@ def test_more_rounds_can_be_added_and_other_settings_not(tiny_model_dir, prompts
     short = run(tiny_model_dir, prompts, tmp_path / "run", rounds=1)
     long = run(tiny_model_dir, prompts, tmp_path / "run", rounds=2)
     assert long[0] == short[0] and long == run(tiny_model_dir, prompts, tmp_path / "new", rounds=2)
-    with pytest.raises(ValueError, match=r"other settings: \['n'\] differ"):
-        run(tiny_model_dir, prompts, tmp_path / "run", n=4)
+    with pytest.raises(ValueError, match=r"other settings: \['num_generations'\] differ"):
+        run(tiny_model_dir, prompts, tmp_path / "run", num_generations=4)
 
 
 KILL = """
@@ -161,21 +161,20 @@ def test_recipe(path, tiny_model_dir, prompts, tmp_path):
         "\n".join(json.dumps({k: row[k] for k in ("prompt", "chosen", "rejected")}) for row in preference_rows(30))
     )
     recipe = yaml.safe_load(path.read_text())
-    pair = isinstance(recipe["judge"], dict)
     overrides = {
         "model": str(tiny_model_dir),
         "prompts": prompts,
         "output_dir": str(tmp_path / "run"),
         "rounds": 2,
-        "n": 4,
+        "num_generations": 4,
         "drop_truncated": False,
         "sampling.max_new_tokens": 8,
         **{f"training.{name}": value for name, value in TRAINING.items()},
     }
-    if pair:
-        overrides["judge"] = {"pair": "tests.test_rounds:longer"}
-    elif recipe["judge"] != "implicit":
-        overrides["judge"] = "tests.test_rounds:length"
+    if "judge" in recipe:
+        overrides["judge"] = "tests.test_rounds:longer"
+    elif recipe["reward_funcs"] != "implicit":
+        overrides["reward_funcs"] = "tests.test_rounds:length"
     if recipe.get("implicit_reference"):
         changed = tmp_path / "other"
         model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)

@@ -1,4 +1,4 @@
-"""Rounds in a world whose true reward is known, under a judge that likes long answers."""
+"""Rounds in a world whose true reward is known, under a reward that likes long answers."""
 
 import json
 import random
@@ -37,8 +37,8 @@ def rounds(start, folder, loss, **overrides):
         "logging_strategy": "no", **loss,
     }  # fmt: skip
     settings = {
-        "model": str(start / "model"), "prompts": str(start / "prompts.jsonl"), "judge": "trl_ext.demo.online:judge",
-        "output_dir": str(folder), "n": 6, "sampling": {"max_new_tokens": 64, "batch_size": 64}, "training": training,
+        "model": str(start / "model"), "prompts": str(start / "prompts.jsonl"), "reward_funcs": "trl_ext.demo.online:reward",
+        "output_dir": str(folder), "num_generations": 6, "sampling": {"max_new_tokens": 64, "batch_size": 64}, "training": training,
         **overrides,
     }  # fmt: skip
     metrics = IterativeDPO(RoundsConfig(**settings)).run()
@@ -67,7 +67,7 @@ def test_dice_lowers_the_gap_of_lengths(start, tmp_path):
     bootstrap = {
         "model": str(tmp_path / "dpo" / "round-1" / "model"),
         "implicit_reference": str(start / "model"),
-        "judge": "implicit",
+        "reward_funcs": "implicit",
         "rounds": 1,
     }
     gaps = {

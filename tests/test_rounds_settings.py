@@ -12,14 +12,14 @@ from transformers import AutoTokenizer
 from tests.test_rounds import length, longer, prompts, settings
 from trl_ext.cli import main
 from trl_ext.data.paths import refuse_unwritable_folder
-from trl_ext.data.scores import Ensemble, PairFunction, RewardFunction, RewardModel
+from trl_ext.data.rewards import Ensemble, JudgeFunction, RewardFunction, RewardModel
 from trl_ext.rounds import IterativeDPO, RoundsConfig
 from trl_ext.rounds.checks import keyword_arguments, load_rows, read_yaml, refuse_unknown, refuse_wrong_types
-from trl_ext.rounds.judge import build_judge, gives_win_rates, judging_models
+from trl_ext.rounds.rewards import build_scorer, reward_model_names
 from trl_ext.trainers.loss_terms import resolve_loss_types
 
 
-PAIR = {"pair": "tests.test_rounds:longer"}
+JUDGE = "tests.test_rounds:longer"
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def test_arguments_of_a_function():
 REFUSED = [
     ({"rounds": 0}, "`rounds=0` must be a whole number, at least 1"),
     ({"rounds": 2.0}, "`rounds=2.0` is a float; expected a whole number"),
-    ({"n": 1}, "`n=1` must be a whole number, at least 2"),
+    ({"num_generations": 1}, "`num_generations=1` must be a whole number, at least 2"),
     ({"prompts_per_round": 0}, "`prompts_per_round=0`"),
     ({"prompts_per_round": "8"}, "`prompts_per_round='8'` is a str"),
     ({"seed": "x"}, "`seed='x'`"),
@@ -120,32 +120,46 @@ REFUSED = [
     ({"output_dir": ""}, "`output_dir=''` must be a name or a path"),
     ({"model": "./nowhere"}, "There is no model './nowhere'"),
     ({"replay": "nowhere.jsonl"}, "There is no dataset to replay 'nowhere.jsonl'"),
-    ({"judge": "path/to/reward-model"}, "There is no judge 'path/to/reward-model'"),
-    ({"judge": {"min": ["tests.test_rounds:length", "./nowhere"]}}, "There is no judge './nowhere'"),
-    ({"judge": "folder-of-nothing"}, "The judge 'folder-of-nothing' cannot be loaded"),
-    ({"judge": {"mean": ["tests.test_rounds:length", "nothing"]}}, "The judge 'nothing' cannot be loaded"),
-    ({"judge": "implicit", "implicit_reference": "nothing"}, "The implicit reference 'nothing' cannot be loaded"),
+    ({"reward_funcs": "path/to/reward-model"}, "There is no reward model 'path/to/reward-model'"),
+    ({"reward_funcs": {"min": ["tests.test_rounds:length", "./nowhere"]}}, "There is no reward model './nowhere'"),
+    ({"reward_funcs": "folder-of-nothing"}, "The reward model 'folder-of-nothing' cannot be loaded"),
+    (
+        {"reward_funcs": {"mean": ["tests.test_rounds:length", "nothing"]}},
+        "The reward model 'nothing' cannot be loaded",
+    ),
+    (
+        {"reward_funcs": "implicit", "implicit_reference": "nothing"},
+        "The implicit reference 'nothing' cannot be loaded",
+    ),
     ({"model": "nothing"}, "The model 'nothing' cannot be loaded"),
     ({"pairing": "best"}, "choose one of"),
     ({"reference": "ema"}, "choose one of"),
     ({"length_shaping": "penalty"}, "choose one of"),
-    ({"judge": "implicit"}, "give that one as `implicit_reference`"),
-    ({"implicit_reference": "somebody/model"}, "and with no other judge"),
-    ({"judge": "implicit", "implicit_reference": "./nowhere"}, "There is no implicit reference './nowhere'"),
-    ({"judge": "implicit", "implicit_reference": "x", "scoring": {"temperature": 2.0}}, "unknown settings"),
-    ({"judge": "tests.test_rounds:nothing"}, "cannot be imported"),
+    ({"reward_funcs": "implicit"}, "give that one as `implicit_reference`"),
+    ({"implicit_reference": "somebody/model"}, "and with no other rewards"),
+    ({"reward_funcs": "implicit", "implicit_reference": "./nowhere"}, "There is no implicit reference './nowhere'"),
+    ({"reward_funcs": "implicit", "implicit_reference": "x", "scoring": {"temperature": 2.0}}, "unknown settings"),
+    ({"reward_funcs": "tests.test_rounds:nothing"}, "The reward function .* cannot be imported"),
+    ({"judge": "tests.test_rounds:nothing"}, "The judge .* cannot be imported"),
+    ({"judge": "path/to/reward-model"}, "What scores one completion at a time is `reward_funcs`"),
+    ({"judge": JUDGE, "reward_funcs": "tests.test_rounds:length"}, "got both"),
+    ({"reward_funcs": None}, "got neither"),
+    ({"reward_weights": [1.0, 2.0]}, "one for each of the 1 rewards"),
+    ({"reward_weights": [1.0], "judge": JUDGE}, "no meaning with a `judge`"),
+    ({"reward_funcs": "tests.test_rounds:TRAINING"}, "is a dict; expected a function"),
     ({"judge": "tests.test_rounds:TRAINING"}, "is a dict; expected a function"),
-    ({"judge": {"vote": []}}, "expected one of the keys"),
-    ({"judge": {"mean": "tests.test_rounds:length"}}, "takes a list of judges"),
-    ({"judge": {"mean": []}}, "at least one reward"),
-    ({"judge": {"mean": [PAIR]}}, "a judge of two gives none"),
-    ({"judge": {"mean": ["implicit"]}}, "'implicit' cannot be one of several"),
-    ({"judge": 3}, "is none of"),
-    ({"scoring": {"temperature": "fit"}}, "no labels to fit it to"),
+    ({"reward_funcs": {"vote": []}}, "expected one of the keys"),
+    ({"reward_funcs": {"mean": "tests.test_rounds:length"}}, "takes a list of rewards"),
+    ({"reward_funcs": {"mean": []}}, "at least one reward"),
+    ({"reward_funcs": {"mean": [JudgeFunction(longer)]}}, "is a judge of two"),
+    ({"reward_funcs": {"mean": ["implicit"]}}, "'implicit' cannot be one of several"),
+    ({"reward_funcs": 3}, "is none of"),
+    ({"judge": 3}, "is no judge of two"),
+    ({"scoring": {"temperature": "fit"}}, "groups have none"),
     ({"scoring": {"temperature": 0}}, "must be a positive number"),
     ({"scoring": {"temperature": float("inf")}}, "must be a positive number"),
     ({"scoring": {"batch_size": "4"}}, "`scoring.batch_size='4'` is a str"),
-    ({"judge": PAIR, "scoring": {"temperature": 2.0}}, "no meaning for a judge of two"),
+    ({"judge": JUDGE, "scoring": {"temperature": 2.0}}, "no meaning for a judge"),
     ({"replay_share": 1.0}, r"must lie in \[0, 1\)"),
     ({"replay_share": -0.1}, r"must lie in \[0, 1\)"),
     ({"pairing": "group", "min_margin": 0.5, "training": {"loss_type": "anchored"}}, "have no meaning with"),
@@ -168,9 +182,9 @@ REFUSED = [
     ({"training": {"loss_type": "ofset"}}, "Did you mean 'offset'"),
     ({"training": {"loss_type": "offset,anchored"}}, r"a list elsewhere: \['offset', 'anchored'\]"),
     ({"training": {"loss_type": "bias_variance"}}, "which rounds do not make"),
-    ({"training": {"loss_type": "sppo_soft"}}, r"which `judge='tests\.test_rounds:length'`"),
+    ({"training": {"loss_type": "sppo_soft"}}, r"which `reward_funcs='tests\.test_rounds:length'`"),
     (
-        {"judge": PAIR, "length_shaping": "balance", "training": {"loss_type": "sppo_soft"}},
+        {"judge": JUDGE, "length_shaping": "balance", "training": {"loss_type": "sppo_soft"}},
         "`length_shaping='balance'`",
     ),
 ]
@@ -188,10 +202,10 @@ def test_refused(change, message, tiny_model_dir, prompts, tmp_path):
 @pytest.mark.parametrize(
     "change",
     [
-        {"judge": PAIR, "training": {"loss_type": "sppo_soft"}},
+        {"judge": JUDGE, "training": {"loss_type": "sppo_soft"}},
         {"training": {"loss_type": "sppo_soft", "loss_kwargs": {"target": "score"}}},
         {"scoring": {"temperature": 2}, "min_margin": 1, "prompts_per_round": 1, "replay_share": 0},
-        {"rounds": 1, "n": 2, "extrapolation": -0.5},
+        {"rounds": 1, "num_generations": 2, "extrapolation": -0.5},
     ],
 )
 def test_accepted(change, tiny_model_dir, prompts, tmp_path):
@@ -269,31 +283,45 @@ def test_folders_that_can_be_written(tmp_path, monkeypatch):
         refuse_unwritable_folder("a/b", "here")
 
 
-def test_judges():
-    assert build_judge("implicit") == "implicit"
-    assert build_judge("tests.test_rounds:length") == RewardFunction(length)
-    assert build_judge(length) == RewardFunction(length)
-    assert build_judge("somebody/model") == RewardModel("somebody/model")
-    assert build_judge(PAIR) == PairFunction(longer) and gives_win_rates(build_judge(PAIR))
-    judge = {"min": ["tests.test_rounds:length", {"mean": ["somebody/model"]}]}
+def rewards(given, weights=None):
+    return build_scorer(given, weights, None)
+
+
+def test_rewards():
+    assert rewards("implicit") == "implicit"
+    assert rewards("tests.test_rounds:length") == RewardFunction(length)
+    assert rewards(length) == RewardFunction(length)
+    assert rewards("somebody/model") == RewardModel("somebody/model")
     built = Ensemble([RewardFunction(length), Ensemble([RewardModel("somebody/model")], "mean")], "min")
-    assert build_judge(judge) == built and not gives_win_rates(built)
-    assert judging_models(built) == ["somebody/model"] and judging_models(RewardModel("one")) == ["one"]
-    assert judging_models(RewardModel(object())) == judging_models(RewardFunction(length)) == []
-    assert judging_models(Ensemble([length, ["one", RewardModel("two")]])) == ["one", "two"]
+    assert rewards({"min": ["tests.test_rounds:length", {"mean": ["somebody/model"]}]}) == built
+    assert rewards({"min": ["tests.test_rounds:length", {"min": ["somebody/model"]}]}) != built
+    assert reward_model_names(built) == ["somebody/model"] and reward_model_names(RewardModel("one")) == ["one"]
+    assert reward_model_names(RewardModel(object())) == reward_model_names(RewardFunction(length)) == []
+    assert reward_model_names(Ensemble([length, ["one", RewardModel("two")]])) == ["one", "two"]
+
+
+def test_several_rewards_are_added_up():
+    several = ["tests.test_rounds:length", "somebody/model"]
+    built = [RewardFunction(length), RewardModel("somebody/model")]
+    assert rewards(several) == Ensemble(built, "sum")
+    assert rewards(several, [1.0, 0.5]) == Ensemble(built, "sum", [1.0, 0.5])
+
+
+def test_judges():
+    for given in (JUDGE, longer, JudgeFunction(longer)):
+        assert build_scorer(None, None, given) == JudgeFunction(longer)
 
 
 def test_a_folder_may_have_a_colon_in_its_name(tmp_path, monkeypatch):
     (tmp_path / "tests.test_rounds:length").mkdir()
     monkeypatch.chdir(tmp_path)
-    assert build_judge("tests.test_rounds:length") == RewardModel("tests.test_rounds:length")
+    assert rewards("tests.test_rounds:length") == RewardModel("tests.test_rounds:length")
 
 
 def test_what_cannot_be_imported():
     for name in ("tests.test_rounds", "tests.test_rounds:", ":length", "tests.nothing:length"):
         with pytest.raises(ValueError, match=f"The judge '{name}' cannot be imported"):
-            build_judge({"pair": name})
-    assert build_judge({"pair": longer}) == PairFunction(longer)
+            build_scorer(None, None, name)
 
 
 def from_text(folder, text, overrides=None):
@@ -302,7 +330,7 @@ def from_text(folder, text, overrides=None):
     return RoundsConfig.from_yaml(path, overrides)
 
 
-BASE = "model: somebody/model\nprompts: somebody/prompts\njudge: somebody/judge\noutput_dir: {folder}/out\n"
+BASE = "model: somebody/model\nprompts: somebody/prompts\nreward_funcs: somebody/reward\noutput_dir: {folder}/out\n"
 
 
 def test_numbers_of_a_file_and_of_the_command_line(tmp_path):
@@ -310,9 +338,16 @@ def test_numbers_of_a_file_and_of_the_command_line(tmp_path):
     config = from_text(tmp_path, base + "training: {learning_rate: 1e-6, save_strategy: no}\n")
     assert config.training == {"learning_rate": 1e-6, "save_strategy": "no"}
     config = from_text(
-        tmp_path, base + "training:\nsampling: {top_p: 0.5}\n", {"training.beta": 0.2, "sampling.top_p": 0.9, "n": 8}
+        tmp_path,
+        base + "training:\nsampling: {top_p: 0.5}\n",
+        {"training.beta": 0.2, "sampling.top_p": 0.9, "num_generations": 8},
     )
-    assert (config.training, config.sampling, config.n, config.rounds) == ({"beta": 0.2}, {"top_p": 0.9}, 8, 3)
+    assert (config.training, config.sampling, config.num_generations, config.rounds) == (
+        {"beta": 0.2},
+        {"top_p": 0.9},
+        8,
+        3,
+    )
     config = from_text(tmp_path, base, {"training.loss_kwargs.alpha": 2.0, "training.loss_type": "offset"})
     assert config.training == {"loss_kwargs": {"alpha": 2.0}, "loss_type": "offset"}
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests.conftest import preference_rows
 from tests.test_rounds import longer, prompts_file, settings
 from trl_ext.data.cache import content_key
-from trl_ext.data.scores import RewardFunction
+from trl_ext.data.rewards import JudgeFunction
 from trl_ext.rounds import IterativeDPO, RoundsConfig, disk, iterate
 from trl_ext.rounds.extrapolate import extrapolate
 from trl_ext.rounds.report import round_metrics, table
@@ -117,7 +117,7 @@ def test_the_policy_of_a_round(rounds, tmp_path):
 def test_the_implicit_reference_is_the_policy_of_the_round_before(rounds, tmp_path, tiny_model_dir, monkeypatch):
     seen = []
     monkeypatch.setattr(iterate, "implicit_rewards", lambda *args, **options: seen.append((args[1:3], options)))
-    run = rounds(judge="implicit", implicit_reference=str(tiny_model_dir), scoring={"batch_size": 3})
+    run = rounds(reward_funcs="implicit", implicit_reference=str(tiny_model_dir), scoring={"batch_size": 3})
     model = {number: str(tmp_path / "run" / f"round-{number}" / "model") for number in (1, 2)}
     for number in (1, 2, 3):
         run._score(number, run._policy(number - 1), None, tmp_path)
@@ -199,13 +199,15 @@ def test_prompts_are_taken_in_turn(size, number, of, expected, rounds, tmp_path,
     monkeypatch.setattr(
         iterate,
         "sample_completions",
-        lambda prompts, policy, n, **options: seen.update(prompts=prompts["prompt"], policy=policy, n=n, **options),
+        lambda prompts, policy, n, **options: seen.update(
+            prompts=prompts["prompt"], policy=policy, num_generations=n, **options
+        ),
     )
     run = rounds(rows=5, prompts_per_round=size, seed=5)
     run._sample(number, "policy", tmp_path, of)
     all_prompts = [row["prompt"] for row in preference_rows(5)]
     assert seen["prompts"] == [all_prompts[index] for index in expected]
-    assert (seen["policy"], seen["n"], seen["cache_dir"]) == ("policy", 3, tmp_path / "chunks")
+    assert (seen["policy"], seen["num_generations"], seen["cache_dir"]) == ("policy", 3, tmp_path / "chunks")
     assert seen["seed"] == int(content_key(5, number), 16) % 2**31 and seen["max_new_tokens"] == 6
 
 
@@ -307,13 +309,16 @@ def test_a_stage_is_begun_and_done_once(tmp_path):
 
 
 def test_functions_are_known_by_name_in_the_next_run(tmp_path):
-    disk.claim(tmp_path, {"judge": {"pair": longer}, "n": 3})
-    disk.claim(tmp_path, {"judge": {"pair": longer}, "n": 3})
+    disk.claim(tmp_path, {"judge": longer, "num_generations": 3})
+    disk.claim(tmp_path, {"judge": longer, "num_generations": 3})
     assert json.loads((tmp_path / "settings.json").read_text()) == {
-        "judge": {"pair": "tests.test_rounds:longer"},
-        "n": 3,
+        "judge": "tests.test_rounds:longer",
+        "num_generations": 3,
     }
-    for changed in ({"judge": {"pair": prompts_file}, "n": 3}, {"judge": RewardFunction(longer), "n": 3}):
+    for changed in (
+        {"judge": prompts_file, "num_generations": 3},
+        {"judge": JudgeFunction(longer), "num_generations": 3},
+    ):
         with pytest.raises(ValueError, match=r"other settings: \['judge'\] differ"):
             disk.claim(tmp_path, changed)
-    assert disk._lasting(RewardFunction(longer)) == "trl_ext.data.rewards:RewardFunction"
+    assert disk._lasting(JudgeFunction(longer)) == "trl_ext.data.rewards:JudgeFunction"

@@ -1,5 +1,6 @@
 """Completions of prompts, in one sitting or several."""
 
+import dataclasses
 import shutil
 import sys
 from collections import Counter
@@ -23,7 +24,7 @@ PROMPTS = Dataset.from_list([{"prompt": row["prompt"], "topic": i} for i, row in
 
 
 def draw(model_dir, folder, **kwargs):
-    options = {"n": 3, "max_new_tokens": 6, "batch_size": 2, "cache_dir": folder, **kwargs}
+    options = {"num_generations": 3, "max_new_tokens": 6, "batch_size": 2, "cache_dir": folder, **kwargs}
     return sample_completions(PROMPTS, str(model_dir), **options)
 
 
@@ -65,11 +66,11 @@ def test_what_transformers_are_asked(temperature, monkeypatch):
         return torch.tensor([[10], [20], [11], [21]])
 
     monkeypatch.setattr(generators, "sample", fake)
-    options = {"n": 2, "temperature": temperature, "top_p": 0.8, "max_new_tokens": 5, "seed": 3}
+    options = generators.Sampling(2, temperature=temperature, top_p=0.8, max_new_tokens=5, seed=3)
     model, tokenizer = torch.nn.Linear(1, 1), SimpleNamespace(pad_token_id=7)
     model.generation_config = GenerationConfig()
     before = torch.initial_seed(), torch.get_rng_state()
-    generate = generators.with_transformers(model, tokenizer, [8, 9], **options)
+    generate = generators.with_transformers(model, tokenizer, [8, 9], options)
     assert generate([[1, 2, 3], [4]], 0) == [[[10], [11]], [[20], [21]]]
     for start in (0, 2):
         generate([[1, 2, 3], [4]], start)
@@ -81,7 +82,7 @@ def test_what_transformers_are_asked(temperature, monkeypatch):
         assert (config.temperature, config.top_p, config.top_k) == (0.7, 0.8, 0)
     # The seed of a chunk is its own, and that of the process is as it was
     assert asked[1][4] == seed != asked[2][4] and model.training
-    generators.with_transformers(model, tokenizer, [8, 9], **{**options, "seed": 4})([[1, 2, 3], [4]], 0)
+    generators.with_transformers(model, tokenizer, [8, 9], dataclasses.replace(options, seed=4))([[1, 2, 3], [4]], 0)
     assert asked[3][4] != seed
     assert before[0] == torch.initial_seed() and torch.equal(before[1], torch.get_rng_state())
 
@@ -92,8 +93,8 @@ def test_which_token_fills_rows_up(pad, stops, expected, monkeypatch):
     monkeypatch.setattr(generators, "sample", lambda model, *args: asked.append(args) or torch.tensor([[1], [1]]))
     model = torch.nn.Linear(1, 1)
     model.generation_config = GenerationConfig()
-    options = {"n": 1, "temperature": 1.0, "top_p": 1.0, "max_new_tokens": 1, "seed": 0}
-    generators.with_transformers(model, SimpleNamespace(pad_token_id=pad), stops, **options)([[1, 2], [3]], 0)
+    options = generators.Sampling(1, temperature=1.0, top_p=1.0, max_new_tokens=1, seed=0)
+    generators.with_transformers(model, SimpleNamespace(pad_token_id=pad), stops, options)([[1, 2], [3]], 0)
     inputs, _, config, _ = asked[0]
     assert inputs.tolist() == [[1, 2], [expected, 3]]
     assert config.pad_token_id == expected and config.eos_token_id == (stops or None)
@@ -116,7 +117,7 @@ def test_reasoning_switched_off(tiny_model_dir, tmp_path):
 def test_traced_and_empty_trace_pairs_from_prompts_alone(tiny_model_dir, tmp_path):
     groups = []
     for thinking in (None, False):
-        sampled = draw(tiny_model_dir, tmp_path, thinking=thinking, n=4)
+        sampled = draw(tiny_model_dir, tmp_path, thinking=thinking, num_generations=4)
         groups.append(
             score_preferences(
                 sampled,
@@ -135,16 +136,16 @@ def test_traced_and_empty_trace_pairs_from_prompts_alone(tiny_model_dir, tmp_pat
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"n": 0}, "`n=0` must be a whole number"),
+        ({"num_generations": 0}, "`num_generations=0` must be a whole number"),
         ({"max_new_tokens": 0}, "`max_new_tokens=0`"),
         ({"temperature": -1.0}, "at least 0"),
         ({"temperature": float("nan")}, "at least 0"),
         ({"temperature": float("inf")}, "must be finite"),
         ({"top_p": 0.0}, r"`top_p=0.0` must lie in \(0, 1\]"),
         ({"top_p": 1.1}, "`top_p=1.1`"),
-        ({"n": True}, "`n=True` must be a whole number"),
+        ({"num_generations": True}, "`num_generations=True` must be a whole number"),
         ({"batch_size": 0}, "`batch_size=0` must be a whole number, at least 1"),
-        ({"backend": "llama"}, "choose 'transformers' or 'vllm'"),
+        ({"use_vllm": "yes"}, "`use_vllm='yes'` must be True or False"),
     ],
 )
 def test_refused(kwargs, message, tiny_model_dir, tmp_path):
@@ -180,10 +181,18 @@ def meddled(model_dir, kind="plain"):
 
 
 @pytest.mark.parametrize("kind", ["plain", "adapter"])
-@pytest.mark.parametrize("options", [{}, {"n": 1}, {"temperature": 0}, {"temperature": 2.0, "top_p": 0.9}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"num_generations": 1}, {"temperature": 0}, {"temperature": 2.0, "top_p": 0.9}], ids=str
+)
 def test_defaults_of_the_model_do_not_meddle(kind, options, tiny_model_dir, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
-    options = {"n": 3, "max_new_tokens": 8, "tokenizer": tokenizer, "dtype": torch.float32, **options}
+    options = {
+        "num_generations": 3,
+        "max_new_tokens": 8,
+        "processing_class": tokenizer,
+        "dtype": torch.float32,
+        **options,
+    }
     model = meddled(tiny_model_dir, kind)
     before = model.generation_config
     plain = sample_completions(PROMPTS, str(tiny_model_dir), cache_dir=tmp_path / "1", **options)
@@ -201,7 +210,7 @@ def test_no_temperature_takes_the_likeliest_token(tiny_model_dir, tmp_path):
     model = meddled(tiny_model_dir).eval()
     model.generation_config.eos_token_id = [1, 3]
     data = sample_completions(
-        PROMPTS, model, 1, tokenizer=tokenizer, temperature=0, max_new_tokens=6, cache_dir=tmp_path
+        PROMPTS, model, 1, processing_class=tokenizer, temperature=0, max_new_tokens=6, cache_dir=tmp_path
     )
     for row in data:
         ids = [2, *tokenizer(row["prompt"], add_special_tokens=False)["input_ids"]]
@@ -227,7 +236,7 @@ def test_draws_follow_the_distribution(tiny_model_dir, tmp_path):
         special = token < 4  # <|pad|>, <|eos|> and the marks of a turn are no text
         expected["" if special else tokenizer.decode([token])] += p
     data = sample_completions(
-        rows, model, 4000, tokenizer=tokenizer, temperature=0.5, max_new_tokens=1, cache_dir=tmp_path
+        rows, model, 4000, processing_class=tokenizer, temperature=0.5, max_new_tokens=1, cache_dir=tmp_path
     )
     drawn = Counter(data["completions"][0])
     assert set(drawn) <= set(expected) and len(expected) > 200
@@ -242,7 +251,15 @@ def test_what_is_kept_depends_on_all_that_matters(tiny_model_dir, tmp_path):
 
     def kept(**options):
         sample_completions(
-            PROMPTS, model, **{"n": 2, "max_new_tokens": 2, "tokenizer": tokenizer, "cache_dir": tmp_path, **options}
+            PROMPTS,
+            model,
+            **{
+                "num_generations": 2,
+                "max_new_tokens": 2,
+                "processing_class": tokenizer,
+                "cache_dir": tmp_path,
+                **options,
+            },
         )
         before = set(folders)
         folders.update(path.name for path in tmp_path.iterdir())
@@ -250,7 +267,7 @@ def test_what_is_kept_depends_on_all_that_matters(tiny_model_dir, tmp_path):
 
     assert kept() == 1 and kept() == 0
     for option in (
-        {"n": 3},
+        {"num_generations": 3},
         {"temperature": 0.5},
         {"top_p": 0.5},
         {"max_new_tokens": 3},
@@ -277,7 +294,7 @@ def test_chunks_are_kept_in_the_cache_by_default(tiny_model_dir, tmp_path, monke
     """One file per chunk, named by its first prompt, and taken from there the next time."""
     monkeypatch.setenv("TRL_EXT_CACHE", str(tmp_path))
     model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
-    options = {"tokenizer": AutoTokenizer.from_pretrained(tiny_model_dir), "max_new_tokens": 2, "batch_size": 2}
+    options = {"processing_class": AutoTokenizer.from_pretrained(tiny_model_dir), "max_new_tokens": 2, "batch_size": 2}
     first = sample_completions(PROMPTS, model, 1, **options)
     assert sorted(path.name for path in tmp_path.glob("samples/*/*")) == ["0.json", "2.json", "4.json"]
     monkeypatch.setattr(generators, "sample", None)
@@ -342,8 +359,8 @@ def test_vllm_gets_token_ids_and_no_defaults_of_the_model(vllm, tiny_model_dir, 
         {"prompt": [{"role": "user", "content": "what"}], "tools": '[{"name": "clock"}]'},
     ]
     options = {
-        "tokenizer": tokenizer,
-        "backend": "vllm",
+        "processing_class": tokenizer,
+        "use_vllm": True,
         "temperature": 0.7,
         "top_p": 0.8,
         "max_new_tokens": 9,
@@ -405,7 +422,7 @@ def test_where_a_completion_ends(tiny_model_dir, tmp_path):
 
 def test_vllm_takes_a_name(vllm, tiny_model_dir, monkeypatch):
     with pytest.raises(ValueError, match="give its name or folder"):
-        sample_completions(PROMPTS, AutoModelForCausalLM.from_pretrained(tiny_model_dir), backend="vllm")
+        sample_completions(PROMPTS, AutoModelForCausalLM.from_pretrained(tiny_model_dir), use_vllm=True)
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(ValueError, match="pip install vllm"):
-        draw(tiny_model_dir, "/nonexistent", backend="vllm")
+        draw(tiny_model_dir, "/nonexistent", use_vllm=True)

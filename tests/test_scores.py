@@ -14,7 +14,7 @@ from datasets import Dataset
 import trl_ext
 from tests.conftest import preference_rows
 from tests.helpers import build
-from trl_ext.data import Ensemble, PairFunction, fit_temperature, score_preferences
+from trl_ext.data import Ensemble, JudgeFunction, RewardFunction, fit_temperature, score_preferences
 
 
 PAIRS = Dataset.from_list([{k: row[k] for k in ("prompt", "chosen", "rejected")} for row in preference_rows(6)])
@@ -109,12 +109,47 @@ def test_ensembles():
     assert set(score_preferences(PAIRS, [length, minus])["score_chosen"]) == {0.0}
     lowest = score_preferences(PAIRS, Ensemble([length, minus], "min"))["score_chosen"]
     assert lowest == [-float(len(text)) for text in PAIRS["chosen"]]
-    with pytest.raises(ValueError, match="'mean' or 'min'"):
+    with pytest.raises(ValueError, match=r"one of \['sum', 'mean', 'min'\]; got .*`combine='max'`"):
         Ensemble([length], "max")
     with pytest.raises(ValueError, match="at least one reward"):
         Ensemble([])
-    with pytest.raises(ValueError, match="a judge of two gives none"):
-        score_preferences(PAIRS, [length, PairFunction(longer)])
+    with pytest.raises(
+        ValueError, match="is a judge of two and scores no single completion: give it alone, as `judge`"
+    ):
+        score_preferences(PAIRS, [length, JudgeFunction(longer)])
+
+
+def test_a_list_of_rewards_is_added_up_with_weights():
+    """As `reward_funcs` and `reward_weights` of online training."""
+    ones = lambda prompts, completions: [1.0] * len(completions)  # noqa: E731
+    data = Dataset.from_list([{"prompt": "p", "chosen": "aaa", "rejected": "a"}])
+    for given, weights, expected in (
+        ([length, ones], None, [4.0, 2.0]),
+        ([length, ones], [2.0, -0.5], [5.5, 1.5]),
+        (length, [2], [6.0, 2.0]),
+        (Ensemble([length, ones], "mean"), None, [2.0, 1.0]),
+        (Ensemble([length, ones], "mean", [2.0, 4.0]), None, [5.0, 3.0]),
+        (Ensemble([length, ones], "min", [1.0, 2.0]), None, [2.0, 1.0]),
+    ):
+        scored = score_preferences(data, reward_funcs=given, reward_weights=weights)
+        assert [scored["score_chosen"][0], scored["score_rejected"][0]] == expected, (given, weights)
+    for wrong in ([1.0], [1.0, math.nan], [1.0, "2"], [1.0, True], 2.0):
+        with pytest.raises(ValueError, match="must be finite numbers, one for each of the 2 rewards"):
+            score_preferences(data, [length, ones], wrong)
+
+
+def test_rewards_or_a_judge():
+    for given, message in (
+        ({}, "got neither"),
+        ({"reward_funcs": length, "judge": longer}, "got both"),
+        ({"judge": longer, "reward_weights": [1.0]}, "`reward_weights` are of `reward_funcs`"),
+        ({"judge": "path/to/model"}, "no judge of two.*What scores one completion at a time is `reward_funcs`"),
+        ({"judge": torch.nn.Linear(1, 1)}, "is no judge of two"),
+        ({"judge": RewardFunction(length)}, "is no judge of two"),
+        ({"reward_funcs": JudgeFunction(longer)}, "give it alone, as `judge`"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            score_preferences(PAIRS, **given)
 
 
 def longer(prompts, first, second):
@@ -122,12 +157,13 @@ def longer(prompts, first, second):
 
 
 def test_a_judge_of_two():
-    scored = score_preferences(PAIRS, PairFunction(longer))
-    assert scored["preference_prob"] == longer(None, PAIRS["chosen"], PAIRS["rejected"])
+    for judge in (longer, JudgeFunction(longer)):
+        scored = score_preferences(PAIRS, judge=judge)
+        assert scored["preference_prob"] == longer(None, PAIRS["chosen"], PAIRS["rejected"])
     groups = Dataset.from_list([{"prompt": "p", "completions": ["a", "bbb", "cc"]}])
-    assert score_preferences(groups, PairFunction(longer))["scores"] == [[0.0, 1.0, 0.5]]
+    assert score_preferences(groups, judge=longer)["scores"] == [[0.0, 1.0, 0.5]]
     with pytest.raises(ValueError, match=r"expected probabilities in \[0, 1\]"):
-        score_preferences(PAIRS, PairFunction(lambda p, a, b: [2.0] * len(p)))
+        score_preferences(PAIRS, judge=lambda p, a, b: [2.0] * len(p))
 
 
 def test_sampled_completions_may_be_empty(tmp_path, caplog, monkeypatch):
@@ -137,7 +173,7 @@ def test_sampled_completions_may_be_empty(tmp_path, caplog, monkeypatch):
     with caplog.at_level(logging.WARNING):
         assert score_preferences(Dataset.from_list(groups), length)["scores"] == [[0.0, 3.0], [2.0, 1.0]]
     assert "2 completions of the dataset are empty" in caplog.text
-    assert score_preferences(Dataset.from_list(groups), PairFunction(longer))["scores"] == [[0.0, 1.0], [1.0, 0.0]]
+    assert score_preferences(Dataset.from_list(groups), judge=longer)["scores"] == [[0.0, 1.0], [1.0, 0.0]]
     message = lambda text: [{"role": "assistant", "content": text}]  # noqa: E731
     talk = [{"prompt": message("p"), "completions": [message(""), message("b")]}]
     assert score_preferences(
@@ -238,7 +274,7 @@ def test_refused_scores(answer, message):
 )  # fmt: skip
 def test_refused_probabilities(answer, message):
     with pytest.raises(ValueError, match=message):
-        score_preferences(PAIRS, PairFunction(lambda prompts, first, second: answer))
+        score_preferences(PAIRS, judge=lambda prompts, first, second: answer)
 
 
 def test_refused_before_the_work():
@@ -256,7 +292,7 @@ def test_refused_before_the_work():
     with pytest.raises(ValueError, match="groups have none"):
         score_preferences(groups, reward, temperature="fit")
     with pytest.raises(ValueError, match="no meaning for a judge of two"):
-        score_preferences(PAIRS, PairFunction(reward), temperature=2.0)
+        score_preferences(PAIRS, judge=reward, temperature=2.0)
     assert not calls
     assert score_preferences(PAIRS, length, temperature=2)["score_chosen"] == [
         len(text) / 2 for text in PAIRS["chosen"]
@@ -285,7 +321,7 @@ def test_fitted_scores_are_in_logits():
 def test_a_reward_model_that_nothing_reads_is_refused(tiny_model_dir, tmp_path):
     with pytest.raises(ValueError, match="would not be used"):
         build(trl_ext.DPOTrainer, trl_ext.DPOConfig, tiny_model_dir, tmp_path, dataset=PAIRS,
-              trainer_kwargs={"reward_model": length})  # fmt: skip
+              trainer_kwargs={"reward_funcs": length})  # fmt: skip
 
 
 def test_scores_survive_json(tmp_path):
@@ -323,14 +359,14 @@ def test_win_rates_by_hand(tmp_path):
         return [{"ab": 0.75, "ac": 1.0, "bc": 0.25, "de": 0.125}[a + b] for a, b in zip(first, second, strict=True)]
 
     rows = [{"prompt": "p", "completions": ["a", "b", "c"]}, {"prompt": "q", "completions": ["d", "e"]}]
-    scored = score_preferences(Dataset.from_list([*rows, {"prompt": "r", "completions": ["f"]}]), PairFunction(judge))
+    scored = score_preferences(Dataset.from_list([*rows, {"prompt": "r", "completions": ["f"]}]), judge=judge)
     assert scored["scores"] == [[0.875, 0.25, 0.375], [0.125, 0.875], [0.0]]
     assert sorted(asked) == [("p", "a", "b"), ("p", "a", "c"), ("p", "b", "c"), ("q", "d", "e")]
-    assert len(list((tmp_path / "cache" / "scores").glob("pair-*.jsonl"))) == 1
+    assert len(list((tmp_path / "cache" / "scores").glob("judge-*.jsonl"))) == 1
 
 
 def test_ensembles_of_ensembles():
     by = lambda factor: lambda prompts, completions: [factor * len(text) for text in completions]  # noqa: E731
-    reward = [by(1), Ensemble([by(4), by(2), by(3)], "min"), [by(6), by(0)]]
+    reward = [by(1), Ensemble([by(4), by(2), by(3)], "min"), Ensemble([by(6), by(0)], "mean"), [by(1), by(-3)]]
     scored = score_preferences(Dataset.from_list([{"prompt": "p", "chosen": "aaa", "rejected": "a"}]), reward)
-    assert (scored["score_chosen"], scored["score_rejected"]) == ([6.0], [2.0])  # (1 + 2 + 3) / 3 times the length
+    assert (scored["score_chosen"], scored["score_rejected"]) == ([12.0], [4.0])  # 1 + 2 + 3 - 2 times the length

@@ -147,7 +147,7 @@ def test_a_wrong_path_is_refused_before_pairs_are_scored(tmp_path):
             model="/no/such/model",
             args=trl_ext.DPOConfig(output_dir=str(tmp_path), bf16=False, loss_type="offset"),
             train_dataset=Dataset.from_list(preference_rows(4)).select_columns(["prompt", "chosen", "rejected"]),
-            reward_model=judge,
+            reward_funcs=judge,
         )
 
 
@@ -157,4 +157,4 @@ def test_first_batch_is_scored_by_the_copy(tiny_model_dir, tmp_path):
     for parameter in trainer.model.parameters():
         parameter.data += 0.05
     trainer.compute_loss(trainer.model.train(), first_batch(trainer))
-    assert abs(trainer._metrics["train"]["logratios/chosen"][0]) > 0.1
+    assert abs(trainer._means["train"].over_processes()["logratios/chosen"]) > 0.1

@@ -8,8 +8,7 @@ from pathlib import Path
 import torch
 import trl
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, GenerationMixin, configuration_utils
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel, Trainer
 from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
 from trl.trainer import utils
 
@@ -52,22 +51,30 @@ def test_names_of_vllm():
 
 
 def test_names_of_other_libraries(tiny_model_dir):
+    trl_seam.require_names(trl_seam.LIBRARY_NAMES)
     model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
     examples = {
-        "transformers.GenerationMixin": model,
         "transformers.PreTrainedConfig": model.config,
-        "transformers.PreTrainedModel": model,
-        "transformers.TrainingArguments": trl.DPOConfig,
-        "transformers.masking_utils.AttentionMaskInterface": ALL_MASK_ATTENTION_FUNCTIONS,
         "datasets.Dataset": Dataset.from_list(preference_rows(1)),
         "torch.compile": torch.compile(model, backend="eager"),
     }
-    assert examples.keys() == trl_seam.LIBRARY_NAMES.keys()
-    for origin, names in trl_seam.LIBRARY_NAMES.items():
+    assert examples.keys() == trl_seam.OBJECT_NAMES.keys()
+    for origin, names in trl_seam.OBJECT_NAMES.items():
         for name in names:
-            # A model from a folder has no commit
-            there = hasattr(examples[origin], name) or f'"{name}"' in inspect.getsource(configuration_utils)
-            assert there, f"{origin}.{name}"
+            assert hasattr(examples[origin], name), f"{origin}.{name}"
+
+
+def test_what_ours_replaces_in_a_trainer_is_listed():
+    """An override of a method that TRL has renamed would never be called."""
+    for ours, names in (
+        (trl_ext.DPOTrainer, trl_seam.DPO_METHODS),
+        (trl_ext.OnlineDPOTrainer, trl_seam.ONLINE_METHODS),
+    ):
+        own = [cls for cls in ours.__mro__ if cls.__module__.startswith("trl_ext.")]
+        theirs = {name for cls in ours.__mro__[:-1] if cls not in own for name in vars(cls)}
+        replaced = {name for cls in own for name in vars(cls)} & theirs
+        methods = {name for name in replaced if callable(getattr(ours, name)) and not name.startswith("__")}
+        assert methods and methods <= {*names}, methods - {*names}
 
 
 def test_a_custom_loop_is_called_with_what_ours_takes():
@@ -78,41 +85,52 @@ def test_a_custom_loop_is_called_with_what_ours_takes():
         assert name in inspect.signature(GenerationMixin._sample).parameters, name
 
 
-def test_every_private_name_stands_in_the_seam():
-    """A name with an underscore that the package uses is its own, or listed."""
-    package = Path(trl_ext.__file__).parent
-    used, own = {}, set()
-    for path in package.rglob("*.py"):
+def names_in_the_package() -> tuple[dict[str, str], set[str], set[str]]:
+    """Where each name is used; those that the package defines; and all of its strings."""
+    used, own, strings = {}, set(), set()
+    for path in Path(trl_ext.__file__).parent.rglob("*.py"):
+        if path == Path(trl_seam.names.__file__):
+            continue
         for node in ast.walk(ast.parse(path.read_text())):
+            found = ()
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
                 own.add(node.name)
             elif isinstance(node, ast.Attribute):
-                used.setdefault(node.attr, path)
+                found = (node.attr,)
                 if isinstance(node.ctx, ast.Store) and isinstance(node.value, ast.Name) and node.value.id == "self":
                     own.add(node.attr)
             elif isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("getattr", "hasattr", "setattr"):
-                name = node.args[1]
-                if isinstance(name, ast.Constant):
-                    used.setdefault(name.value, path)
+                found = [part.value for part in node.args[1:2] if isinstance(part, ast.Constant)]
             elif isinstance(node, ast.ImportFrom) and node.level == 0 and not node.module.startswith("trl_ext"):
-                for alias in node.names:
-                    used.setdefault(alias.name, path)
-    upstream = {name for owner in (trl.DPOTrainer, OnlineDPOTrainer) for name in dir(owner)}
-    sources = "".join(inspect.getsource(owner) for owner in (trl.DPOTrainer, OnlineDPOTrainer))
-    upstream |= set(re.findall(r"self\.(_\w+) = ", sources))
-    private = {name: path for name, path in used.items() if name.startswith("_") and not name.startswith("__")}
-    assert {"_metrics", "_tokenizer", "_is_stateful"} <= private.keys()
+                found = (*node.module.split("."), *(alias.name for alias in node.names))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                strings.add(node.value)
+            used |= dict.fromkeys(found, path.name)
+    return used, own, strings
+
+
+def test_every_private_name_stands_in_the_seam():
+    """A name with an underscore that the package uses is its own, or listed; and what is listed is used."""
+    used, own, strings = names_in_the_package()
+    owners = (trl.DPOTrainer, OnlineDPOTrainer, Trainer, PreTrainedModel)
+    upstream = {name for owner in owners for name in dir(owner)}
+    for owner in owners:
+        upstream |= set(re.findall(r"self\.(_\w+) = ", inspect.getsource(owner)))
+    used |= dict.fromkeys(strings & upstream - used.keys(), "a string")
+    private = {name: path for name, path in used.items() if re.fullmatch(r"_[A-Za-z]\w*", name)}
+    assert {"_metrics", "_tokenizer", "_is_stateful", "_total_train_tokens"} <= private.keys()
+    listed = trl_seam.PRIVATE_NAMES | {"_replace"}  # of named tuples
     missing = {
-        name: path.name
-        for name, path in private.items()
-        if (name not in own or name in upstream) and name not in trl_seam.PRIVATE_NAMES and name != "_replace"
+        name: path for name, path in private.items() if (name not in own or name in upstream) and name not in listed
     }
     assert not missing
+    unused = trl_seam.PRIVATE_NAMES - used.keys() - own
+    assert not unused
 
 
 def test_online_arguments_are_trls():
     theirs, ours = (inspect.signature(cls.__init__).parameters for cls in (OnlineDPOTrainer, trl_ext.OnlineDPOTrainer))
-    assert list(ours) == [*theirs, "preference_fn"]
+    assert list(ours) == [*theirs, "judge"]
     assert all(ours[name].default == theirs[name].default for name in theirs)
 
 
@@ -130,7 +148,7 @@ def test_signatures():
 
 def test_arguments_of_the_trainer_are_trls():
     theirs, ours = (inspect.signature(cls.__init__).parameters for cls in (trl.DPOTrainer, trl_ext.DPOTrainer))
-    assert list(ours) == [*theirs, "reward_model"]
+    assert list(ours) == [*theirs, "reward_funcs"]
     assert all(ours[name].default == theirs[name].default for name in theirs)
 
 

@@ -13,6 +13,7 @@ import sys
 import traceback
 from pathlib import Path
 
+from trl_ext.upstream import explained
 from trl_ext.version import __version__
 
 
@@ -28,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, TypeError, ImportError) as error:
         if os.environ.get(TRACEBACK_VARIABLE) or not _is_about_input(error):
             raise
-        print(f"trl-ext: error: {error}", file=sys.stderr)
+        print(f"trl-ext: error: {explained(error) or error}", file=sys.stderr)
         print(f"(set {TRACEBACK_VARIABLE}=1 for the traceback)", file=sys.stderr)
         return 2
 
@@ -80,8 +81,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     inspect.add_argument("dataset", metavar="DATASET", help="hub name, folder or file (JSON Lines, CSV, Parquet)")
     inspect.add_argument("--split", default="train", help="of a dataset that has several (default: %(default)s)")
-    inspect.add_argument("--tokenizer", metavar="PATH", help="counts tokens with it, not words; hub name or folder")
-    inspect.add_argument("--max-length", type=int, default=1024, help="of training, in tokens (default: %(default)s)")
+    inspect.add_argument(
+        "--processing_class", metavar="PATH", help="tokenizer that counts tokens, not words; hub name or folder"
+    )
+    inspect.add_argument("--max_length", type=int, default=1024, help="of training, in tokens (default: %(default)s)")
     inspect.add_argument("--plot", metavar="FILE", help="draw lengths and margins here")
     inspect.set_defaults(function=_inspect)
 
@@ -96,7 +99,8 @@ def _parser() -> argparse.ArgumentParser:
 def _is_about_input(error: BaseException) -> bool:
     """Whether an error was raised on purpose about what the user gave: by our code, or by TRL's command line."""
     frames = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)]
-    innermost = Path(frames[-1])
+    # An import that fails does so in Python's own code
+    innermost = Path([name for name in frames if not name.startswith("<frozen importlib")][-1])
     trl = importlib.util.find_spec("trl")
     theirs = [Path(trl.origin).parent / "scripts"] if trl is not None and trl.origin else []
     return any(folder in innermost.parents for folder in (Path(__file__).parent, *theirs))
@@ -228,7 +232,7 @@ def _iterate(args: argparse.Namespace) -> int:
     overrides = {name[2:]: read_yaml(value, name) for name, value in zip(names, values, strict=True)}
     if not Path(args.config).is_file():
         raise ValueError(f"There is no file {args.config!r}. Recipes lie in examples/rounds.")
-    sys.path.insert(0, os.getcwd())  # judges of the user's own
+    sys.path.insert(0, os.getcwd())  # reward functions and judges of the user's own
     config = RoundsConfig.from_yaml(args.config, overrides)
     metrics = IterativeDPO(config).run()
     Console().print(table(metrics))
@@ -238,7 +242,7 @@ def _iterate(args: argparse.Namespace) -> int:
 def _inspect(args: argparse.Namespace) -> int:
     # What can be refused is, before anything is loaded
     if args.max_length < 1:
-        raise ValueError(f"`--max-length {args.max_length}` must be at least 1.")
+        raise ValueError(f"`--max_length {args.max_length}` must be at least 1.")
     from rich.console import Console
 
     from trl_ext.data.inspection import check_plot, inspect_preferences
@@ -246,9 +250,9 @@ def _inspect(args: argparse.Namespace) -> int:
 
     if args.plot:
         check_plot(args.plot)
-    tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
+    tokenizer = load_tokenizer(args.processing_class) if args.processing_class else None
     dataset = load_preferences(args.dataset, split=args.split)
-    report = inspect_preferences(dataset, tokenizer=tokenizer, max_length=args.max_length)
+    report = inspect_preferences(dataset, processing_class=tokenizer, max_length=args.max_length)
     for table in report.tables():
         Console().print(table)
     if args.plot:
@@ -258,13 +262,13 @@ def _inspect(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from trl_ext.trainers.patch import patch_trl
-
     path = Path(args.script)
     if not path.is_file() and args.script != "dpo":
         raise ValueError(
             f"There is no script {args.script!r}. Give the path of a Python file, or `dpo` for TRL's command."
         )
+    from trl_ext.trainers.patch import patch_trl
+
     patch_trl()
     if path.is_file():
         sys.argv = [args.script, *args.script_args]

@@ -114,11 +114,11 @@ def sample(
     prompt_ids: torch.Tensor,
     prompt_mask: torch.Tensor,
     config: GenerationConfig,
-    num_samples: int,
+    num_generations: int,
     mixture: Callable[[torch.Tensor], LogitsProcessor] | None = None,
 ) -> torch.Tensor:
     """
-    `num_samples` completions of each prompt.
+    `num_generations` completions of each prompt.
 
     Each prompt runs through the model once: its cache is copied for the samples. Where the cache cannot be copied
     (recurrent layers, a static cache, beams), the prompt runs once per sample.
@@ -139,7 +139,7 @@ def sample(
             1 at tokens.
         config ([`~transformers.GenerationConfig`]):
             How to sample.
-        num_samples (`int`):
+        num_generations (`int`):
             Completions per prompt, `K`.
         mixture (`Callable`, *optional*):
             Makes a logits processor from the attention mask of all rows.
@@ -154,12 +154,12 @@ def sample(
         config.top_k = 0  # `generate` would take 50
     if synced and mixture is not None:
         config.eos_token_id = None
-    ids, mask = (tensor.repeat_interleave(num_samples, dim=0) for tensor in (prompt_ids, prompt_mask))
+    ids, mask = (tensor.repeat_interleave(num_generations, dim=0) for tensor in (prompt_ids, prompt_mask))
     kwargs: dict[str, Any] = {}
     if mixture is not None:
         kwargs["logits_processor"] = LogitsProcessorList([mixture(mask)])
-    if num_samples > 1 and width > 1 and _can_copy_cache(model, config):
-        kwargs["past_key_values"] = _prefill(model, prompt_ids, prompt_mask, num_samples)
+    if num_generations > 1 and width > 1 and _can_copy_cache(model, config):
+        kwargs["past_key_values"] = _prefill(model, prompt_ids, prompt_mask, num_generations)
     if ids.device.type == "cpu" and config.do_sample and (config.num_beams or 1) == 1:
         kwargs["custom_generate"] = functools.partial(_decode_on_cpu, synced_gpus=synced)
     with without_defaults(model):
@@ -167,7 +167,7 @@ def sample(
             input_ids=ids, attention_mask=mask, generation_config=config, synced_gpus=synced, **kwargs
         )
     completions = output[:, width:]
-    return completions.view(rows, num_samples, -1).transpose(0, 1).flatten(0, 1)
+    return completions.view(rows, num_generations, -1).transpose(0, 1).flatten(0, 1)
 
 
 def _is_sharded(model: nn.Module) -> bool:

@@ -186,7 +186,7 @@ ALLOWED = r"Allowed: \['ref_logps', 'token_logps', 'behaviour_logps'\]"
         ({"init_state": lambda self: {"a": torch.zeros(())}}, "one of `init_state` and `update` without the other"),
         ({"update": lambda self, state, batch, reduce: state}, "one of `init_state` and `update` without the other"),
     ],
-    ids=str,
+    ids=range(10),
 )
 def test_statements_that_are_refused(statements, message):
     before = list_losses()

@@ -17,7 +17,7 @@ from tests.helpers import options
 from tests.online.runs import Scripted, batch, learn, length_reward, online, prompts, scripted
 from tests.online.test_values import BETA, TwoTraces, assert_equal, expected, oracle, sigmoid
 from trl_ext.losses.base import Loss
-from trl_ext.trainers.online.trainer import _with_image
+from trl_ext.trainers.online.generate import _with_image
 
 
 def test_what_is_handed_on(tiny_model_dir, tmp_path):
@@ -164,7 +164,7 @@ def test_a_reward_model_with_a_tokenizer_of_its_own(tiny_model_dir, tmp_path):
             assert scores.values[row, k].item() == pytest.approx(value, rel=1e-4, abs=1e-6)
 
 
-ORACLE = {"reward_funcs": None, "preference_fn": oracle}
+ORACLE = {"reward_funcs": None, "judge": oracle}
 
 
 def test_a_single_completion_has_nothing_to_win_against(tiny_model_dir, tmp_path):
@@ -181,11 +181,11 @@ def test_evaluation_data_where_a_loss_reads_the_oracle(tiny_model_dir, tmp_path)
 
     data = prompts(2)
     trainer = online(tiny_model_dir, tmp_path, loss_type="anchored", trainer_kwargs=ORACLE)
-    trainer._losses = {"reads": Reads()}
-    assert trainer._checked_eval(data)["prompt"][:] == data["prompt"][:]
-    trainer.preference_fn = None
-    with pytest.raises(ValueError, match="'reads' needs 'preference_prob': give a `preference_fn`"):
-        trainer._checked_eval(data)
+    trainer._data.losses = {"reads": Reads()}
+    assert trainer._data.evaluation(data)["prompt"][:] == data["prompt"][:]
+    trainer._data.judged = False
+    with pytest.raises(ValueError, match="'reads' needs 'preference_prob': give a `judge`"):
+        trainer._data.evaluation(data)
 
 
 # Evaluation
@@ -272,7 +272,7 @@ def test_a_card_names_the_first_paper(tiny_model_dir, tmp_path):
 
 def test_a_card_of_a_loss_of_trls_has_no_table(tiny_model_dir, tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr("trl_ext.trainers.online.trainer.complete_model_card", lambda *args: seen.append(args))
+    monkeypatch.setattr("trl_ext.trainers.with_terms.complete_model_card", lambda *args: seen.append(args))
     trainer = online(tiny_model_dir, tmp_path)
     trainer.create_model_card()
     assert seen == [(str(tmp_path), trainer.model, "")]

@@ -13,14 +13,15 @@ import trl_ext
 from tests.online.runs import Scripted, batch, conversations, learn, online, prompts
 from trl_ext.losses import get_loss, register_loss, registry
 from trl_ext.losses.base import Loss
-from trl_ext.trainers.online.checks import check_prompts, read_columns, reads_win_rates
+from trl_ext.trainers.online.checks import reads_win_rates
+from trl_ext.trainers.online.prompts import check_prompts, read_columns
 
 
 def soft(prompts, first, second):
     return [0.7 if len(a) > len(b) else 0.3 for a, b in zip(first, second, strict=True)]
 
 
-ORACLE = {"reward_funcs": None, "preference_fn": soft}
+ORACLE = {"reward_funcs": None, "judge": soft}
 
 
 def config(**kwargs):
@@ -35,8 +36,8 @@ def config(**kwargs):
     [
         ({"reward_funcs": None}, "got neither"),
         ({"reward_funcs": []}, "got neither"),
-        ({"preference_fn": soft}, "got both"),
-        ({"reward_funcs": None, "preference_fn": 3}, "is not callable"),
+        ({"judge": soft}, "got both"),
+        ({"reward_funcs": None, "judge": 3}, "is not callable"),
         ({"reward_funcs": 3}, "`reward_funcs` has 3, a int; expected a function"),
         ({"reward_funcs": [len, {"a": 1}]}, "`reward_funcs` has {'a': 1}, a dict"),
         ({"reward_funcs": torch.nn.Linear(1, 1)}, "`reward_funcs` has a Linear without a tokenizer"),
@@ -300,7 +301,7 @@ def test_rewards_that_are_no_win_rates(tiny_model_dir, tmp_path):
     assert (
         "'sppo_soft' cannot take 2 of 4 pairs of this batch, the first with score_chosen=2, score_rejected=0" in text
     )
-    assert '"target": "score"' in text and "A `preference_fn` in place of `reward_funcs` gives win rates" in text
+    assert '"target": "score"' in text and "A `judge` in place of `reward_funcs` gives win rates" in text
 
 
 def test_rewards_that_are_win_rates(tiny_model_dir, tmp_path):
@@ -324,7 +325,7 @@ def test_rewards_that_have_no_ratio(pairing, tiny_model_dir, tmp_path):
     )  # fmt: skip
     with pytest.raises(ValueError, match="'offset' cannot take 4 of 4 pairs") as error:
         trainer.train()
-    assert "preference_fn" not in str(error.value)
+    assert "judge" not in str(error.value)
 
 
 def test_groups_are_checked_by_their_ends(tiny_model_dir, tmp_path):
@@ -341,7 +342,7 @@ def test_groups_are_checked_by_their_ends(tiny_model_dir, tmp_path):
         tiny_model_dir, tmp_path, cls=Scripted, loss_type="anchored", pairing="group", num_generations=3,
         trainer_kwargs={"reward_funcs": lambda completions, **kwargs: [2.0 * (i // 4) for i, _ in enumerate(completions)]},
     )  # fmt: skip
-    trainer._losses = {"anchored": InRange()}
+    trainer._terms.losses = {"anchored": InRange()}
     inputs = batch(trainer)
     learn(trainer, inputs)
     for rewards in (lambda completions, **kwargs: [5.0 * (i // 4) for i, _ in enumerate(completions)],
@@ -353,9 +354,9 @@ def test_groups_are_checked_by_their_ends(tiny_model_dir, tmp_path):
 
 @pytest.mark.parametrize("loss_type", ["offset", "margin_adaptive"])
 def test_an_oracle_gives_no_rewards(loss_type, tiny_model_dir, tmp_path):
-    with pytest.raises(ValueError, match="which a `preference_fn` has not"):
+    with pytest.raises(ValueError, match="which a `judge` has not"):
         online(tiny_model_dir, tmp_path, loss_type=loss_type, trainer_kwargs=ORACLE)
-    with pytest.raises(ValueError, match="which a `preference_fn` has not"):
+    with pytest.raises(ValueError, match="which a `judge` has not"):
         online(tiny_model_dir, tmp_path, loss_type="sppo_soft", loss_kwargs={"target": "score"}, trainer_kwargs=ORACLE)
 
 
@@ -363,7 +364,7 @@ def test_probabilities_need_an_oracle():
     class NeedsProbabilities(Loss):
         columns = ("preference_prob",)
 
-    with pytest.raises(ValueError, match="'a' needs 'preference_prob': give a `preference_fn`"):
+    with pytest.raises(ValueError, match="'a' needs 'preference_prob': give a `judge`"):
         read_columns(["prompt"], "train", {"a": NeedsProbabilities()}, False)
     assert read_columns(["prompt", "preference_prob"], "train", {"a": NeedsProbabilities()}, True) == []
 

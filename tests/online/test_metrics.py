@@ -9,7 +9,8 @@ from tests.helpers import history
 from tests.online.runs import Scripted, batch, learn, length_reward, online
 from trl_ext.generation import Completions
 from trl_ext.losses.base import Loss
-from trl_ext.trainers.online.metrics import Means, of_completions, of_learnt
+from trl_ext.trainers.metrics import Means
+from trl_ext.trainers.online.metrics import dropped_prompts, of_completions, of_learnt
 from trl_ext.trainers.online.rewards import Scores
 from trl_ext.trainers.online.selection import select
 
@@ -27,7 +28,7 @@ def made(values, mask=None, lengths=None):
         ended=torch.tensor([i % 2 == 0 for i in range(b * k)]),
     )
     mask = torch.ones(b, k, dtype=torch.bool) if mask is None else torch.tensor(mask)
-    return completions, Scores(values, mask, None, {"mine": values.masked_fill(~mask, math.nan)})
+    return completions, Scores(values, mask, per_function={"mine": values.masked_fill(~mask, math.nan)})
 
 
 def means(values):
@@ -36,28 +37,12 @@ def means(values):
 
 def test_means_count_rows():
     ours = Means()
-    ours.add("a", torch.tensor([1.0, math.nan, 5.0]))
-    ours.add("a", torch.tensor([6.0]))
-    ours.add("b", 2.0, rows=3)
-    ours.add("b", torch.tensor(4.0), rows=1)
-    ours.add("c", math.nan)
-    ours.add("c", torch.tensor([math.nan]))
-    ours.add("d", 7)
+    ours.add({"a": torch.tensor([1.0, math.nan, 5.0]), "c": math.nan})
+    ours.add({"a": torch.tensor([6.0]), "c": torch.tensor([math.nan])})
+    ours.add({"b": 2.0}, rows=3)
+    ours.add({"b": torch.tensor(4.0), "d": 7}, rows=1)
     assert ours.over_processes() == {"a": 4.0, "b": 2.5, "d": 7.0}
-
-
-def test_means_are_over_all_processes(monkeypatch):
-    """Three rows in one process, one in another, and a metric that only one has."""
-    ours = Means()
-    ours.add("a", torch.tensor([1.0, 2.0, 3.0]))
-
-    def gather(everyone, own):
-        everyone[:] = [own, {"a": (10.0, 1), "b": (8.0, 2)}]
-
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
-    assert ours.over_processes() == {"a": 4.0, "b": 4.0}
+    assert ours.over_processes() == {}  # they have been asked for
 
 
 def test_of_all_completions():
@@ -73,17 +58,18 @@ def test_of_all_completions():
     }
 
 
-LOGPS = torch.tensor([[-1.0, -2.0, -4.0], [-3.0, -8.0, -5.0]])
-REFS = torch.tensor([[-2.0, -2.5, -3.0], [-4.0, -6.0, -9.0]])
+# Of completion k of prompt b at place k B + b, in a table whose first row is another's
+PLACE = torch.arange(1, 7)
+LOGPS = torch.tensor([77.0, -1.0, -3.0, -2.0, -8.0, -4.0, -5.0])
+REFS = torch.tensor([99.0, -2.0, -4.0, -2.5, -6.0, -3.0, -9.0])
 
 
 def test_of_pairs_by_hand():
     """Of the first prompt 1 beats 0, of the second 0 beats 1; the third completions are in no pair."""
     completions, scores = made([[1.0, 4.0, 2.0], [6.0, 3.0, 5.0]])
     selection = select(completions, scores, "best_worst", False)
-    assert selection.members.tolist() == [[1, 0], [0, 1]]
-    logps, refs = (tensor.gather(1, selection.members) for tensor in (LOGPS, REFS))
-    values = means(of_learnt(selection, torch.tensor([True, True]), logps, refs, 0.5))
+    assert selection.pairs.tolist() == [[2, 0], [1, 3]]  # completion k of prompt b is number 2 k + b
+    values = means(of_learnt(selection, PLACE, LOGPS, REFS, 0.5))
     kl = [0.5, 1.0, 1.0, -2.0]  # chosen and rejected of the first, of the second
     assert values == {
         "objective/kl": pytest.approx(sum(kl) / 4),
@@ -104,8 +90,7 @@ def test_of_pairs_by_hand():
 def test_a_completion_in_two_pairs_counts_once():
     completions, scores = made([[1.0, 4.0, 2.0], [3.0, 3.0, 3.0]])
     selection = select(completions, scores, "all", False)
-    rows = selection.rows
-    values = of_learnt(selection, torch.ones(3, dtype=torch.bool), LOGPS[rows], REFS[rows], 0.5)
+    values = of_learnt(selection, PLACE, LOGPS, REFS, 0.5)
     assert values["objective/scores"].tolist() == [1.0, 4.0, 2.0]
     assert sorted(values["objective/scores_margin"].tolist()) == [1.0, 2.0, 3.0]
 
@@ -115,7 +100,8 @@ def test_groups_without_what_was_not_scored():
     for nothing in (0.0, -9.0, 99.0):
         completions, scores = made([[1.0, 3.0, nothing], [6.0, 3.0, 5.0]], [[True, True, False], [True] * 3])
         selection = select(completions, scores, "group", False)
-        values = means(of_learnt(selection, torch.tensor([True, False]), LOGPS, REFS, 0.5))
+        assert selection.groups.tolist() == [[0, 2, -1], [1, 3, 5]]
+        values = means(of_learnt(selection.only(torch.tensor([True, False])), PLACE, LOGPS, REFS, 0.5))
         assert values["objective/scores"] == 2.0 and values["objective/scores_margin"] == 2.0
         assert values["objective/kl"] == pytest.approx((1.0 + 0.5) / 2)
         assert values["rewards/chosen"] == pytest.approx(0.25) and values["rewards/rejected"] == pytest.approx(0.5)
@@ -124,28 +110,26 @@ def test_groups_without_what_was_not_scored():
 
 def test_what_counts_nothing_is_in_no_mean():
     completions, scores = made([[1.0, 4.0, 2.0], [6.0, 3.0, 5.0]])
-    selection = select(completions, scores, "best_worst", False)
-    logps, refs = (tensor.gather(1, selection.members) for tensor in (LOGPS, REFS))
-    values = means(of_learnt(selection, torch.tensor([False, True]), logps, refs, 0.5))
+    selection = select(completions, scores, "best_worst", False).only(torch.tensor([False, True]))
+    values = means(of_learnt(selection, PLACE, LOGPS, REFS, 0.5))
     assert values["objective/scores"] == 4.5 and values["logps/chosen"] == -3.0
 
 
 def test_without_a_reference():
     completions, scores = made([[1.0, 4.0, 2.0], [6.0, 3.0, 5.0]])
     selection = select(completions, scores, "best_worst", False)
-    values = means(of_learnt(selection, torch.tensor([True, True]), LOGPS.gather(1, selection.members), None, 0.5))
+    values = means(of_learnt(selection, PLACE, LOGPS, None, 0.5))
     assert not {"objective/kl", "objective/non_score_reward", "objective/rlhf_reward"} & set(values)
     assert values["rewards/chosen"] == pytest.approx(0.5 * -2.5)
     assert values["rewards/margins"] == pytest.approx(0.5 * (-1 + 5) / 2)
 
 
-def test_images_keep_all_rows():
+def test_prompts_of_which_nothing_is_learnt():
     completions, scores = made([[1.0, 4.0], [3.0, 3.0], [2.0, 0.0]])
-    completions.vision = {}
-    selection = select(completions, scores, "best_worst", False)
-    assert selection.rows.tolist() == [0, 1, 2] and selection.prompts().tolist() == [0, 2]
-    assert selection.pairs.group.tolist() == [0, 2] and selection.pairs.rejected.tolist() == [0, 1]
-    assert selection.pairs.chosen.tolist() == [1, 0] and selection.share().tolist() == [1, 1]
+    selection = select(completions, scores, "best_worst")
+    assert dropped_prompts(selection).tolist() == [0.0, 1.0, 0.0]
+    assert selection.prompts.tolist() == [0, 2] and selection.share.tolist() == [1.0, 1.0]
+    assert select(*made([[1.0, 4.0, 2.0], [3.0, 3.0, 3.0]]), "all").share.tolist() == pytest.approx([1 / 3] * 3)
 
 
 # In a run
@@ -182,11 +166,11 @@ def test_metrics_of_a_loss(tiny_model_dir, tmp_path):
         return [float(len(text)) if i % 4 < 3 else 0.0 for i, text in enumerate(completions)]
 
     trainer = online(tiny_model_dir, tmp_path, cls=Scripted, trainer_kwargs={"reward_funcs": first_three})
-    trainer._losses = {"sigmoid": Measures()}
+    trainer._terms.losses = {"sigmoid": Measures()}
     inputs = batch(trainer)
     learn(trainer, inputs)
     learn(trainer, {name: value[:1] for name, value in inputs.items()})
-    found = trainer._metrics["train"].over_processes()
+    found = trainer._means["train"].over_processes()
     # A number counts as often as its batch has rows: 3 and 1
     assert found["float"] == pytest.approx((3 * 6.0 + 2.0) / 4) and found["scalar"] == 3.0 and found["rows"] == 5.0
     assert "none" not in found
@@ -199,7 +183,7 @@ def test_a_metric_of_another_shape_is_refused(tiny_model_dir, tmp_path):
             return {"odd": torch.zeros(2, 2)}
 
     trainer = online(tiny_model_dir, tmp_path, cls=Scripted)
-    trainer._losses = {"sigmoid": Odd()}
+    trainer._terms.losses = {"sigmoid": Odd()}
     with pytest.raises(
         ValueError, match=r"'odd' of the loss 'sigmoid' has shape \(2, 2\); expected a number, or \(4,\)"
     ):
@@ -212,15 +196,15 @@ def test_a_loss_of_another_shape_is_refused(tiny_model_dir, tmp_path):
             return batch.delta.mean()
 
     trainer = online(tiny_model_dir, tmp_path, cls=Scripted)
-    trainer._losses = {"sigmoid": Mean()}
-    with pytest.raises(ValueError, match=r"returned shape \(\); expected \(4,\), one value per pair or group"):
+    trainer._terms.losses = {"sigmoid": Mean()}
+    with pytest.raises(ValueError, match=r"returned shape \(\); expected one value per pair or group, shape \(4,\)"):
         learn(trainer, batch(trainer))
 
 
 def test_each_loss_of_a_mix_is_logged(tiny_model_dir, tmp_path):
     trainer = online(tiny_model_dir, tmp_path, cls=Scripted, loss_type=["sigmoid", "hinge"], loss_weights=[1.0, 0.5])
     loss, _ = learn(trainer, batch(trainer))
-    found = trainer._metrics["train"].over_processes()
+    found = trainer._means["train"].over_processes()
     assert found["loss/sigmoid"] == pytest.approx(math.log(2), rel=1e-5) and found["loss/hinge"] == pytest.approx(1.0)
     assert loss.item() == pytest.approx(math.log(2) + 0.5, rel=1e-5)
 

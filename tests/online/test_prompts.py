@@ -15,8 +15,8 @@ from tests.conftest import preference_rows
 from tests.helpers import build
 from tests.online.runs import Scripted, batch, conversations, online
 from trl_ext.generation import Completions
-from trl_ext.trainers.online.rewards import call_reward_model
-from trl_ext.trainers.online.selection import padded_rows
+from trl_ext.trainers.online.rewards import Scores, call_reward_model
+from trl_ext.trainers.online.selection import Selection, build_table
 
 
 TOOLS = [{"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}]
@@ -140,23 +140,21 @@ def test_long_prompts_lose_their_beginning():
         ids=[torch.tensor(row) for row in ids],
         ended=torch.ones(4, dtype=torch.bool),
     )
-    selection = types.SimpleNamespace(
-        completions=completions, rows=torch.tensor([0, 1]), members=torch.tensor([[1, 0], [0, 1]])
-    )
-    batch, groups, members = padded_rows([selection], 7, 99)
-    assert (groups, members) == (2, 2)
-    assert [
-        row[mask.bool()].tolist() for row, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
-    ] == [
-        [12, 13, 14, 15, 33, 34, 35],
-        [41],
+    selection = Selection(completions, Scores(torch.zeros(2, 2)), torch.tensor([[2, 0], [1, 3]]))
+    rows, plan, (place,) = build_table([selection], {}, 7, 99)
+    ids, attention = rows.inputs["input_ids"], rows.inputs["attention_mask"]
+    assert [row[mask.bool()].tolist() for row, mask in zip(ids, attention, strict=True)] == [
         [12, 13, 14, 15, 31, 32],
+        [41],
+        [12, 13, 14, 15, 33, 34, 35],
         [42, 43, 44, 45, 46, 47, 48],
     ]
-    assert batch["completion_mask"].tolist() == [
-        [0, 0, 0, 0, 1, 1, 1], [1, 0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 1, 1, 0], [1] * 7,
+    assert rows.completion_mask.tolist() == [
+        [0, 0, 0, 0, 1, 1, 0], [1, 0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 1, 1, 1], [1] * 7,
     ]  # fmt: skip
-    assert batch["input_ids"][1].tolist() == [41, 99, 99, 99, 99, 99, 99]
+    assert ids[1].tolist() == [41, 99, 99, 99, 99, 99, 99]
+    assert rows.prompt.tolist() == [0, 1, 0, 1] and place.tolist() == [0, 1, 2, 3]
+    assert plan.pairs.tolist() == [[2, 0], [1, 3]] and plan.count == 2
 
 
 # Reward models

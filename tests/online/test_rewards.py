@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from trl_ext.trainers.online.rewards import call_preference_fn, call_reward_function, preference_scores
+from trl_ext.trainers.online.rewards import call_judge, call_reward_function, judge_scores
 
 
 def call(function):
@@ -46,16 +46,16 @@ def test_an_error_names_the_function():
 
 @pytest.mark.parametrize("answer", [[0.5], [0.5, 1.5], [0.5, math.nan], None])
 def test_refused_probabilities(answer):
-    with pytest.raises(ValueError, match="`preference_fn` returned"):
-        call_preference_fn(lambda *args: answer, ["p", "q"], ["a", "b"], ["c", "d"])
+    with pytest.raises(ValueError, match="`judge` returned"):
+        call_judge(lambda *args: answer, ["p", "q"], ["a", "b"], ["c", "d"])
 
 
 def test_an_error_of_an_oracle_says_whose_it_is():
     def broken(*args):
         raise KeyError("judge")
 
-    with pytest.raises(RuntimeError, match="`preference_fn` raised KeyError on 2 comparisons: 'judge'") as error:
-        call_preference_fn(broken, ["p", "q"], ["a", "b"], ["c", "d"])
+    with pytest.raises(RuntimeError, match="`judge` raised KeyError on 2 comparisons: 'judge'") as error:
+        call_judge(broken, ["p", "q"], ["a", "b"], ["c", "d"])
     assert isinstance(error.value.__cause__, KeyError)
 
 
@@ -66,7 +66,7 @@ def test_each_two_completions_are_compared_once():
         seen.extend(zip(prompts, first, second, strict=True))
         return [0.9 if len(a) > len(b) else 0.1 for a, b in zip(first, second, strict=True)]
 
-    scores = preference_scores(longer, ["p", "q"], ["a", "bbb", "aa", "bb", "aaa", "b"])
+    scores = judge_scores(longer, ["p", "q"], ["a", "bbb", "aa", "bb", "aaa", "b"])
     assert len(seen) == 6 and len(set(seen)) == 6
     assert scores.values[0].tolist() == pytest.approx([0.1, 0.5, 0.9])
     assert scores.values[1].tolist() == pytest.approx([0.9, 0.5, 0.1])

@@ -93,7 +93,7 @@ def test_rewards_are_scores_and_groups_are_groups(tiny_model_dir, tmp_path):
         trainer = online(
             tiny_model_dir, tmp_path, cls=Scripted, loss_type="anchored", num_generations=3, pairing=pairing
         )
-        trainer._losses = {"anchored": Spy()}
+        trainer._terms.losses = {"anchored": Spy()}
         learn(trainer, batch(trainer))
     pair, group = seen
     assert (pair.columns["score_chosen"] > pair.columns["score_rejected"]).all()
@@ -109,7 +109,7 @@ def test_rewards_are_scores_and_groups_are_groups(tiny_model_dir, tmp_path):
 @pytest.mark.parametrize("loss_type", ["sigmoid", *OURS])
 def test_each_loss_trains_on_what_the_policy_writes(loss_type, tiny_model_dir, tmp_path):
     kwargs = {"loss_type": loss_type, "num_generations": 3, "max_steps": 1}
-    judged = {"reward_funcs": None, "preference_fn": soft} if loss_type == "sppo_soft" else {}
+    judged = {"reward_funcs": None, "judge": soft} if loss_type == "sppo_soft" else {}
     trainer = online(tiny_model_dir, tmp_path, trainer_kwargs=judged, **kwargs)
     before = parameters(trainer)
     trainer.train()
@@ -199,7 +199,7 @@ def test_a_penalty_makes_no_pair_of_what_nobody_scored(pairing, tiny_model_dir, 
     )
     inputs = batch(trainer)
     selection = trainer.pair(*[each := trainer.generate(trainer.model, inputs), trainer.score(inputs, each)])
-    assert not len(selection.prompts()) and not selection.scores.mask.any()
+    assert not len(selection.prompts) and not selection.scores.mask.any()
     assert learn(trainer, inputs)[0] == 0
 
 
@@ -242,7 +242,7 @@ def test_a_preference_oracle(loss_type, tiny_model_dir, tmp_path):
         tmp_path,
         loss_type=loss_type,
         cls=Scripted,
-        trainer_kwargs={"reward_funcs": None, "preference_fn": soft},
+        trainer_kwargs={"reward_funcs": None, "judge": soft},
     )
     loss, _ = learn(trainer, batch(trainer))
     # policy = reference: delta is 0
@@ -257,18 +257,18 @@ def test_soft_targets_learn_from_ties(loss_type, loss, tiny_model_dir, tmp_path)
         tmp_path,
         loss_type=loss_type,
         cls=Scripted,
-        trainer_kwargs={"reward_funcs": None, "preference_fn": lambda prompts, a, b: [0.5] * len(a)},
+        trainer_kwargs={"reward_funcs": None, "judge": lambda prompts, a, b: [0.5] * len(a)},
     )
     assert learn(trainer, batch(trainer))[0].item() == pytest.approx(loss, abs=1e-4)
-    assert trainer._metrics["train"].over_processes()["pairs/dropped_prompts"] == 0
+    assert trainer._means["train"].over_processes()["pairs/dropped_prompts"] == 0
 
 
 @pytest.mark.parametrize("loss_type", ["sigmoid", ["anchored", "sigmoid"]])
 def test_hard_labels_do_not(loss_type, tiny_model_dir, tmp_path):
-    kwargs = {"reward_funcs": None, "preference_fn": lambda prompts, a, b: [0.5] * len(a)}
+    kwargs = {"reward_funcs": None, "judge": lambda prompts, a, b: [0.5] * len(a)}
     trainer = online(tiny_model_dir, tmp_path, loss_type=loss_type, cls=Scripted, trainer_kwargs=kwargs)
     assert learn(trainer, batch(trainer))[0] == 0
-    assert trainer._metrics["train"].over_processes()["pairs/dropped_prompts"] == 1
+    assert trainer._means["train"].over_processes()["pairs/dropped_prompts"] == 1
 
 
 def test_ties_of_rewards_are_no_soft_targets(tiny_model_dir, tmp_path):
@@ -431,7 +431,7 @@ def test_each_of_several_evaluation_datasets_has_its_metrics(tiny_model_dir, tmp
 
 def test_win_rate_by_an_oracle(tiny_model_dir, tmp_path):
     """The longer of two wins with 0.7: the first completions tie with the reference's, the second beat them."""
-    kwargs = {"eval_dataset": prompts(6), "reward_funcs": None, "preference_fn": soft}
+    kwargs = {"eval_dataset": prompts(6), "reward_funcs": None, "judge": soft}
     trainer = online(tiny_model_dir, tmp_path, cls=Scripted, loss_type="anchored", trainer_kwargs=kwargs)
     assert trainer.evaluate()["eval_win_rate"] == pytest.approx((0.5 + 0.7) / 2)
 

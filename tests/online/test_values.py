@@ -147,7 +147,7 @@ def test_pairs(loss_type, tiny_model_dir, tmp_path):
 
 @pytest.mark.parametrize("generations", [2, 3])
 def test_sppo_reads_the_win_rates_of_an_oracle(generations, tiny_model_dir, tmp_path):
-    kwargs = {"reward_funcs": None, "preference_fn": oracle}
+    kwargs = {"reward_funcs": None, "judge": oracle}
     trainer = moved(
         online(
             tiny_model_dir,
@@ -278,7 +278,7 @@ def test_a_trace_that_ties_leaves_the_other(tiny_model_dir, tmp_path):
     offset = on_delta(lambda d, h, n: -0.75 * F.logsigmoid(BETA * d - math.log(h)))
     inputs = batch(trainer)
     assert_equal(learn(trainer, inputs), expected(trainer, inputs, offset, suffix=" so"))
-    means = trainer._metrics["train"].over_processes()
+    means = trainer._means["train"].over_processes()
     assert means["pairs/dropped_prompts"] == 1 and means["pairs/dropped_prompts_empty_trace"] == 0
     assert means["empty_trace/share"] == 1
 
@@ -304,7 +304,7 @@ def test_a_weight_scales_each_prompts_loss(loss_type, pairing, tiny_model_dir, t
     torch.testing.assert_close(loss, total, rtol=1e-5, atol=1e-6)
     for name, value in sums.items():
         torch.testing.assert_close(grads[name], value, rtol=1e-3, atol=1e-6)
-    means = trainer._metrics["train"].over_processes()
+    means = trainer._means["train"].over_processes()
     assert means["pair_weight/mean"] == pytest.approx(sum(weights[p] for p in inputs["prompt"]) / 4)
 
 
@@ -342,12 +342,12 @@ def test_a_prompt_that_ties_shifts_no_column(tiny_model_dir, tmp_path):
         cls=Scripted,
         trainer_kwargs={"train_dataset": data, "reward_funcs": second_ties},
     )
-    trainer._losses, trainer._columns = {"sigmoid": Reads()}, ["level", "weight"]
+    trainer._terms.losses, trainer._data.columns = {"sigmoid": Reads()}, ["level", "weight"]
     inputs = batch(trainer)
     learn(trainer, inputs)
     levels = inputs["level"]
     assert seen[0].columns["level"].tolist() == [levels[0], levels[2], levels[3]]
-    means = trainer._metrics["train"].over_processes()
+    means = trainer._means["train"].over_processes()
     assert means["pair_weight/mean"] == pytest.approx((levels[0] + levels[2] + levels[3]) / 3 + 1)
 
 
@@ -391,7 +391,7 @@ def test_no_reference_where_none_is_read(policy_alone, tiny_model_dir, tmp_path)
         return -F.logsigmoid(BETA * (logps[1] - logps[0]))
 
     assert_equal(learn(trainer, inputs), expected(trainer, inputs, formula))
-    means = trainer._metrics["train"].over_processes()
+    means = trainer._means["train"].over_processes()
     assert not {"objective/kl", "objective/non_score_reward", "objective/rlhf_reward"} & set(means)
     assert means["rewards/chosen"] == pytest.approx(sum(pair[1] for pair in found) / 4, rel=1e-4)
     assert means["rewards/rejected"] == pytest.approx(sum(pair[0] for pair in found) / 4, rel=1e-4)

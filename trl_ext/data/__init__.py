@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 _ORIGIN = {
     "EMPTY_TRACE": "reasoning",
     "Ensemble": "rewards",
-    "PairFunction": "rewards",
-    "PreferenceCollator": "collator",
+    "JudgeFunction": "rewards",
+    "RowsCollator": "collator",
     "RewardFunction": "rewards",
     "RewardModel": "rewards",
     "calibrate": "calibration",
@@ -27,10 +27,10 @@ _ORIGIN = {
 __all__ = [
     "EMPTY_TRACE",
     "Ensemble",
-    "PairFunction",
-    "PreferenceCollator",
+    "JudgeFunction",
     "RewardFunction",
     "RewardModel",
+    "RowsCollator",
     "calibrate",
     "fit_temperature",
     "from_groups",
@@ -44,12 +44,12 @@ __all__ = [
 
 if TYPE_CHECKING:
     from .calibration import calibrate, fit_temperature
-    from .collator import PreferenceCollator
+    from .collator import RowsCollator
     from .groups import from_groups
     from .inspection import inspect_preferences
     from .load import load_preferences
     from .reasoning import EMPTY_TRACE, strip_reasoning_traces
-    from .rewards import Ensemble, PairFunction, RewardFunction, RewardModel
+    from .rewards import Ensemble, JudgeFunction, RewardFunction, RewardModel
     from .sampling import pair_traces, sample_completions
     from .scores import score_preferences
 

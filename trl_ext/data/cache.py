@@ -33,6 +33,11 @@ def content_key(*parts: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
+def content_seed(*parts: Any) -> int:
+    """A seed of its own for anything that [`content_key`] takes."""
+    return int(content_key(*parts), 16) % 2**31
+
+
 def model_key(model: nn.Module) -> str:
     """A hash of a model's weights, and of the configuration that says what is computed with them."""
     config = {name: value for name, value in model.config.to_dict().items() if name not in _NAMES}

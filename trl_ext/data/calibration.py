@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 
+from trl_ext.data.checks import require_columns
+
 
 @dataclass(frozen=True)
 class Calibration:
@@ -117,9 +119,8 @@ def calibrate(dataset: Dataset | Sequence[float]) -> Calibration:
 
 def _margins(dataset: Dataset | Sequence[float]) -> list[float]:
     if isinstance(dataset, Dataset):
-        missing = [name for name in ("score_chosen", "score_rejected") if name not in dataset.column_names]
-        if missing:
-            raise ValueError(f"The dataset lacks {missing}; `trl_ext.data.score_preferences` adds them.")
+        hint = " `trl_ext.data.score_preferences` adds scores."
+        require_columns(dataset, ["score_chosen", "score_rejected"], hint)
         dataset = [a - b for a, b in zip(dataset["score_chosen"], dataset["score_rejected"], strict=True)]
     margins = [float(margin) for margin in dataset]
     if not margins or not all(math.isfinite(margin) for margin in margins):

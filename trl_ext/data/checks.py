@@ -1,6 +1,8 @@
 """What is looked at before training: rows that would train on nothing, or on something that nobody meant."""
 
 import logging
+import math
+import numbers
 from typing import Any
 
 from datasets import Dataset, IterableDataset
@@ -9,6 +11,24 @@ from datasets import Dataset, IterableDataset
 logger = logging.getLogger(__name__)
 
 TOKENIZED = ("prompt_ids", "chosen_ids", "rejected_ids")
+
+
+def check_count(name: str, value: Any, least: int = 1) -> None:
+    """Raise a `ValueError` for an argument that is no whole number, or a smaller one than `least`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"`{name}={value!r}` must be a whole number, at least {least}.")
+
+
+def is_finite_number(value: Any) -> bool:
+    """Whether a value is a number other than NaN and infinity; a boolean is none."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def require_columns(dataset: Dataset, names: list[str], hint: str = "") -> None:
+    """Raise a `ValueError` that ends with `hint` for a dataset that lacks one of the columns."""
+    missing = [name for name in names if name not in dataset.column_names]
+    if missing:
+        raise ValueError(f"The dataset lacks {missing}; its columns are {sorted(dataset.column_names)}.{hint}")
 
 
 def is_empty(completion: Any) -> bool:

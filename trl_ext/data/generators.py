@@ -1,7 +1,9 @@
 """What draws completions: transformers or vLLM, from the same token ids and both from the policy's own distribution."""
 
 import hashlib
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,28 @@ from torch import nn
 from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 from trl.trainer.utils import pad
 
-from trl_ext.data.cache import content_key
+from trl_ext.data.cache import content_key, content_seed
+from trl_ext.data.checks import check_count
 from trl_ext.generation import evaluating, sample
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How completions are drawn: arguments of [`~trl_ext.data.sample_completions`]; a `ValueError` for one that cannot be."""
+
+    num_generations: int
+    temperature: float
+    top_p: float
+    max_new_tokens: int
+    seed: int
+
+    def __post_init__(self):
+        check_count("num_generations", self.num_generations)
+        check_count("max_new_tokens", self.max_new_tokens)
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"`temperature={self.temperature!r}` must be finite and at least 0.")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"`top_p={self.top_p!r}` must lie in (0, 1].")
 
 
 # From the ids of some prompts, and the number of the first among all, to the ids of the completions of each
@@ -52,22 +74,14 @@ def weights_key(name: str) -> str:
 
 
 def with_transformers(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    stops: list[int],
-    *,
-    n: int,
-    temperature: float,
-    top_p: float,
-    max_new_tokens: int,
-    seed: int,
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, stops: list[int], options: Sampling
 ) -> Generate:
     """Sampling with a cache and one prefill per prompt."""
     pad_id = next((each for each in (tokenizer.pad_token_id, *stops) if each is not None), 0)
-    sampling = {"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature else {}
+    sampling = {"temperature": options.temperature, "top_p": options.top_p, "top_k": 0} if options.temperature else {}
     config = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=temperature > 0,
+        max_new_tokens=options.max_new_tokens,
+        do_sample=options.temperature > 0,
         pad_token_id=pad_id,
         eos_token_id=stops or None,
         use_cache=True,
@@ -81,29 +95,19 @@ def with_transformers(
         mask = pad([torch.ones_like(row) for row in rows], padding_value=0, padding_side="left")
         devices = [device] if device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices), evaluating(model, None):
-            torch.manual_seed(int(content_key(seed, start), 16) % 2**31)
-            output = sample(model, inputs, mask, config, n).tolist()
+            torch.manual_seed(content_seed(options.seed, start))
+            output = sample(model, inputs, mask, config, options.num_generations).tolist()
         return [output[row :: len(ids)] for row in range(len(ids))]
 
     return generate
 
 
-def with_vllm(
-    model: str,
-    dtype: Any,
-    stops: list[int],
-    *,
-    n: int,
-    temperature: float,
-    top_p: float,
-    max_new_tokens: int,
-    seed: int,
-) -> Generate:
+def with_vllm(model: str, dtype: Any, stops: list[int], options: Sampling) -> Generate:
     """Sampling with vLLM, which loads the model itself."""
     try:
         from vllm import LLM, SamplingParams
     except ImportError as error:
-        raise ValueError('`backend="vllm"` needs vLLM: pip install vllm.') from error
+        raise ValueError("`use_vllm=True` needs vLLM: pip install vllm.") from error
     # "vllm" stands for vLLM's own defaults: none of the model's penalties and limits
     llm = LLM(model=model, dtype=dtype, generation_config="vllm")
 
@@ -111,12 +115,12 @@ def with_vllm(
         # One seed per prompt: with the same one, equal prompts would get equal completions
         parameters = [
             SamplingParams(
-                n=n,
-                temperature=temperature,
-                top_p=top_p,
-                max_tokens=max_new_tokens,
+                n=options.num_generations,
+                temperature=options.temperature,
+                top_p=options.top_p,
+                max_tokens=options.max_new_tokens,
                 stop_token_ids=stops,
-                seed=int(content_key(seed, start, row), 16) % 2**31,
+                seed=content_seed(options.seed, start, row),
             )
             for row in range(len(ids))
         ]

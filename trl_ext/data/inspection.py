@@ -1,7 +1,6 @@
 """What a preference dataset holds, before one trains on it."""
 
 import dataclasses
-import math
 import os
 import statistics
 from pathlib import Path
@@ -11,6 +10,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from trl_ext.data.cache import content_key
+from trl_ext.data.checks import check_count, is_finite_number, require_columns
 from trl_ext.data.columns import checked, columns_of, used_columns
 from trl_ext.data.groups import check_group, from_groups, is_grouped
 from trl_ext.data.tokens import pair_lengths, require_chat_template
@@ -77,7 +77,7 @@ class Inspection:
 
 
 def inspect_preferences(
-    dataset: Dataset, *, tokenizer: PreTrainedTokenizerBase | None = None, max_length: int = 1024
+    dataset: Dataset, *, processing_class: PreTrainedTokenizerBase | None = None, max_length: int = 1024
 ) -> Inspection:
     """
     Look at a dataset as training would.
@@ -85,7 +85,7 @@ def inspect_preferences(
     Args:
         dataset ([`~datasets.Dataset`]):
             Pairs or groups, plain or conversational.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             Counts tokens as training does, special ones included; without it words are counted, and nothing is said of
             truncation.
         max_length (`int`, *optional*, defaults to `1024`):
@@ -98,8 +98,7 @@ def inspect_preferences(
         `ValueError`: For data that holds no preferences, or completions of different kinds, for a `max_length` below 1, and for
             conversations where the tokenizer has no chat template.
     """
-    if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 1:
-        raise ValueError(f"`max_length={max_length!r}` must be a whole number of tokens, at least 1.")
+    check_count("max_length", max_length)
     facts = {"rows": f"{len(dataset):,}", "columns": ", ".join(columns_of(dataset, "inspected"))}
     if is_grouped(dataset.column_names):
         for row, example in enumerate(dataset):
@@ -108,30 +107,25 @@ def inspect_preferences(
         facts["completions per group"] = f"{min(sizes)} to {max(sizes)}"
         dataset = from_groups(dataset, "best_worst", "inspected")
         facts["pairs"] = f"{len(dataset):,}, best against worst"
-    missing = [name for name in ("chosen", "rejected") if name not in dataset.column_names]
-    if missing:
-        raise ValueError(
-            f"The dataset lacks {missing}: it holds no pairs, and no groups (completions, scores). Its columns are "
-            f"{sorted(dataset.column_names)}."
-        )
+    require_columns(dataset, ["chosen", "rejected"], " It holds no pairs, and no groups (completions, scores).")
     rows = _pairs(dataset)
     if len(rows) < len(dataset):
         facts["rows without a pair"] = _share(len(dataset) - len(rows), len(dataset))
     conversational = isinstance(rows[0]["chosen"], list)
-    if tokenizer and conversational:
-        require_chat_template(tokenizer)
+    if processing_class and conversational:
+        require_chat_template(processing_class)
     facts["form"] = "conversational" if conversational else "text"
     texts = [{side: _plain(row.get(side)) for side in SIDES} for row in rows]
-    if tokenizer:
-        counts = [pair_lengths(row, tokenizer) for row in rows]
+    if processing_class:
+        counts = [pair_lengths(row, processing_class) for row in rows]
     else:
         counts = [{side: len(row[side].split()) for side in SIDES} for row in texts]
     lengths = {side: [row[side] for row in counts] for side in SIDES}
-    unit = "tokens" if tokenizer else "words"
+    unit = "tokens" if processing_class else "words"
     for side, values in lengths.items():
         facts[f"{side}, {unit}"] = _spread(values)
     facts |= _length_bias(lengths)
-    if tokenizer:
+    if processing_class:
         whole = [row["prompt"] + max(row["chosen"], row["rejected"]) for row in counts]
         facts[f"longer than max_length={max_length}"] = _share(sum(value > max_length for value in whole), len(whole))
         facts["prompt alone fills it (dropped)"] = _share(
@@ -240,11 +234,7 @@ def _margins(dataset: Dataset) -> list[float]:
     if not set(SCORES) <= set(dataset.column_names):
         return []
     rows = zip(*(dataset[name] for name in SCORES), strict=True)
-    return [a - b for a, b in rows if _finite(a) and _finite(b)]
-
-
-def _finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return [a - b for a, b in rows if is_finite_number(a) and is_finite_number(b)]
 
 
 def _remarks(dataset: Dataset, margins: list[float]) -> dict[str, str]:
@@ -252,7 +242,7 @@ def _remarks(dataset: Dataset, margins: list[float]) -> dict[str, str]:
     remarks = {}
     preferred = "preference_prob" in dataset.column_names
     if margins:
-        scores = [value for name in SCORES for value in dataset[name] if _finite(value)]
+        scores = [value for name in SCORES for value in dataset[name] if is_finite_number(value)]
         if all(value == int(value) for value in scores):
             ratings = (
                 "The scores are whole numbers: they look like ratings, not Bradley-Terry logits, the unit expected here. "

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from datasets import Dataset
+from trl.data_utils import common_prefix_length
 
+from trl_ext.data.checks import require_columns
 from trl_ext.data.groups import check_group
 
 
@@ -72,26 +74,22 @@ def step_pairs(dataset: Dataset, steps: str = "initial_reason_steps") -> Dataset
         steps (`str`, *optional*, defaults to `"initial_reason_steps"`):
             Column of those steps.
     """
-    _require(dataset, ["prompt", "chosen", "rejected", steps])
+    require_columns(dataset, ["prompt", "chosen", "rejected", steps])
     return dataset.map(lambda row: {"prompt": row["prompt"] + row[steps]}, remove_columns=[steps])
 
 
-def without_eos(dataset: Dataset, tokenizer: Any) -> Dataset:
+def without_eos(dataset: Dataset, processing_class: Any) -> Dataset:
     """
     Plain-text pairs as token ids, without the end-of-sequence token that TRL would add: for steps that do not end an answer.
 
     [`trl_ext.DPOTrainer`] takes a dataset with `prompt_ids`, `chosen_ids` and `rejected_ids` as it is.
     """
-    _require(dataset, ["prompt", "chosen", "rejected"])
+    require_columns(dataset, ["prompt", "chosen", "rejected"])
 
     def encode(row: dict) -> dict:
-        prompt = tokenizer(row["prompt"])["input_ids"]
-        whole = {side: tokenizer(row["prompt"] + row[side])["input_ids"] for side in ("chosen", "rejected")}
-        shared = [
-            next((i for i, (a, b) in enumerate(zip(prompt, ids, strict=False)) if a != b), len(prompt))
-            for ids in whole.values()
-        ]
-        start = min(shared)
+        prompt = processing_class(row["prompt"])["input_ids"]
+        whole = {side: processing_class(row["prompt"] + row[side])["input_ids"] for side in ("chosen", "rejected")}
+        start = min(common_prefix_length(prompt, ids) for ids in whole.values())
         return {"prompt_ids": prompt[:start], **{f"{side}_ids": ids[start:] for side, ids in whole.items()}}
 
     return dataset.map(encode)
@@ -111,7 +109,7 @@ def step_controlled_pairs(dataset: Dataset, prefix: str = "prefix", seed: int = 
         seed (`int`, *optional*, defaults to `0`):
             Both kinds are mixed at random, with equal weight.
     """
-    _require(dataset, ["prompt", "chosen", "rejected", prefix])
+    require_columns(dataset, ["prompt", "chosen", "rejected", prefix])
 
     def move(row: dict) -> dict:
         return {"prompt": row["prompt"] + (row[prefix] or "")}
@@ -138,7 +136,7 @@ def few_shot_prompts(dataset: Dataset, shots: int = 4, user: str = "user_id", se
         seed (`int`, *optional*, defaults to `0`):
             Of the choice. The row itself, and any other with its prompt, never stands in its own prompt.
     """
-    _require(dataset, ["prompt", "chosen", "rejected", user])
+    require_columns(dataset, ["prompt", "chosen", "rejected", user])
     if shots < 1:
         raise ValueError(f"`shots={shots!r}` must be at least 1.")
     of_user: dict[Any, list[int]] = {}
@@ -180,7 +178,7 @@ def refinement_rows(dataset: Dataset, template: str = REFINE) -> Dataset:
     Returns:
         Twice the rows: each pair, then its refinement.
     """
-    _require(dataset, ["prompt", "chosen", "rejected"])
+    require_columns(dataset, ["prompt", "chosen", "rejected"])
     if "{prompt}" not in template or "{answer}" not in template:
         raise ValueError("The template needs the places {prompt} and {answer}.")
     rows = []
@@ -210,7 +208,7 @@ def weighted_prompts(prompts: Dataset, objectives: Sequence[str], alpha: float =
     Returns:
         The dataset with the weights in each prompt and in the column `objective_weights`, for [`weighted_reward`].
     """
-    _require(prompts, ["prompt"])
+    require_columns(prompts, ["prompt"])
     if not objectives or not alpha > 0:
         raise ValueError("Give at least one objective, and a positive `alpha`.")
     rng = random.Random(seed)
@@ -225,20 +223,20 @@ def weighted_prompts(prompts: Dataset, objectives: Sequence[str], alpha: float =
     return prompts.map(draw, load_from_cache_file=False)
 
 
-def weighted_reward(rewards: Sequence[Callable[..., Sequence[float]]]) -> Callable[..., list[float]]:
+def weighted_reward(reward_funcs: Sequence[Callable[..., Sequence[float]]]) -> Callable[..., list[float]]:
     """
     One reward function for `OnlineDPOTrainer` from several: each completion's are added with the weights of its own prompt.
 
     Args:
-        rewards (`Sequence[Callable]`):
+        reward_funcs (`Sequence[Callable]`):
             One per objective, in the order of [`weighted_prompts`], on comparable scales. They see prompts without the weights.
     """
 
     def reward(prompts, completions, objective_weights, **kwargs):
-        if any(len(weights) != len(rewards) for weights in objective_weights):
-            raise ValueError(f"Prompts have {len(objective_weights[0])} weights for {len(rewards)} rewards.")
+        if any(len(weights) != len(reward_funcs) for weights in objective_weights):
+            raise ValueError(f"Prompts have {len(objective_weights[0])} weights for {len(reward_funcs)} rewards.")
         plain = [_SHOWN.sub("", prompt) for prompt in prompts]
-        columns = [function(prompts=plain, completions=completions, **kwargs) for function in rewards]
+        columns = [function(prompts=plain, completions=completions, **kwargs) for function in reward_funcs]
         return [
             sum(weight * value for weight, value in zip(weights, values, strict=True))
             for weights, values in zip(objective_weights, zip(*columns, strict=True), strict=True)
@@ -250,29 +248,31 @@ def weighted_reward(rewards: Sequence[Callable[..., Sequence[float]]]) -> Callab
 @dataclass
 class DualVariable:
     """
-    Constrained DPO's price of the cost, and its update `lambda <- max(0, lambda + lr * (mean cost - budget))`
+    Constrained DPO's price of the cost, and its update `lambda <- max(0, lambda + learning_rate * (mean cost - budget))`
     (https://huggingface.co/papers/2403.02475; recalled, the loop confirmed by the abstract).
 
     Args:
         budget (`float`):
             Mean cost that is allowed.
-        lr (`float`):
+        learning_rate (`float`):
             Step of the update, positive.
         value (`float`, *optional*, defaults to `0.0`):
             lambda, at least 0.
     """
 
     budget: float
-    lr: float
+    learning_rate: float
     value: float = 0.0
 
     def __post_init__(self):
-        if not (self.lr > 0 and self.value >= 0):
-            raise ValueError(f"`lr={self.lr!r}` must be positive and `value={self.value!r}` at least 0.")
+        if not (self.learning_rate > 0 and self.value >= 0):
+            raise ValueError(
+                f"`learning_rate={self.learning_rate!r}` must be positive and `value={self.value!r}` at least 0."
+            )
 
     def update(self, costs: Sequence[float]) -> float:
         """After a round in which the policy's completions cost `costs`; returns the new value."""
-        self.value = max(0.0, self.value + self.lr * (sum(costs) / len(costs) - self.budget))
+        self.value = max(0.0, self.value + self.learning_rate * (sum(costs) / len(costs) - self.budget))
         return self.value
 
 
@@ -291,7 +291,9 @@ def relabel_by_cost(dataset: Dataset, price: float) -> Dataset:
         turns the order.
     """
     names = ["reward", "cost"]
-    _require(dataset, ["chosen", "rejected", *(f"{name}_{side}" for name in names for side in ("chosen", "rejected"))])
+    require_columns(
+        dataset, ["chosen", "rejected", *(f"{name}_{side}" for name in names for side in ("chosen", "rejected"))]
+    )
     if not price >= 0:
         raise ValueError(f"`price={price!r}` must be at least 0.")
     sided = [name for name in dataset.column_names if name == "chosen" or name.endswith("_chosen")]
@@ -311,9 +313,3 @@ def relabel_by_cost(dataset: Dataset, price: float) -> Dataset:
     if not len(relabelled):
         raise ValueError("All pairs tie at this price: there is nothing to prefer.")
     return relabelled
-
-
-def _require(dataset: Dataset, names: list[str]) -> None:
-    missing = [name for name in names if name not in dataset.column_names]
-    if missing:
-        raise ValueError(f"The dataset lacks {missing}; its columns are {sorted(dataset.column_names)}.")

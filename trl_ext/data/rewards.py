@@ -1,7 +1,6 @@
-"""What scores completions: reward models, functions, judges of two, and several of them as one."""
+"""What scores completions: reward models, reward functions, several of them as one, and judges of two."""
 
-import math
-import numbers
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +10,7 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 
 from trl_ext.data.cache import content_key, model_key
+from trl_ext.data.checks import check_count, is_finite_number
 from trl_ext.data.fingerprint import function_key
 from trl_ext.data.paths import refuse_missing_path
 from trl_ext.data.tokens import Text, reward_ids, tokenizer_key
@@ -27,7 +27,7 @@ class RewardModel:
     Args:
         model (`str` or [`~transformers.PreTrainedModel`]):
             Hub name, folder or object.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             Its own tokenizer, whose chat template renders conversations; loaded from the model's name by default.
         max_length (`int`, *optional*):
             Tokens that are kept. A longer text loses its beginning, so that the end of the completion stays. The model's own
@@ -41,21 +41,20 @@ class RewardModel:
     """
 
     model: str | nn.Module
-    tokenizer: PreTrainedTokenizerBase | None = None
+    processing_class: PreTrainedTokenizerBase | None = None
     max_length: int | None = None
     dtype: Any = "auto"
 
     def __post_init__(self):
-        length = self.max_length
-        if length is not None and (isinstance(length, bool) or not isinstance(length, int) or length < 1):
-            raise ValueError(f"`max_length={length!r}` must be a whole number of tokens, at least 1, or None.")
+        if self.max_length is not None:
+            check_count("max_length", self.max_length)
 
     def load(self) -> None:
         """Load model and tokenizer where they are names, and settle how long texts may be."""
         refuse_missing_path(self.model, "reward model")
         name = self.model if isinstance(self.model, str) else self.model.config.name_or_path
-        if self.tokenizer is None:
-            self.tokenizer = AutoTokenizer.from_pretrained(name)
+        if self.processing_class is None:
+            self.processing_class = AutoTokenizer.from_pretrained(name)
         if isinstance(self.model, str):
             self.model, loading = AutoModelForSequenceClassification.from_pretrained(
                 name, num_labels=1, dtype=self.dtype, output_loading_info=True
@@ -68,25 +67,25 @@ class RewardModel:
         if self.pad_id is None:
             raise ValueError(
                 f"The tokenizer of the reward model {name!r} has neither a padding nor an end-of-sequence token: set "
-                "`tokenizer.pad_token`."
+                "`processing_class.pad_token`."
             )
         config = self.model.config.get_text_config()
         config.pad_token_id = self.pad_id
         if self.max_length is None:
             self.max_length = min(
-                getattr(config, "max_position_embeddings", None) or 10**9, self.tokenizer.model_max_length
+                getattr(config, "max_position_embeddings", None) or 10**9, self.processing_class.model_max_length
             )
 
     @property
     def pad_id(self) -> int | None:
         """The token that fills rows up: the tokenizer's padding token, else its end-of-sequence token, as in TRL."""
-        pad_id = self.tokenizer.pad_token_id
-        return self.tokenizer.eos_token_id if pad_id is None else pad_id
+        pad_id = self.processing_class.pad_token_id
+        return self.processing_class.eos_token_id if pad_id is None else pad_id
 
     def key(self) -> str:
         """What a score depends on beside the text."""
         self.load()
-        return content_key(model_key(self.model), tokenizer_key(self.tokenizer), self.pad_id, self.max_length)
+        return content_key(model_key(self.model), tokenizer_key(self.processing_class), self.pad_id, self.max_length)
 
     @torch.inference_mode()
     def __call__(
@@ -96,7 +95,7 @@ class RewardModel:
         self.model.eval()
         templates = [{}] * len(prompts) if templates is None else templates
         ids = [
-            reward_ids(prompt, completion, self.tokenizer, max_length=self.max_length, **template)
+            reward_ids(prompt, completion, self.processing_class, max_length=self.max_length, **template)
             for prompt, completion, template in zip(prompts, completions, templates, strict=True)
         ]
         width, device = max(map(len, ids)), next(self.model.parameters()).device
@@ -132,14 +131,14 @@ class RewardFunction:
 
 
 @dataclass
-class PairFunction:
+class JudgeFunction:
     """
     A judge of two completions: `function(prompts, completions_a, completions_b)` gives for each the probability, in
     [0, 1], that the first is preferred. Gives pairs the column `preference_prob`, and groups the mean probability of winning.
 
     Args:
         function (`Callable`):
-            The judge.
+            The judge, as online training takes it.
         version (`str`, *optional*):
             What its answers are kept under, as in [`RewardFunction`].
     """
@@ -149,7 +148,7 @@ class PairFunction:
 
     def key(self) -> str | None:
         """What an answer depends on beside the texts; `None` where nobody can say."""
-        return function_key(self.function, self.version, "pair")
+        return function_key(self.function, self.version, "judge")
 
     def __call__(self, prompts: Sequence[Text], first: Sequence[Text], second: Sequence[Text]) -> list[float]:
         values = finite_numbers(self.function(list(prompts), list(first), list(second)), first)
@@ -159,43 +158,103 @@ class PairFunction:
         return values
 
 
+COMBINATIONS = {"sum": sum, "mean": statistics.fmean, "min": min}
+
+
 @dataclass
 class Ensemble:
     """
-    Several rewards as one.
+    Several pointwise rewards as one.
 
     Args:
-        rewards (`list`):
-            What [`score_preferences`] takes as `reward`, each.
-        combine (`str`, *optional*, defaults to `"mean"`):
-            `"mean"`, or `"min"`: the most cautious.
+        reward_funcs (`list`):
+            What [`score_preferences`] takes as `reward_funcs`, each.
+        combine (`str`, *optional*, defaults to `"sum"`):
+            `"sum"`, as in online training; `"mean"`; or `"min"`, the most cautious.
+        reward_weights (`list[float]`, *optional*):
+            What each reward is multiplied by before they are combined; 1 by default.
+
+    Raises:
+        `ValueError`: For no reward at all, another combination, a judge of two among the rewards, and weights that are not one
+            finite number per reward.
     """
 
-    rewards: list[Any]
-    combine: str = "mean"
+    reward_funcs: list[Any]
+    combine: str = "sum"
+    reward_weights: list[float] | None = None
 
     def __post_init__(self):
-        if self.combine not in ("mean", "min") or not self.rewards:
-            raise ValueError(f"An ensemble combines at least one reward by 'mean' or 'min'; got {self!r}.")
-        if any(isinstance(reward, PairFunction) for reward in self.rewards):
+        if self.combine not in COMBINATIONS or not self.reward_funcs:
             raise ValueError(
-                f"An ensemble combines scores of single completions, and a judge of two gives none: {self!r}."
+                f"An ensemble combines at least one reward by one of {list(COMBINATIONS)}; got {self.reward_funcs!r} and "
+                f"`combine={self.combine!r}`."
             )
+        self.reward_funcs = [as_reward(each) for each in self.reward_funcs]
+        number = len(self.reward_funcs)
+        weights = [1.0] * number if self.reward_weights is None else self.reward_weights
+        if not isinstance(weights, (list, tuple)) or len(weights) != number or not all(map(is_finite_number, weights)):
+            raise ValueError(
+                f"`reward_weights={weights!r}` must be finite numbers, one for each of the {number} rewards."
+            )
+        self.reward_weights = list(weights)
+
+    def combined(self, values: Sequence[float]) -> float:
+        """One reward from that of each member."""
+        weights = zip(self.reward_weights, values, strict=True)
+        return COMBINATIONS[self.combine]([weight * value for weight, value in weights])
 
 
-def as_reward(reward: Any) -> Any:
-    """A path, a model or a function as one of the classes of this module."""
-    if isinstance(reward, (RewardModel, RewardFunction, PairFunction, Ensemble)):
-        return reward
-    if isinstance(reward, (list, tuple)):
-        return Ensemble(list(reward))
-    if isinstance(reward, (str, nn.Module)):
-        return RewardModel(reward)
-    if callable(reward):
-        return RewardFunction(reward)
+def as_reward(reward_funcs: Any) -> RewardModel | RewardFunction | Ensemble:
+    """A path, a model, a function or a list of them as one of the classes of this module."""
+    if isinstance(reward_funcs, JudgeFunction):
+        raise ValueError(
+            f"{reward_funcs!r} is a judge of two and scores no single completion: give it alone, as `judge`."
+        )
+    if isinstance(reward_funcs, (RewardModel, RewardFunction, Ensemble)):
+        return reward_funcs
+    if isinstance(reward_funcs, (list, tuple)):
+        return Ensemble(list(reward_funcs))
+    if isinstance(reward_funcs, (str, nn.Module)):
+        return RewardModel(reward_funcs)
+    if callable(reward_funcs):
+        return RewardFunction(reward_funcs)
     raise ValueError(
-        f"`reward={reward!r}` is none of: a model's name, folder or object, a function, a PairFunction, an Ensemble."
+        f"`reward_funcs={reward_funcs!r}` is none of: a model's name, folder or object, a function, an Ensemble, a list of these."
     )
+
+
+def as_scorer(
+    reward_funcs: Any, reward_weights: Sequence[float] | None, judge: Any
+) -> RewardModel | RewardFunction | Ensemble | JudgeFunction:
+    """
+    What scores: rewards or a judge of two, as one of the classes of this module.
+
+    Raises:
+        `ValueError`: Where neither or both are given, and for what can be neither.
+    """
+    if (reward_funcs is None) == (judge is None):
+        given = "neither" if judge is None else "both"
+        raise ValueError(f"What scores is `reward_funcs` or a `judge`; got {given}. Give one of the two.")
+    if judge is None and reward_weights is None:
+        return as_reward(reward_funcs)
+    if judge is None:
+        several = list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
+        return Ensemble(several, reward_weights=reward_weights)
+    if reward_weights is not None:
+        raise ValueError("`reward_weights` are of `reward_funcs`; they have no meaning with a `judge`.")
+    if not callable(judge) or isinstance(judge, (RewardModel, RewardFunction, Ensemble, nn.Module)):
+        raise ValueError(
+            f"`judge={judge!r}` is no judge of two; expected a function judge(prompts, completions_a, completions_b). What scores "
+            "one completion at a time is `reward_funcs`."
+        )
+    return judge if isinstance(judge, JudgeFunction) else JudgeFunction(judge)
+
+
+def reward_models(reward: Any) -> list[RewardModel]:
+    """The sequence classifiers of what scores."""
+    if isinstance(reward, Ensemble):
+        return [model for each in reward.reward_funcs for model in reward_models(each)]
+    return [reward] if isinstance(reward, RewardModel) else []
 
 
 def finite_numbers(answer: Any, texts: Sequence[Text]) -> list[float]:
@@ -207,6 +266,6 @@ def finite_numbers(answer: Any, texts: Sequence[Text]) -> list[float]:
             f"The reward returned {given} for {len(texts)} texts; expected a list with one number per text."
         )
     for value, text in zip(values, texts, strict=True):
-        if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
+        if not is_finite_number(value):
             raise ValueError(f"The reward returned {value!r} for {text!r}; expected a finite number.")
     return [float(value) for value in values]

@@ -6,7 +6,7 @@ was killed goes on with the chunk it was in and ends with the same completions.
 """
 
 import json
-import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from trl.data_utils import maybe_apply_chat_template
 
 from trl_ext.data.cache import content_key, default_folder, model_key, processes, write_atomically
-from trl_ext.data.generators import generation_config_of, stop_tokens, weights_key, with_transformers, with_vllm
+from trl_ext.data.checks import check_count
+from trl_ext.data.generators import (
+    Sampling,
+    generation_config_of,
+    stop_tokens,
+    weights_key,
+    with_transformers,
+    with_vllm,
+)
 from trl_ext.data.pairing import pair_up
 from trl_ext.data.paths import refuse_missing_path
 from trl_ext.data.reasoning import completion_text, empty_trace_prompt
@@ -28,10 +36,10 @@ from trl_ext.data.tokens import prompt_ids, require_chat_template, template_argu
 def sample_completions(
     prompts: Dataset,
     model: str | nn.Module,
-    n: int = 4,
+    num_generations: int = 4,
     *,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    backend: str = "transformers",
+    processing_class: PreTrainedTokenizerBase | None = None,
+    use_vllm: bool = False,
     thinking: bool | None = None,
     temperature: float = 1.0,
     top_p: float = 1.0,
@@ -42,7 +50,7 @@ def sample_completions(
     dtype: Any = "auto",
 ) -> Dataset:
     """
-    `n` completions of each prompt, drawn from the policy's own distribution.
+    `num_generations` completions of each prompt, drawn from the policy's own distribution.
 
     Only `temperature` and `top_p` change it: penalties, `top_k` and other defaults of the model's `generation_config` are not
     applied, its end-of-sequence tokens are. Prompts are tokenized as training tokenizes them.
@@ -53,12 +61,12 @@ def sample_completions(
             the chat template.
         model (`str` or [`~transformers.PreTrainedModel`]):
             What is sampled from: hub name, folder or object (vLLM: a name or folder).
-        n (`int`, *optional*, defaults to `4`):
+        num_generations (`int`, *optional*, defaults to `4`):
             Completions per prompt.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
-            Loaded from the model's name by default.
-        backend (`str`, *optional*, defaults to `"transformers"`):
-            `"transformers"`, with a cache and one prefill per prompt, or `"vllm"`.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            The tokenizer; loaded from the model's name by default.
+        use_vllm (`bool`, *optional*, defaults to `False`):
+            Whether vLLM samples, which loads the model itself, and not transformers, with a cache and one prefill per prompt.
         thinking (`bool`, *optional*):
             `False` switches reasoning off through the template; `True` and `None` leave the prompt as the template has it.
         temperature (`float`, *optional*, defaults to `1.0`):
@@ -82,10 +90,15 @@ def sample_completions(
     Raises:
         `ValueError`: For prompts or options that cannot be used, before the work starts.
     """
-    _check(prompts, n, backend, temperature, top_p, max_new_tokens, batch_size)
+    options = Sampling(num_generations, temperature, top_p, max_new_tokens, seed)
+    check_count("batch_size", batch_size)
+    _check_prompts(prompts)
     refuse_missing_path(model, "model")
-    if backend == "vllm" and not isinstance(model, str):
-        raise ValueError('`backend="vllm"` loads the model itself: give its name or folder.')
+    if not isinstance(use_vllm, bool):
+        raise ValueError(f"`use_vllm={use_vllm!r}` must be True or False.")
+    if use_vllm and not isinstance(model, str):
+        raise ValueError("`use_vllm=True` loads the model itself: give its name or folder.")
+    tokenizer = processing_class
     if tokenizer is None:
         tokenizer = AutoTokenizer.from_pretrained(model if isinstance(model, str) else model.config.name_or_path)
     state = processes()
@@ -94,14 +107,7 @@ def sample_completions(
     for index, tokens in enumerate(ids):
         if not tokens:
             raise ValueError(f"The prompt of row {index} has no tokens: {rows[index]['prompt']!r}.")
-    options = {
-        "n": n,
-        "temperature": temperature,
-        "top_p": top_p,
-        "max_new_tokens": max_new_tokens,
-        "seed": seed,
-    }
-    if backend == "vllm":
+    if use_vllm:
         identity = [weights_key(model), str(dtype)]
         stops = stop_tokens(generation_config_of(model), tokenizer)
     else:
@@ -110,7 +116,9 @@ def sample_completions(
         model = model.to(state.device)
         identity, stops = model_key(model), stop_tokens(model.generation_config, tokenizer)
     folder = Path(cache_dir) if cache_dir is not None else default_folder() / "samples"
-    folder = folder / content_key(identity, backend, options, batch_size, stops, tokenizer_key(tokenizer), ids)
+    folder = folder / content_key(
+        identity, use_vllm, asdict(options), batch_size, stops, tokenizer_key(tokenizer), ids
+    )
     chunks = range(0, len(ids), batch_size)
     # Shared out before looking what is done: another process may be ahead and have written some
     mine = [
@@ -118,10 +126,10 @@ def sample_completions(
         for start in chunks[state.process_index :: state.num_processes]
         if not (folder / f"{start}.json").exists()
     ]
-    if mine and backend == "vllm":
-        generate = with_vllm(model, dtype, stops, **options)
+    if mine and use_vllm:
+        generate = with_vllm(model, dtype, stops, options)
     elif mine:
-        generate = with_transformers(model, tokenizer, stops, **options)
+        generate = with_transformers(model, tokenizer, stops, options)
     for start in tqdm(mine, desc="sampling", unit="batch", disable=not state.is_main_process or not mine):
         groups = generate(ids[start : start + batch_size], start)
         answers = [[_answer(tokens, tokenizer, stops) for tokens in group] for group in groups]
@@ -132,30 +140,22 @@ def sample_completions(
     def as_completion(text: str, prompt: Any) -> Any:
         return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
 
-    completions = [
-        [as_completion(text, row["prompt"]) for text, _ in answer] for row, answer in zip(rows, answers, strict=True)
-    ]
     return Dataset.from_list(
         [
-            {**row, "completions": texts, "stop_reasons": [reason for _, reason in answer]}
-            for row, texts, answer in zip(rows, completions, answers, strict=True)
+            {
+                **row,
+                "completions": [as_completion(text, row["prompt"]) for text, _ in answer],
+                "stop_reasons": [reason for _, reason in answer],
+            }
+            for row, answer in zip(rows, answers, strict=True)
         ]
     )
 
 
-def _check(prompts, n, backend, temperature, top_p, max_new_tokens, batch_size) -> None:
+def _check_prompts(prompts: Any) -> None:
     if not isinstance(prompts, Dataset) or "prompt" not in prompts.column_names or not len(prompts):
         columns = getattr(prompts, "column_names", type(prompts).__name__)
         raise ValueError(f"`prompts` must be a dataset with a column 'prompt' and at least one row; got {columns}.")
-    if backend not in ("transformers", "vllm"):
-        raise ValueError(f"`backend={backend!r}` is unknown; choose 'transformers' or 'vllm'.")
-    for name, value, least in (("n", n, 1), ("max_new_tokens", max_new_tokens, 1), ("batch_size", batch_size, 1)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"`{name}={value!r}` must be a whole number, at least {least}.")
-    if not 0 <= temperature < math.inf:
-        raise ValueError(f"`temperature={temperature!r}` must be finite and at least 0.")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"`top_p={top_p!r}` must lie in (0, 1].")
     for index, prompt in enumerate(prompts["prompt"]):
         messages = isinstance(prompt, list) and all(isinstance(each, dict) and "role" in each for each in prompt)
         if not prompt or not (isinstance(prompt, str) or messages):

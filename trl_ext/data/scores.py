@@ -5,8 +5,9 @@ Each text is scored once, whatever dataset it stands in and however often: resul
 weights, template, truncation), are written batch by batch, and a run that was killed goes on where it was.
 """
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +18,19 @@ from tqdm import tqdm
 
 from trl_ext.data.cache import Ledger, content_key, default_folder, processes
 from trl_ext.data.calibration import fit_temperature
-from trl_ext.data.rewards import Ensemble, PairFunction, RewardFunction, RewardModel, as_reward
+from trl_ext.data.checks import check_count, require_columns
+from trl_ext.data.rewards import Ensemble, JudgeFunction, RewardModel, as_scorer, reward_models
 from trl_ext.data.tokens import Text, require_chat_template, template_arguments
 
-
-__all__ = ["Ensemble", "PairFunction", "RewardFunction", "RewardModel", "as_reward", "score_preferences"]
 
 logger = get_logger(__name__)
 
 
 def score_preferences(
     dataset: Dataset,
-    reward: Any,
+    reward_funcs: Any = None,
+    reward_weights: Sequence[float] | None = None,
+    judge: Callable[[list, list, list], Sequence[float]] | None = None,
     *,
     batch_size: int = 16,
     temperature: float | str = 1.0,
@@ -41,9 +43,15 @@ def score_preferences(
         dataset ([`~datasets.Dataset`]):
             Pairs (`prompt`, `chosen`, `rejected`) or groups (`prompt`, `completions`), plain or conversational. `tools` and
             `chat_template_kwargs`, where they are there, reach a reward model's chat template.
-        reward:
+        reward_funcs (*optional*):
             A sequence classifier by name, folder or object ([`RewardModel`] for its own tokenizer or length), a function
-            ([`RewardFunction`]), a judge of two ([`PairFunction`]), or several ([`Ensemble`]).
+            ([`RewardFunction`]), or a list of them, whose rewards are added up as in online training ([`Ensemble`] for the mean
+            or the smallest).
+        reward_weights (`Sequence[float]`, *optional*):
+            What each of `reward_funcs` is multiplied by before they are added up; 1 by default.
+        judge (`Callable`, *optional*):
+            A judge of two in place of `reward_funcs`: `judge(prompts, completions_a, completions_b)` gives for each the
+            probability, in [0, 1], that the first is preferred ([`JudgeFunction`] for a version of its own).
         batch_size (`int`, *optional*, defaults to `16`):
             Texts at a time.
         temperature (`float` or `str`, *optional*, defaults to `1.0`):
@@ -54,7 +62,7 @@ def score_preferences(
             source (see [`RewardFunction`]).
 
     Returns:
-        The dataset with `score_chosen` and `score_rejected` (`preference_prob` from a judge of two), or with `scores`. Columns
+        The dataset with `score_chosen` and `score_rejected` (`preference_prob` from a judge), or with `scores`. Columns
         of these names that were there are replaced, with a warning.
 
     Raises:
@@ -63,22 +71,19 @@ def score_preferences(
             completion is an error.
     """
     processes()  # the logger asks which process this is
-    reward = as_reward(reward)
+    scorer = as_scorer(reward_funcs, reward_weights, judge)
     grouped = "completions" in dataset.column_names
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"`batch_size={batch_size!r}` must be a whole number, at least 1.")
-    check_temperature(temperature, reward, grouped)
+    check_count("batch_size", batch_size)
+    check_temperature(temperature, scorer, grouped)
     check_texts(dataset, grouped)
-    check_renderable(dataset, reward, grouped)
+    check_renderable(dataset, scorer)
     folder = Path(cache_dir) if cache_dir is not None else default_folder() / "scores"
-    if isinstance(reward, PairFunction):
-        return _add_preferences(dataset, reward, grouped, batch_size, folder)
+    if isinstance(scorer, JudgeFunction):
+        return _add_preferences(dataset, scorer, grouped, batch_size, folder)
     texts = [
-        (row["prompt"], completion, template_arguments(row))
-        for row in dataset
-        for completion in (row["completions"] if grouped else (row["chosen"], row["rejected"]))
+        (row["prompt"], completion, template_arguments(row)) for row in dataset for completion in _completions(row)
     ]
-    scores = iter(_scores(texts, reward, batch_size, folder))
+    scores = iter(_scores(texts, scorer, batch_size, folder))
     if grouped:
         columns = {"scores": [[next(scores) for _ in row] for row in dataset["completions"]]}
     else:
@@ -95,12 +100,12 @@ def score_preferences(
     return _with_columns(dataset, {name: scaled(values) for name, values in columns.items()})
 
 
-def check_temperature(temperature: float | str, reward: Any, grouped: bool) -> None:
-    """Raise a `ValueError` for a temperature that is none, or that has no meaning for this reward or this data."""
+def check_temperature(temperature: float | str, scorer: Any, grouped: bool) -> None:
+    """Raise a `ValueError` for a temperature that is none, or that has no meaning for what scores or for this data."""
     number = isinstance(temperature, (int, float)) and not isinstance(temperature, bool)
     if temperature != "fit" and not (number and 0 < temperature < math.inf):
         raise ValueError(f'`temperature={temperature!r}` must be a positive number or "fit".')
-    if isinstance(reward, PairFunction) and temperature != 1.0:
+    if isinstance(scorer, JudgeFunction) and temperature != 1.0:
         raise ValueError("`temperature` has no meaning for a judge of two, whose answers are probabilities.")
     if temperature == "fit" and grouped:
         raise ValueError(
@@ -111,10 +116,8 @@ def check_temperature(temperature: float | str, reward: Any, grouped: bool) -> N
 def check_texts(dataset: Dataset, grouped: bool) -> None:
     """Raise a `ValueError` for the first row that has no prompt, or a completion that is missing, empty or of another kind."""
     wanted = ["prompt", "completions"] if grouped else ["prompt", "chosen", "rejected"]
-    missing = [name for name in wanted if name not in dataset.column_names]
-    if missing:
-        hint = " `trl.extract_prompt` splits it off." if missing == ["prompt"] else ""
-        raise ValueError(f"The dataset lacks {missing}; its columns are {sorted(dataset.column_names)}.{hint}")
+    alone = "prompt" not in dataset.column_names and set(wanted[1:]) <= set(dataset.column_names)
+    require_columns(dataset, wanted, " `trl.extract_prompt` splits it off." if alone else "")
     if not len(dataset):
         raise ValueError("The dataset is empty: it has no rows to score.")
     empty = 0
@@ -122,7 +125,7 @@ def check_texts(dataset: Dataset, grouped: bool) -> None:
         prompt = row["prompt"]
         if not isinstance(prompt, (str, list)) or (isinstance(prompt, list) and not prompt):
             raise ValueError(f"Row {index}: the prompt is {prompt!r}; expected text or messages.")
-        completions = row["completions"] if grouped else [row["chosen"], row["rejected"]]
+        completions = _completions(row)
         if not isinstance(completions, list) or not completions:
             raise ValueError(f"Row {index}: `completions` is {completions!r}; expected a list of at least one.")
         for completion in completions:
@@ -131,6 +134,11 @@ def check_texts(dataset: Dataset, grouped: bool) -> None:
         logger.warning(
             f"{empty} completions of the dataset are empty: the policy ended at once. They are scored as they are."
         )
+
+
+def _completions(row: dict) -> list[Text]:
+    """Of a pair or a group."""
+    return row["completions"] if "completions" in row else [row["chosen"], row["rejected"]]
 
 
 def _check_completion(completion: Any, prompt: Text, index: int, grouped: bool) -> bool:
@@ -149,23 +157,19 @@ def _check_completion(completion: Any, prompt: Text, index: int, grouped: bool) 
     return empty
 
 
-def check_renderable(dataset: Dataset, reward: Any, grouped: bool) -> None:
+def check_renderable(dataset: Dataset, scorer: Any) -> None:
     """Raise a `ValueError` for conversations that a reward model's tokenizer cannot render, before anything is scored."""
-    for each in reward.rewards if isinstance(reward, Ensemble) else [reward]:
-        each = as_reward(each)
-        if isinstance(each, Ensemble):
-            check_renderable(dataset, each, grouped)
-        if isinstance(each, RewardModel) and isinstance(dataset[0]["prompt"], list):
-            each.load()
-            require_chat_template(each.tokenizer)
+    if isinstance(dataset[0]["prompt"], list):
+        for model in reward_models(scorer):
+            model.load()
+            require_chat_template(model.processing_class)
 
 
 def _scores(texts: list[tuple[Text, Text, dict]], reward: Any, batch_size: int, folder: Path) -> list[float]:
     """Score of each (prompt, completion, arguments of the chat template), in their order."""
     if isinstance(reward, Ensemble):
-        members = [_scores(texts, as_reward(each), batch_size, folder) for each in reward.rewards]
-        combine = min if reward.combine == "min" else lambda values: sum(values) / len(values)
-        return [combine(values) for values in zip(*members, strict=True)]
+        members = [_scores(texts, each, batch_size, folder) for each in reward.reward_funcs]
+        return [reward.combined(values) for values in zip(*members, strict=True)]
     name = reward.key()
     if isinstance(reward, RewardModel):
         reward.model.to(processes().device)
@@ -190,8 +194,8 @@ def _computed(
     ledger = None if name is None else Ledger(folder, name)
     if ledger is None:
         logger.warning(
-            "The source of the reward function cannot be had, so its scores are not kept: a later run computes them anew. Put the "
-            "function into a file, or name what it computes: RewardFunction(function, version=...) or PairFunction(...)."
+            "The source of the function cannot be had, so its scores are not kept: a later run computes them anew. Put the "
+            "function into a file, or name what it computes: RewardFunction(function, version=...) or JudgeFunction(...)."
         )
     # Shared out before looking what is done: another run may write to the same folder meanwhile
     order = sorted(work, key=lambda key: -len(str(work[key])))
@@ -213,23 +217,16 @@ def _computed(
     return done
 
 
-def _add_preferences(dataset: Dataset, reward: PairFunction, grouped: bool, batch_size: int, folder: Path) -> Dataset:
+def _add_preferences(dataset: Dataset, judge: JudgeFunction, grouped: bool, batch_size: int, folder: Path) -> Dataset:
     """Each two completions of a row compared once."""
 
-    def twos(row: dict) -> list[tuple[int, int]]:
-        count = len(row["completions"]) if grouped else 2
-        return [(i, j) for i in range(count) for j in range(i + 1, count)]
-
-    def texts(row: dict) -> list[Text]:
-        return row["completions"] if grouped else [row["chosen"], row["rejected"]]
-
-    triples = [(row["prompt"], texts(row)[i], texts(row)[j]) for row in dataset for i, j in twos(row)]
+    triples = [(row["prompt"], *two) for row in dataset for two in itertools.combinations(_completions(row), 2)]
     keys = [content_key(*triple) for triple in triples]
 
     known = _computed(
-        reward.key(),
+        judge.key(),
         dict(zip(keys, triples, strict=True)),
-        lambda batch: reward(*zip(*batch, strict=True)),
+        lambda batch: judge(*zip(*batch, strict=True)),
         batch_size,
         folder,
     )
@@ -239,7 +236,7 @@ def _add_preferences(dataset: Dataset, reward: PairFunction, grouped: bool, batc
     scores = []
     for row in dataset:
         wins = [0.0] * len(row["completions"])
-        for i, j in twos(row):
+        for i, j in itertools.combinations(range(len(wins)), 2):
             p = next(answers)
             wins[i] += p
             wins[j] += 1 - p

@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "from the same start, and compare them. Takes a few minutes; nothing is downloaded."
     )
     parser.add_argument(
-        "--loss",
+        "--loss_type",
         nargs="+",
         metavar="NAME",
         help=f"losses to train, by name or alias (default: sigmoid and all of ours but {' and '.join(IN_ROUNDS)}, which "
@@ -30,10 +30,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of everything (default: 0)")
     parser.add_argument(
-        "--output-dir", default="trl-ext-demo", help="where models and results go (default: %(default)s)"
+        "--output_dir", default="trl-ext-demo", help="where models and results go (default: %(default)s)"
     )
     parser.add_argument(
-        "--dataset",
+        "--dataset_name",
         metavar="PATH",
         help="preference data of your own (file, folder or hub name; prompt, chosen, rejected and what the losses need) "
         "in place of the small world; the true reward is then unknown",
@@ -41,10 +41,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--online",
         action="store_true",
-        help="train online: the policy writes, a judge that likes long answers scores, OnlineDPOTrainer learns",
+        help="train online: the policy writes, a reward that likes long answers scores, OnlineDPOTrainer learns",
     )
     parser.add_argument(
-        "--steps",
+        "--max_steps",
         type=int,
         default=None,
         help=f"training steps per loss (default: {STEPS}, and {ONLINE_STEPS} with --online)",

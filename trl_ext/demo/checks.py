@@ -1,11 +1,10 @@
 """What the demonstration refuses before it builds anything."""
 
 import argparse
-import tempfile
 from pathlib import Path
 
 from trl_ext import list_losses
-from trl_ext.data.paths import refuse_missing_path
+from trl_ext.data.paths import refuse_missing_path, refuse_unwritable_folder
 from trl_ext.demo import BASELINE, IN_ROUNDS, ONLINE_STEPS, STEPS
 from trl_ext.losses import TRL_LOSS_TYPES, loss_class, resolve_name
 from trl_ext.trainers.online.config import ONLINE_TRL_LOSSES
@@ -17,55 +16,50 @@ WORLD_COLUMNS = {"score_chosen", "score_rejected", "chosen_empty_trace", "reject
 
 def losses(args: argparse.Namespace) -> list[str]:
     """Canonical names of the losses to train; one that cannot be trained on what the arguments say is a `ValueError`."""
-    if args.loss is None:
+    if args.loss_type is None:
         return [BASELINE, *(name for name in list_losses() if name not in IN_ROUNDS)]
-    names = list(dict.fromkeys(resolve_name(name, also=TRL_LOSS_TYPES) for name in args.loss))
+    names = list(dict.fromkeys(resolve_name(name, also=TRL_LOSS_TYPES) for name in args.loss_type))
     for name in names:
         if args.online and name in TRL_LOSS_TYPES and name not in ONLINE_TRL_LOSSES:
             raise ValueError(
-                f"`--loss {name}` with `--online`: TRL's loss is not defined online; of TRL's, {sorted(ONLINE_TRL_LOSSES)} are."
+                f"`--loss_type {name}` with `--online`: TRL's loss is not defined online; of TRL's, {sorted(ONLINE_TRL_LOSSES)} are."
             )
-        if args.dataset or name in TRL_LOSS_TYPES:
+        if args.dataset_name or name in TRL_LOSS_TYPES:
             continue
         if name in IN_ROUNDS:
             raise ValueError(
-                f"`--loss {name}`: a loss for rounds of self-play, which the small world does not play. See "
-                "`trl-ext iterate` and examples/rounds, or give pairs of such a round with `--dataset`."
+                f"`--loss_type {name}`: a loss for rounds of self-play, which the small world does not play. See "
+                "`trl-ext iterate` and examples/rounds, or give pairs of such a round with `--dataset_name`."
             )
         missing = [column for column in loss_class(name).columns if column not in WORLD_COLUMNS]
         if missing:
             raise ValueError(
-                f"`--loss {name}` needs the columns {missing}, which the small world has not; it has "
-                f"{sorted(WORLD_COLUMNS)}. Give data that has them with `--dataset`."
+                f"`--loss_type {name}` needs the columns {missing}, which the small world has not; it has "
+                f"{sorted(WORLD_COLUMNS)}. Give data that has them with `--dataset_name`."
             )
     return names
 
 
 def steps(args: argparse.Namespace) -> int:
     """Training steps per loss, at least one."""
-    number = (ONLINE_STEPS if args.online else STEPS) if args.steps is None else args.steps
+    number = (ONLINE_STEPS if args.online else STEPS) if args.max_steps is None else args.max_steps
     if number < 1:
-        raise ValueError(f"`--steps {number}`: at least 1 step is needed.")
+        raise ValueError(f"`--max_steps {number}`: at least 1 step is needed.")
     return number
 
 
 def data(args: argparse.Namespace) -> None:
     """Raise a `ValueError` for a dataset that is not there, one beside `--online`, and a seed that is none."""
-    if args.online and args.dataset:
-        raise ValueError("`--online` needs a judge, which only the small world has; leave out `--dataset`.")
-    refuse_missing_path(args.dataset, "dataset")
+    if args.online and args.dataset_name:
+        raise ValueError("`--online` needs a reward, which only the small world has; leave out `--dataset_name`.")
+    refuse_missing_path(args.dataset_name, "dataset")
     if not 0 <= args.seed < 2**32:
         raise ValueError(f"`--seed {args.seed}`: a seed is a whole number from 0 to {2**32 - 1}.")
 
 
 def output_folder(args: argparse.Namespace) -> Path:
     """The output folder, made where it is not there."""
+    refuse_unwritable_folder(args.output_dir, "output_dir")
     folder = Path(args.output_dir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise ValueError(
-            f"`--output-dir {args.output_dir}` cannot be written to: {error}. Give the path of a folder."
-        ) from error
+    folder.mkdir(parents=True, exist_ok=True)
     return folder

@@ -5,6 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from trl_ext.rounds.report import results_table
+
 
 COLUMNS = {
     "loss": "loss",
@@ -18,21 +20,9 @@ COLUMNS = {
 
 
 def table(rows: list[dict[str, Any]], title: str):
-    """The results as a rich table; a column that no row has is left out."""
-    from rich.table import Table
-
+    """The results as a rich table."""
     caption = "true reward; KL to the start; mean completion length; held-out pairs ranked as labelled; training time"
-    shown = Table(title=title, caption=caption)
-    there = [column for column in COLUMNS if any(row.get(column) is not None for row in rows)]
-    for column in there:
-        shown.add_column(COLUMNS[column], justify="left" if column in ("loss", "data") else "right", no_wrap=True)
-    for row in rows:
-        shown.add_row(*(_cell(row.get(column)) for column in there))
-    return shown
-
-
-def _cell(value: Any) -> str:
-    return "" if value is None else value if isinstance(value, str) else f"{value:.2f}"
+    return results_table(rows, COLUMNS, 2, title=title, caption=caption)
 
 
 def save(rows: list[dict[str, Any]], settings: dict[str, Any], folder: Path) -> None:

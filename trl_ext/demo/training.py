@@ -21,8 +21,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, set_seed
 
-from trl_ext import DPOConfig, DPOTrainer
+from trl_ext import DPOConfig, DPOTrainer, OnlineDPOConfig, OnlineDPOTrainer
 from trl_ext.data import load_preferences
+from trl_ext.data.checks import require_columns
 from trl_ext.demo import BASELINE, checks, lm, online, report, world
 
 
@@ -63,13 +64,14 @@ def demonstrate(args: argparse.Namespace) -> int:
     console = Console()
     names, steps = checks.losses(args), checks.steps(args)
     checks.data(args)
+    flavour = online if args.online else sys.modules[__name__]
     folder = checks.output_folder(args)
     set_seed(args.seed)
     rng = random.Random(args.seed)
 
     with quiet(), one_thread(), progress_bars(console) as progress:
-        if args.dataset:
-            model, tokenizer, tasks = own_data(load_preferences(args.dataset), rng, progress)
+        if args.dataset_name:
+            model, tokenizer, tasks = own_data(load_preferences(args.dataset_name), rng, progress)
         else:
             model, tokenizer, tasks = small_world(rng, progress)
         save(model, tokenizer, folder / "start")
@@ -82,25 +84,24 @@ def demonstrate(args: argparse.Namespace) -> int:
             label = name if data == "plain" else f"{name} ({data})"
             bar = progress.add_task(f"training {label}", total=steps)
             try:
-                settings = (name, tasks[data], model, tokenizer, folder, steps, args.seed, Steps(progress, bar))
-                rows.append(train_online(*settings) if args.online else train(*settings))
+                given = (model, tokenizer, folder, steps, args.seed, Steps(progress, bar), flavour)
+                rows.append(train(name, tasks[data], *given))
             except ValueError as error:
-                if not args.dataset:
+                if not args.dataset_name:
                     raise
                 skipped[label] = str(error)
                 progress.remove_task(bar)
 
-    title = f"Preferences from {args.dataset}" if args.dataset else "Preferences from a world whose reward is known"
+    title = f"Preferences from {args.dataset_name or 'a world whose reward is known'}"
     if args.online:
-        title = "Online, under a judge that likes long answers (the reward shown does not)"
+        title = "Online, under a reward that likes long answers (the true one, which is shown, does not)"
     console.print(report.table(rows, title))
     for name, reason in skipped.items():
         console.print(f"{name} was skipped: {reason}", style="yellow", markup=False)
     if len(skipped) == len(names):
-        raise ValueError(f"None of {names} could be trained on {args.dataset!r}; the reasons stand above.")
-    source = online if args.online else sys.modules[__name__]
-    settings = {"seed": args.seed, "steps": steps, "dataset": args.dataset, "online": args.online}
-    settings |= {"loss_kwargs": source.LOSS_KWARGS, **source.SETTINGS}
+        raise ValueError(f"None of {names} could be trained on {args.dataset_name!r}; the reasons stand above.")
+    settings = {"seed": args.seed, "max_steps": steps, "dataset_name": args.dataset_name, "online": args.online}
+    settings |= {"loss_kwargs": flavour.LOSS_KWARGS, **flavour.SETTINGS}
     report.save(rows, settings, folder)
     try:
         report.plot(rows, folder / "reward_kl.png")
@@ -129,16 +130,22 @@ def train(
     steps: int,
     seed: int,
     callback: TrainerCallback,
+    flavour: Any,
 ) -> dict[str, Any]:
     """Train one loss from the start; returns its row of the table and saves the model."""
     output = folder / (name if task.name == "plain" else f"{name}-{task.name}")
-    args = DPOConfig(
+    config_class, trainer_class, warmup = DPOConfig, DPOTrainer, 10
+    data = {"train_dataset": task.train, "eval_dataset": task.test}
+    if flavour is online:
+        config_class, trainer_class, warmup = OnlineDPOConfig, OnlineDPOTrainer, 5
+        data = {"train_dataset": task.train.select_columns(["prompt"]), "reward_funcs": online.reward}
+    args = config_class(
         output_dir=str(output),
         loss_type=name,
-        loss_kwargs=LOSS_KWARGS.get(name),
+        loss_kwargs=flavour.LOSS_KWARGS.get(name),
         max_steps=steps,
         max_length=task.max_length,
-        warmup_steps=min(10, steps - 1),
+        warmup_steps=min(warmup, steps - 1),
         seed=seed,
         use_cpu=True,
         bf16=False,
@@ -148,37 +155,28 @@ def train(
         report_to="none",
         disable_tqdm=True,
         per_device_eval_batch_size=64,
-        **SETTINGS,
+        **flavour.SETTINGS,
     )
     policy = copy.deepcopy(start)
-    trainer = DPOTrainer(
+    trainer = trainer_class(
         model=policy,
         ref_model=copy.deepcopy(start),
         args=args,
         processing_class=tokenizer,
-        train_dataset=task.train,
-        eval_dataset=task.test,
         callbacks=[callback],
+        **data,
     )
     trainer.remove_callback(PrinterCallback)
     began = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - began
-    accuracy = trainer.evaluate()["eval_rewards/accuracies"]
+    accuracy = None if flavour is online else trainer.evaluate()["eval_rewards/accuracies"]
     policy.eval()
     trainer.save_model()
-    trainer.create_model_card(model_name=output.name)
+    if flavour is not online:
+        trainer.create_model_card(model_name=output.name)
     measured = measure(policy, start, tokenizer, task)
     return {"loss": name, "data": task.name, **measured, "accuracy": accuracy, "seconds": seconds}
-
-
-def train_online(
-    name: str, task: Task, start: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *rest: Any
-) -> dict:
-    """Train one loss online from the start; returns its row of the table."""
-    policy, seconds = online.train(name, task, start, tokenizer, *rest)
-    measured = measure(policy, start, tokenizer, task)
-    return {"loss": name, "data": task.name, **measured, "accuracy": None, "seconds": seconds}
 
 
 def measure(
@@ -254,9 +252,7 @@ def own_data(
     dataset: Dataset, rng: random.Random, progress: Progress
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, dict[str, Task]]:
     """A tokenizer and a small model made from the chosen texts of a dataset of the user's."""
-    missing = [column for column in ("prompt", "chosen", "rejected") if column not in dataset.column_names]
-    if missing:
-        raise ValueError(f"The dataset lacks the columns {missing}; it has {sorted(dataset.column_names)}.")
+    require_columns(dataset, ["prompt", "chosen", "rejected"])
     if len(dataset) < 20:
         raise ValueError(
             f"The dataset has {len(dataset)} rows; the demonstration holds some out and needs at least 20."

@@ -6,12 +6,13 @@ import typing
 from pathlib import Path
 from typing import Any
 
+from trl_ext.data.checks import check_count
 from trl_ext.data.pairing import PAIRINGS
 from trl_ext.data.paths import refuse_missing_path, refuse_unwritable_folder
 from trl_ext.data.sampling import sample_completions
-from trl_ext.data.scores import PairFunction, score_preferences
+from trl_ext.data.scores import check_temperature, score_preferences
 from trl_ext.rounds.checks import keyword_arguments, read_yaml, refuse_unknown, refuse_wrong_types
-from trl_ext.rounds.judge import IMPLICIT, build_judge
+from trl_ext.rounds.rewards import IMPLICIT, build_scorer
 from trl_ext.trainers.dpo_config import DPOConfig
 
 
@@ -30,22 +31,27 @@ class RoundsConfig:
             The policy before the first round: hub name or folder.
         prompts (`str`):
             Hub name, folder or file with a column `prompt`.
-        judge (`str`, `dict` or a reward of [`score_preferences`]):
-            A sequence classifier's name or folder; `"module:function"` for a reward function; `{"pair": "module:function"}` for
-            a judge of two; `{"mean": [...]}` or `{"min": [...]}` for several; `"implicit"` for the policy's own log-ratio to
-            the policy of the round before (DICE), with `implicit_reference` in the first round.
         output_dir (`str`):
             Where each round's data, scores, models and metrics go.
+        reward_funcs (`str`, `list`, `dict` or what [`score_preferences`] takes, *optional*):
+            A sequence classifier's name or folder; `"module:function"` for a reward function; a list of them, whose rewards are
+            added up; `{"mean": [...]}` or `{"min": [...]}` for their mean or the smallest; `"implicit"` for the policy's own
+            log-ratio to the policy of the round before (DICE), with `implicit_reference` in the first round.
+        reward_weights (`list[float]`, *optional*):
+            What each of a list of rewards is multiplied by before they are added up; 1 by default.
+        judge (`str` or `Callable`, *optional*):
+            A judge of two in place of `reward_funcs`, as `"module:function"`: `function(prompts, completions_a, completions_b)`
+            gives for each the probability, in [0, 1], that the first is preferred.
         rounds (`int`, *optional*, defaults to `3`):
             How many.
         prompts_per_round (`int`, *optional*):
             Prompts of each round, taken in turn and then anew from the start; all of them by default.
-        n (`int`, *optional*, defaults to `4`):
+        num_generations (`int`, *optional*, defaults to `4`):
             Completions per prompt.
         sampling (`dict`, *optional*):
-            Arguments of [`sample_completions`]: `temperature`, `top_p`, `max_new_tokens`, `batch_size`, `backend`, `thinking`.
+            Arguments of [`sample_completions`]: `temperature`, `top_p`, `max_new_tokens`, `batch_size`, `use_vllm`, `thinking`.
         scoring (`dict`, *optional*):
-            Arguments of [`score_preferences`]: `batch_size`, `temperature`; for the judge `"implicit"` `batch_size` alone.
+            Arguments of [`score_preferences`]: `batch_size`, `temperature`; for `"implicit"` rewards `batch_size` alone.
         pairing (`str`, *optional*, defaults to `"best_worst"`):
             `"best_worst"`, `"all"`, or `"group"` for losses that take groups.
         min_margin (`float`, *optional*, defaults to `0.0`):
@@ -62,7 +68,7 @@ class RoundsConfig:
         reference (`str`, *optional*, defaults to `"reset"`):
             `"reset"`: each round's reference is the policy it began with; `"keep"`: the first policy throughout.
         implicit_reference (`str`, *optional*):
-            What the first policy was trained from, for `judge="implicit"`.
+            What the first policy was trained from, for `reward_funcs="implicit"`.
         extrapolation (`float`, *optional*, defaults to `0.0`):
             `policy = trained + extrapolation * (trained - trained of the round before)` (Accelerated PO).
         training (`dict`, *optional*):
@@ -76,11 +82,13 @@ class RoundsConfig:
 
     model: str
     prompts: str
-    judge: Any
     output_dir: str
+    reward_funcs: Any = None
+    reward_weights: list[float] | None = None
+    judge: Any = None
     rounds: int = 3
     prompts_per_round: int | None = None
-    n: int = 4
+    num_generations: int = 4
     sampling: dict[str, Any] = dataclasses.field(default_factory=dict)
     scoring: dict[str, Any] = dataclasses.field(default_factory=dict)
     pairing: str = "best_worst"
@@ -101,10 +109,10 @@ class RoundsConfig:
             if not isinstance(getattr(self, name), (str, Path)) or not str(getattr(self, name)):
                 raise ValueError(f"`{name}={getattr(self, name)!r}` must be a name or a path.")
             setattr(self, name, str(getattr(self, name)))
-        for name, least in (("rounds", 1), ("n", 2), ("prompts_per_round", 1)):
+        for name, least in (("rounds", 1), ("num_generations", 2), ("prompts_per_round", 1)):
             value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"`{name}={value!r}` must be a whole number, at least {least}.")
+            if value is not None:
+                check_count(name, value, least)
         for name, allowed in (
             ("pairing", PAIRINGS),
             ("reference", REFERENCES),
@@ -121,7 +129,7 @@ class RoundsConfig:
         if self.pairing == "group" and (self.replay is not None or self.min_margin):
             raise ValueError('`replay` and `min_margin` are of pairs; they have no meaning with `pairing="group"`.')
         self._check_dictionaries()
-        self._check_judge()
+        self._check_scorer()
         for name, what in (
             ("model", "model"),
             ("prompts", "dataset of prompts"),
@@ -139,7 +147,7 @@ class RoundsConfig:
         }
         for name, known in (
             ("sampling", keyword_arguments(sample_completions)),
-            ("scoring", {"batch_size": int} if self.judge == IMPLICIT else keyword_arguments(score_preferences)),
+            ("scoring", {"batch_size": int} if self.scorer == IMPLICIT else keyword_arguments(score_preferences)),
             ("training", training),
         ):
             given = getattr(self, name)
@@ -151,23 +159,19 @@ class RoundsConfig:
             refuse_unknown(given, known, f"`{name}`")
             refuse_wrong_types(given, known, f"{name}.")
 
-    def _check_judge(self) -> None:
-        if (self.judge == IMPLICIT) != (self.implicit_reference is not None):
+    def _check_scorer(self) -> None:
+        if (self.scorer == IMPLICIT) != (self.implicit_reference is not None):
             raise ValueError(
-                '`judge="implicit"` scores by the log-ratio of the policy to the model it was trained from: give that one as '
-                f"`implicit_reference`, and with no other judge. Got `judge={self.judge!r}` and "
-                f"`implicit_reference={self.implicit_reference!r}`."
+                '`reward_funcs="implicit"` scores by the log-ratio of the policy to the model it was trained from: give that one '
+                f"as `implicit_reference`, and with no other rewards. Got `reward_funcs={self.reward_funcs!r}`, "
+                f"`judge={self.judge!r}` and `implicit_reference={self.implicit_reference!r}`."
             )
-        temperature = self.scoring.get("temperature", 1.0)
-        if not isinstance(temperature, (int, float)) or not 0 < temperature < math.inf:
-            raise ValueError(
-                f"`scoring.temperature={temperature!r}` must be a positive number: rounds score groups, which have no "
-                "labels to fit it to."
-            )
-        if isinstance(build_judge(self.judge), PairFunction) and temperature != 1:
-            raise ValueError(
-                "`scoring.temperature` has no meaning for a judge of two, whose answers are probabilities."
-            )
+        check_temperature(self.scoring.get("temperature", 1.0), self.scorer, grouped=True)
+
+    @property
+    def scorer(self) -> Any:
+        """What scores, as one of the classes of [`trl_ext.data.rewards`]; `"implicit"` as it is."""
+        return build_scorer(self.reward_funcs, self.reward_weights, self.judge)
 
     @classmethod
     def from_yaml(cls, path: str | Path, overrides: dict[str, Any] | None = None) -> "RoundsConfig":
@@ -176,7 +180,9 @@ class RoundsConfig:
         """
         settings = read_yaml(Path(path).read_text(), str(path))
         if not isinstance(settings, dict):
-            raise ValueError(f"{path} holds no settings; expected YAML with model, prompts, judge and output_dir.")
+            raise ValueError(
+                f"{path} holds no settings; expected YAML with model, prompts, output_dir, and reward_funcs or judge."
+            )
         for key, value in (overrides or {}).items():
             *outer, inner = key.split(".")
             where = settings
@@ -191,7 +197,7 @@ class RoundsConfig:
         refuse_unknown(settings, [field.name for field in fields], str(path))
         # An empty entry of the file, or --name null, is the default
         settings = {name: value for name, value in settings.items() if value is not None}
-        required = [name for name in ("model", "prompts", "judge", "output_dir") if name not in settings]
+        required = [name for name in ("model", "prompts", "output_dir") if name not in settings]
         if required:
             raise ValueError(f"{path}: {required} missing. Add them, or give them as --{required[0]} VALUE.")
         return cls(**settings)

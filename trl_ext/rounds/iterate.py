@@ -9,18 +9,19 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 from transformers.integrations import get_reporting_integration_callbacks
 
-from trl_ext.data.cache import content_key, processes, write_atomically
+from trl_ext.data.cache import content_seed, processes, write_atomically
 from trl_ext.data.groups import from_groups
+from trl_ext.data.rewards import JudgeFunction
 from trl_ext.data.sampling import sample_completions
 from trl_ext.data.scores import score_preferences
 from trl_ext.rounds.checks import load_rows, refuse_unloadable_model
 from trl_ext.rounds.config import RoundsConfig
 from trl_ext.rounds.disk import claim, dataset_stage, stage
 from trl_ext.rounds.extrapolate import extrapolate
-from trl_ext.rounds.judge import IMPLICIT, build_judge, gives_win_rates, judging_models
 from trl_ext.rounds.log_probs import implicit_rewards, load_model, pair_log_probs
 from trl_ext.rounds.replay import TEMPLATE, load_replay, mix_replay
 from trl_ext.rounds.report import round_metrics
+from trl_ext.rounds.rewards import IMPLICIT, reward_model_names
 from trl_ext.rounds.shaping import balance_lengths, drop_truncated, without_empty
 from trl_ext.trainers.arguments import explained, refuse_liger_without_gpu
 from trl_ext.trainers.dpo import DPOTrainer
@@ -28,7 +29,7 @@ from trl_ext.trainers.dpo_config import DPOConfig
 from trl_ext.trainers.loss_terms import build_losses, resolve_loss_types
 
 
-# What a round's pairs have beside the texts: from the judge, and from the first policy
+# What a round's pairs have beside the texts: from what scores, and from the first policy
 SCORES = ("score_chosen", "score_rejected")
 INITIAL = ("initial_chosen_logps", "initial_rejected_logps")
 
@@ -56,7 +57,7 @@ class IterativeDPO:
     >>> config = RoundsConfig(
     ...     model="Qwen/Qwen3-0.6B",
     ...     prompts="trl-lib/ultrafeedback-prompt",
-    ...     judge="path/to/reward-model",
+    ...     reward_funcs="path/to/reward-model",
     ...     output_dir="rounds",
     ...     training={"loss_type": "length_regularized", "loss_kwargs": {"alpha": 0.02}},
     ... )
@@ -73,7 +74,7 @@ class IterativeDPO:
         # Refused now, not after the first sampling
         self.args = self._training_arguments(self.folder)
         self._check_losses()
-        models = [("judge", name) for name in judging_models(build_judge(config.judge))]
+        models = [("reward model", name) for name in reward_model_names(config.scorer)]
         models += [("implicit reference", name) for name in [config.implicit_reference] if name is not None]
         for what, name in [("model", config.model), *models]:
             refuse_unloadable_model(name, what)
@@ -102,7 +103,7 @@ class IterativeDPO:
         return {name for loss in self.losses.values() for name in (*loss.required_columns, *loss.optional_columns)}
 
     def _check_losses(self) -> None:
-        """Refuse losses that read what the rounds do not make, or what this judge does not give."""
+        """Refuse losses that read what the rounds do not make, or what these rewards do not give."""
         config = self.config
         for name, loss in self.losses.items():
             missing = [column for column in loss.required_columns if column not in (*SCORES, *INITIAL)]
@@ -112,12 +113,12 @@ class IterativeDPO:
                 )
         if config.pairing == "group" and "inpo" in self.losses:
             raise ValueError('`inpo` is a loss on pairs: it has no meaning with `pairing="group"`.')
-        win_rates = gives_win_rates(build_judge(config.judge)) and config.length_shaping is None
+        win_rates = config.judge is not None and config.length_shaping is None
         if getattr(self.losses.get("sppo_soft"), "target", None) == "win_rate" and not win_rates:
             raise ValueError(
-                f"`sppo_soft` reads scores as win rates, in [0, 1], which `judge={config.judge!r}` with `length_shaping="
-                f"{config.length_shaping!r}` does not give. Give a judge of two, `{{'pair': 'module:function'}}`, without "
-                "length shaping; or take the scores as they are: `loss_kwargs={'target': 'score'}`."
+                f"`sppo_soft` reads scores as win rates, in [0, 1], which `reward_funcs={config.reward_funcs!r}`, "
+                f"`judge={config.judge!r}` and `length_shaping={config.length_shaping!r}` do not give. Give a judge of "
+                "two, `judge='module:function'`, without length shaping; or take the scores as they are: `loss_kwargs={'target': 'score'}`."
             )
 
     def run(self) -> list[dict[str, Any]]:
@@ -171,22 +172,23 @@ class IterativeDPO:
         return sample_completions(
             prompts,
             policy,
-            self.config.n,
-            seed=int(content_key(self.config.seed, number), 16) % 2**31,
+            self.config.num_generations,
+            seed=content_seed(self.config.seed, number),
             cache_dir=folder / "chunks",
             **self.config.sampling,
         )
 
     def _score(self, number: int, policy: str, samples: Dataset, folder: Path) -> Dataset:
-        if self.config.judge == IMPLICIT:
+        scorer = self.config.scorer
+        if scorer == IMPLICIT:
             before = self.config.implicit_reference if number == 1 else self._policy(number - 2)
             return implicit_rewards(samples, policy, before, self.tokenizer, self.args, **self.config.scoring)
-        # An empty completion cannot be judged; it stays in `samples` and in the share that is logged
+        # An empty completion is not scored; it stays in `samples` and in the share that is logged
         judged = samples.map(without_empty).filter(lambda row: len(row["completions"]) >= 2)
         if not len(judged):
             raise ValueError(f"Round {number}: no prompt has two completions with any text.")
-        scoring = {"cache_dir": folder / "scores", **self.config.scoring}
-        return score_preferences(judged, build_judge(self.config.judge), **scoring)
+        given = {"judge" if isinstance(scorer, JudgeFunction) else "reward_funcs": scorer}
+        return score_preferences(judged, **given, **{"cache_dir": folder / "scores", **self.config.scoring})
 
     def _pair(self, number: int, scored: Dataset) -> Dataset:
         config = self.config

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, send_to_device
 from datasets import Dataset
 from torch import nn
 from tqdm import tqdm
@@ -12,10 +12,13 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import add_fused_lm_head
 
 from trl_ext.data.cache import processes
-from trl_ext.logprobs import sum_completions
+from trl_ext.data.checks import TOKENIZED
+from trl_ext.data.collator import RowsCollator
+from trl_ext.data.further import in_twos
+from trl_ext.rows import from_batch
 from trl_ext.trainers.dpo_config import DPOConfig
 from trl_ext.trainers.scoring import build_scorer
-from trl_ext.trainers.trl_seam import bind_forward, fused_forward, tokenize_pairs, unbind_forward
+from trl_ext.trainers.trl_seam import bind_forward, tokenize_pairs, unbind_forward
 
 
 def load_model(name: str, args: DPOConfig) -> nn.Module:
@@ -55,31 +58,30 @@ def pair_log_probs(
         `list[tuple[float, float]]`: sums over the completion's tokens that are kept, in nats; in each process all of them.
     """
     state = processes()
-    rows = list(tokenize_pairs(pairs, tokenizer, args).select_columns(["prompt_ids", "chosen_ids", "rejected_ids"]))
+    examples = list(tokenize_pairs(pairs, tokenizer, args).select_columns(list(TOKENIZED)))
     pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    collate = DataCollatorForPreference(pad_id, args.max_length, args.truncation_mode)
     # Longest first, so that rows of a batch are alike and memory runs out at once or never
-    order = sorted(range(len(rows)), key=lambda index: -sum(map(len, rows[index].values())))
+    order = sorted(range(len(examples)), key=lambda index: -sum(map(len, examples[index].values())))
     mine = order[state.process_index :: state.num_processes]
     model = load_model(name, args).to(state.device).eval()
     unbind_forward(model)
     add_fused_lm_head(model)
     bind_forward(model)
     scorer = build_scorer(model, args, aux_loss=False)
+    collate = RowsCollator(
+        DataCollatorForPreference(pad_id, args.max_length, args.truncation_mode), sharing=scorer.sharing
+    )
     low = torch.bfloat16 if args.bf16 else torch.float16
     done = {}
     for start in tqdm(range(0, len(mine), batch_size), desc="log-probs", disable=not state.is_main_process):
         part = mine[start : start + batch_size]
-        batch = {key: value.to(state.device) for key, value in collate([rows[index] for index in part]).items()}
+        rows, plan = from_batch(send_to_device(collate([examples[index] for index in part]), state.device))
         with torch.no_grad(), torch.autocast(state.device.type, low, enabled=args.bf16 or args.fp16):
-            if scorer is None:
-                outputs = fused_forward(model, batch, router_logits=False)
-            else:
-                outputs = scorer(model, batch, scorer.layout(batch, len(part)), statistics=())
-        sums = sum_completions(outputs.log_probs, batch["completion_mask"], ld_alpha)
-        done |= zip(part, zip(*(half.tolist() for half in sums.chunk(2)), strict=True), strict=True)
+            outputs = scorer(model, rows, statistics=())
+        logps = scorer.scored(rows, outputs.log_probs, None, (), ld_alpha).logps
+        done |= zip(part, map(tuple, logps[plan.pairs].tolist()), strict=True)
     everything = {index: values for each in gather_object([done]) for index, values in each.items()}
-    return [everything[index] for index in range(len(rows))]
+    return [everything[index] for index in range(len(examples))]
 
 
 def implicit_rewards(
@@ -95,7 +97,13 @@ def implicit_rewards(
 
     Arguments as in [`pair_log_probs`].
     """
-    pairs = _in_twos(groups)
+    pairs = Dataset.from_list(
+        [
+            {**{name: row[name] for name in ("prompt", "tools", "chat_template_kwargs") if name in row}, **pair}
+            for row in groups
+            for pair in in_twos(row["completions"])
+        ]
+    )
     ratios = (
         ours - theirs
         for both in zip(
@@ -106,17 +114,6 @@ def implicit_rewards(
     scores = [_take(ratios, len(completions)) for completions in groups["completions"]]
     there = ["scores"] if "scores" in groups.column_names else []
     return groups.remove_columns(there).add_column("scores", scores)
-
-
-def _in_twos(groups: Dataset) -> Dataset:
-    """All completions as pairs, the first with the second and so on; with an odd number the last one stands twice."""
-    rows = []
-    for row in groups:
-        beside = {name: row[name] for name in ("prompt", "tools", "chat_template_kwargs") if name in row}
-        for k in range(0, len(row["completions"]), 2):
-            first, second = row["completions"][k], row["completions"][min(k + 1, len(row["completions"]) - 1)]
-            rows.append({**beside, "chosen": first, "rejected": second})
-    return Dataset.from_list(rows)
 
 
 def _take(values: Iterator[float], count: int) -> list[float]:

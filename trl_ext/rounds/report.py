@@ -50,8 +50,6 @@ def round_metrics(
 
 def table(metrics: list[dict[str, Any]]):
     """The rounds as a rich table."""
-    from rich.table import Table
-
     names = {
         "round": "round",
         "mean_score": "score",
@@ -61,11 +59,21 @@ def table(metrics: list[dict[str, Any]]):
         "length_gap": "chosen longer\nby",
         "length_penalty": "length\npenalty",
     }
-    shown = Table(title="What the policy wrote at the start of each round, and after the last")
-    there = [name for name in names if any(row.get(name) is not None for row in metrics)]
+    return results_table(
+        metrics, names, 3, title="What the policy wrote at the start of each round, and after the last"
+    )
+
+
+def results_table(rows: list[dict[str, Any]], names: dict[str, str], digits: int, **options: Any):
+    """Rows as a rich table, under the names of their keys; a column that no row has is left out."""
+    from rich.table import Table
+
+    shown = Table(**options)
+    there = [name for name in names if any(row.get(name) is not None for row in rows)]
     for name in there:
-        shown.add_column(names[name], justify="right")
-    for row in metrics:
+        text = any(isinstance(row.get(name), str) for row in rows)
+        shown.add_column(names[name], justify="left" if text else "right", no_wrap=text)
+    for row in rows:
         values = (row.get(name) for name in there)
-        shown.add_row(*(f"{v:.3f}" if isinstance(v, float) else "" if v is None else str(v) for v in values))
+        shown.add_row(*(f"{v:.{digits}f}" if isinstance(v, float) else "" if v is None else str(v) for v in values))
     return shown

@@ -123,6 +123,10 @@ class DPOTrainer(WithTerms, trl.DPOTrainer):
         if eval_dataset is not None:
             eval_dataset = self._data.evaluation(eval_dataset)
         losses = self._data.losses
+        if args is not None and args.accelerator_config.dispatch_batches is None:
+            args.accelerator_config.dispatch_batches = (
+                False  # of streams: a table cannot be cut into rows for processes
+            )
         self._check_paths(model, ref_model)
         for given in (model, ref_model):
             if isinstance(given, torch.nn.Module):

@@ -39,8 +39,10 @@ class Means:
         """
         alike: dict[tuple, dict[str, torch.Tensor]] = defaultdict(dict)
         for name, value in metrics.items():
-            value = torch.as_tensor(value).detach()
-            value = value.to(torch.float32 if value.device.type == "mps" else torch.float64)
+            precision = (
+                torch.float32 if isinstance(value, torch.Tensor) and value.device.type == "mps" else torch.float64
+            )
+            value = torch.as_tensor(value, dtype=precision).detach()
             if name.rpartition("/")[2] in EXTREMES:
                 self._keep_end(name, value)
             else:

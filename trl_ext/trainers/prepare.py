@@ -18,6 +18,7 @@ from trl_ext.data.scores import score_preferences
 from trl_ext.data.tokens import require_chat_template
 from trl_ext.losses.base import SigmoidLoss
 from trl_ext.trainers.loss_terms import check_combination
+from trl_ext.trainers.terms import check_reads
 
 
 logger = get_logger(__name__)
@@ -156,21 +157,17 @@ class PreferenceData:
 
     def _check_reads(self, available: Sequence[str]) -> None:
         """Refuse losses that read what this data, or this config, cannot give them."""
+        check_reads(self.losses, self.groups)
         for name, loss in self.losses.items():
-            in_groups = self.groups and loss.takes_groups
-            if "behaviour_logps" in loss.reads and not (in_groups and BEHAVIOUR_LOGPS in available):
+            if "behaviour_logps" in loss.reads and BEHAVIOUR_LOGPS not in available:
                 raise ValueError(
-                    f"The loss {name!r} reads log-probs under the policy that sampled the completions, which groups have: a column "
-                    f"{BEHAVIOUR_LOGPS!r} beside `completions` and `scores`, with a list of one number (nats) per completion. The "
-                    f"data is taken as {'whole groups' if self.groups else 'pairs'} and has the columns {sorted(available)}."
+                    f"The loss {name!r} reads log-probs under the policy that sampled the completions: the column "
+                    f"{BEHAVIOUR_LOGPS!r}, with a list of one number (nats) per completion of a group. The columns are "
+                    f"{sorted(available)}."
                 )
-            if "token_logps" not in loss.reads:
-                continue
-            if in_groups:
-                raise ValueError(
-                    f'The loss {name!r} reads log-probs of tokens, which pairs have. Set `pairing="best_worst"`.'
-                )
-            if "ref_logps" in loss.reads and getattr(self.args, "precompute_ref_log_probs", False):
+            if {"token_logps", "ref_logps"} <= set(loss.reads) and getattr(
+                self.args, "precompute_ref_log_probs", False
+            ):
                 raise ValueError(
                     f"The loss {name!r} reads the reference's log-probs of tokens, and `precompute_ref_log_probs=True` keeps one "
                     "number per completion. Set `precompute_ref_log_probs=False`."

@@ -210,6 +210,22 @@ class Terms:
         self.state = {name: {key: saved[f"{name}/{key}"] for key in state} for name, state in self.state.items()}
 
 
+def check_reads(losses: Mapping[str, Any], groups: bool) -> None:
+    """Raise a `ValueError` for losses that read what batches of pairs, or of `groups`, do not hold."""
+    for name, loss in losses.items():
+        whole = groups and loss.takes_groups
+        if "behaviour_logps" in loss.reads and not whole:
+            raise ValueError(
+                f"The loss {name!r} reads log-probs under the policy that sampled the completions, which whole groups have and "
+                'pairs have not. Set `pairing="group"`; offline, give the data as groups with a column `behaviour_logps`.'
+            )
+        if "token_logps" in loss.reads and whole:
+            raise ValueError(
+                f"The loss {name!r} reads log-probs of tokens, which pairs have and whole groups have not. Set "
+                '`pairing="best_worst"`.'
+            )
+
+
 def _of_pairs(batch: PreferenceBatch) -> dict[str, torch.Tensor]:
     """What is logged of each pair, whatever the loss; NaN where a row has no traced pair."""
     metrics = {"lengths/chosen": batch.chosen_lengths, "lengths/rejected": batch.rejected_lengths}

@@ -4,12 +4,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel
 
-from trl_ext.data.columns import PAIRS, TEXT_COLUMNS, WEIGHT, checked
+from trl_ext.data.columns import PAIRS, TEXT_COLUMNS
 from trl_ext.data.paths import refuse_missing_path
-from trl_ext.data.tokens import require_chat_template
 
 
 SCORE_COLUMNS = PAIRS[0]
@@ -25,7 +23,7 @@ def check_losses(losses: Mapping[str, Any]) -> None:
                 f"The loss {name!r} has `alpha='auto'`, which is measured on a dataset of pairs: offline training alone has one. "
                 'Give it a number, such as loss_kwargs={"alpha": 0.5}.'
             )
-        unknown = [column for column in loss.required_columns if _of_completions(column)]
+        unknown = [column for column in loss.required_columns if of_completions(column)]
         if unknown:
             raise ValueError(
                 f"The loss {name!r} reads {unknown}, one value for each completion, which cannot be known before the "
@@ -33,7 +31,7 @@ def check_losses(losses: Mapping[str, Any]) -> None:
             )
 
 
-def _of_completions(column: str) -> bool:
+def of_completions(column: str) -> bool:
     return column not in OWN_COLUMNS and ("chosen" in column or "rejected" in column)
 
 
@@ -112,105 +110,6 @@ def check_arguments(
             )
         refuse_missing_path(reward, "reward model")
     return reward_funcs
-
-
-def check_images(columns: list[str], args: Any, losses: Mapping[str, Any]) -> None:
-    """Raise a `ValueError` for what images exclude."""
-    if "image" not in columns:
-        return
-    if args.num_generations % 2 or "bias_variance" in losses:
-        raise ValueError("Prompts with images need an even `num_generations` and a loss other than bias_variance.")
-    if getattr(args, "mixture_coef", 0):
-        raise ValueError("Prompts with images are not sampled from a mixture; set `mixture_coef=0`.")
-    if args.use_vllm:
-        raise ValueError(
-            "Prompts with images cannot be sampled with vLLM: TRL's method gives back no image tensors, so log-probabilities "
-            "would be those of the text alone. Set `use_vllm=False`."
-        )
-
-
-def read_columns(available: list[str], split: str, losses: Mapping[str, Any], oracle: bool) -> list[str]:
-    """
-    The numeric columns of the prompts' dataset that a run reads: those of the losses, and `weight`.
-
-    Args:
-        available (`list[str]`):
-            The dataset's columns.
-        split (`str`):
-            What the dataset is called in errors.
-        losses (`dict[str, Loss]`):
-            The losses, by name.
-        oracle (`bool`):
-            Whether a judge judges, which gives probabilities and win rates, but no rewards.
-
-    Raises:
-        `ValueError`: If there is no column `prompt`, or a loss requires a column that is not there.
-    """
-    if "prompt" not in available:
-        raise ValueError(
-            f"The {split} dataset has no column 'prompt'; its columns are {sorted(available)}. Online training reads "
-            "prompts and generates completions itself."
-        )
-    read = []
-    for name, loss in losses.items():
-        for column in loss.required_columns:
-            if column in SCORE_COLUMNS and oracle and not reads_win_rates(loss):
-                raise ValueError(f"The loss {name!r} needs {column!r}: rewards, which a `judge` has not.")
-            if column == "preference_prob" and not oracle:
-                raise ValueError(f"The loss {name!r} needs {column!r}: give a `judge` in place of `reward_funcs`.")
-            if column not in OWN_COLUMNS and column not in available:
-                raise ValueError(
-                    f"The loss {name!r} needs the column {column!r}, which the {split} dataset does not have. Its "
-                    f"columns are {sorted(available)}."
-                )
-        read += [column for column in (*loss.required_columns, *loss.optional_columns) if column in available]
-    read = [column for column in dict.fromkeys(read) if column not in OWN_COLUMNS and not _of_completions(column)]
-    return [*read, *([WEIGHT] if WEIGHT in available else [])]
-
-
-def check_prompts(
-    dataset: Dataset | IterableDataset, columns: list[str], split: str, tokenizer: Any
-) -> Dataset | IterableDataset:
-    """
-    The dataset, once its prompts and the numeric `columns` have been read and found usable.
-
-    A stream is checked as it is read: its first row now, each other row when it comes, with the row's number.
-
-    Raises:
-        `ValueError`: For a prompt that is missing, empty, neither text nor messages, or of another kind than the first, for
-            conversations without a chat template, and for numbers that cannot be used. Names the row.
-    """
-    dataset = checked(dataset, columns, {}, split)
-    first = next(iter(dataset))["prompt"]
-    _check_prompt(first, 0, split, first)
-    if isinstance(first, list):
-        require_chat_template(tokenizer if tokenizer.chat_template else getattr(tokenizer, "tokenizer", tokenizer))
-    if isinstance(dataset, Dataset):
-        prompts = dataset.select_columns(["prompt"]).with_format("arrow")[:]["prompt"]
-        for row, prompt in enumerate(prompts):
-            _check_prompt(prompt.as_py(), row, split, first)
-        return dataset
-
-    def check_row(example: dict, index: int) -> dict:
-        _check_prompt(example["prompt"], index, split, first)
-        return example
-
-    return dataset.map(check_row, with_indices=True)
-
-
-def _check_prompt(prompt: Any, row: int, split: str, first: Any) -> None:
-    where = f"The prompt in row {row} of the {split} dataset"
-    if not prompt and (prompt is None or isinstance(prompt, (str, list))):
-        raise ValueError(f"{where} is empty: {prompt!r}. Remove the row.")
-    messages = isinstance(prompt, list) and all(isinstance(each, dict) and "role" in each for each in prompt)
-    if not messages and not isinstance(prompt, str):
-        raise ValueError(
-            f"{where} is a {type(prompt).__name__}: {prompt!r}. Expected text, or a list of messages with 'role' and 'content'."
-        )
-    if type(prompt) is not type(first):
-        raise ValueError(
-            f"{where} is a {type(prompt).__name__}, the first one a {type(first).__name__}. Give all as text, or all as messages."
-        )
 
 
 def check_rewards(name: str, loss: Any, columns: Mapping[str, torch.Tensor]) -> None:

@@ -7,19 +7,12 @@ from typing import Any
 from trl.experimental.online_dpo import OnlineDPOConfig as TRLOnlineDPOConfig
 
 from trl_ext.data.pairing import PAIRINGS
-from trl_ext.losses.base import Loss, SigmoidLoss, hinge
+from trl_ext.losses.base import HingeLoss, SigmoidLoss
 from trl_ext.losses.online_ipo import OnlineIPOLoss
 from trl_ext.trainers.arguments import LossArguments
 from trl_ext.trainers.loss_terms import build_losses, check_combination, resolve_loss_types
 from trl_ext.trainers.online.checks import check_losses, check_reference
-
-
-@dataclass(frozen=True)
-class HingeLoss(Loss):
-    """TRL's `hinge` as a loss on a batch."""
-
-    def __call__(self, batch):
-        return hinge(batch)
+from trl_ext.trainers.terms import check_reads
 
 
 # TRL's loss types that have a meaning online, as TRL computes them there: on sums over tokens
@@ -140,6 +133,13 @@ class OnlineDPOConfig(LossArguments, TRLOnlineDPOConfig):
         if self.pairing == "group" and single:
             raise ValueError(
                 f"`pairing='group'` needs losses that take groups; {single} take pairs. Use 'best_worst' or 'all'."
+            )
+        check_reads(losses, self.pairing == "group")
+        sampled = [name for name, loss in losses.items() if "behaviour_logps" in loss.reads]
+        if sampled and self.mixture_coef:
+            raise ValueError(
+                f"{sampled} read log-probs under the policy that sampled, and with `mixture_coef={self.mixture_coef}` no policy "
+                "sampled but a mixture of two. Set `mixture_coef=0`."
             )
         if "bias_variance" in losses and self.pairing != "best_worst":
             raise ValueError(

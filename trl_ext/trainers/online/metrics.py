@@ -3,10 +3,17 @@
 import math
 
 import torch
+from accelerate.logging import get_logger
 
 from trl_ext.generation import Completions
 from trl_ext.trainers.online.rewards import Scores
 from trl_ext.trainers.online.selection import Selection
+
+
+logger = get_logger(__name__)
+
+# Batches of a process in a row of which nothing was learnt, after which the run says so
+TIED_BATCHES = 10
 
 
 def of_completions(completions: Completions, scores: Scores) -> dict[str, torch.Tensor]:
@@ -76,3 +83,33 @@ def of_learnt(
 def dropped_prompts(selection: Selection) -> torch.Tensor:
     """1 for each prompt of the batch of which nothing is learnt, 0 for the others, shape `(B,)`."""
     return torch.ones(len(selection.completions.prompts)).index_fill(0, selection.prompts, 0)
+
+
+class Ties:
+    """Says once in a run that nothing is being learnt."""
+
+    def __init__(self):
+        self.batches, self.said = 0, False
+
+    def count(self, learnt: bool) -> None:
+        """One batch of this process: whether anything was learnt from it."""
+        self.batches = 0 if learnt else self.batches + 1
+        if self.batches == TIED_BATCHES:
+            self._say(f"{TIED_BATCHES} batches in a row")
+
+    def look(self, logged: dict[str, float]) -> None:
+        """The metrics of all processes since the last log."""
+        if logged.get("pairs/dropped_prompts") == 1 == logged.get("pairs/dropped_prompts_empty_trace", 1):
+            self._say("the steps that were just logged")
+
+    def _say(self, since: str) -> None:
+        if self.said:
+            return
+        self.said = True
+        logger.warning(
+            f"Nothing was learnt in {since}: all prompts were dropped, because no two of a prompt's completions have different "
+            "scores. Likely causes: the reward function gives the same value to every completion, or None (metric "
+            "`rewards/unscored`); it looks at something that the completions do not have, such as another form of answer; the "
+            "completions of a prompt are alike (a low `temperature`, greedy decoding, a small `max_new_tokens`). Look at some "
+            "completions and their scores."
+        )

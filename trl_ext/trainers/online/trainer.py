@@ -5,13 +5,11 @@ Online DPO in four steps: generate, score, pair, learn.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model, send_to_device
-from datasets import Dataset, IterableDataset
 from transformers import Trainer
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl.experimental.online_dpo import OnlineDPOTrainer as TRLOnlineDPOTrainer
@@ -19,22 +17,16 @@ from trl.experimental.utils import create_reference_model
 from trl.trainer.callbacks import SyncRefModelCallback
 from trl.trainer.utils import add_fused_lm_head, create_model_from_path
 
-from trl_ext.data.columns import WEIGHT, columns_of
+from trl_ext.data.columns import WEIGHT
 from trl_ext.generation import Completions
 from trl_ext.rows import from_batch, to_batch
-from trl_ext.trainers.online.checks import (
-    check_arguments,
-    check_images,
-    check_prompts,
-    check_reference,
-    check_rewards,
-    read_columns,
-    reads_win_rates,
-)
+from trl_ext.trainers.online.checks import check_arguments, check_reference, check_rewards, reads_win_rates
 from trl_ext.trainers.online.config import OnlineDPOConfig, build_online_losses
+from trl_ext.trainers.online.evaluate import Evaluation
 from trl_ext.trainers.online.generate import Generation
-from trl_ext.trainers.online.metrics import dropped_prompts, of_completions, of_learnt
-from trl_ext.trainers.online.rewards import Scores, call_judge, judge_scores, reward_scores
+from trl_ext.trainers.online.metrics import Ties, dropped_prompts, of_completions, of_learnt
+from trl_ext.trainers.online.prompts import PromptData
+from trl_ext.trainers.online.rewards import Scores, judge_scores, reward_scores
 from trl_ext.trainers.online.selection import Selection, build_table, select
 from trl_ext.trainers.policy_copy import frozen_copy
 from trl_ext.trainers.reference import SyncReferenceAdapter, add_reference_adapter
@@ -44,13 +36,7 @@ from trl_ext.trainers.trl_seam import base_model, bind_forward, unbind_forward
 from trl_ext.trainers.with_terms import WithTerms
 
 
-logger = get_logger(__name__)
-
-# Batches of a process in a row of which nothing was learnt, after which the run says so
-TIED_BATCHES = 10
-
-
-class OnlineDPOTrainer(Generation, WithTerms, TRLOnlineDPOTrainer):
+class OnlineDPOTrainer(Generation, Evaluation, WithTerms, TRLOnlineDPOTrainer):
     """
     TRL's `OnlineDPOTrainer` with the losses of this package, `K` completions per prompt, and generation at full speed.
 
@@ -152,20 +138,13 @@ class OnlineDPOTrainer(Generation, WithTerms, TRLOnlineDPOTrainer):
             args,
         )
         self.judge = judge
-        self.processing_class = processing_class  # which the checks of the prompts read
         if train_dataset is None:
             raise ValueError("`train_dataset` is required: a dataset with a column `prompt`.")
-        self._columns: list[str] = []
-        if args.accelerator_config.dispatch_batches is None:  # of streams
-            args.accelerator_config.dispatch_batches = (
-                False  # texts are no tensors that one process could send to others
-            )
-        if isinstance(train_dataset, (Dataset, IterableDataset)):
-            available = columns_of(train_dataset, "train")
-            check_images(available, args, losses)
-            self._columns = read_columns(available, "train", losses, judge is not None)
-            train_dataset = check_prompts(train_dataset, self._columns, "train", processing_class)
-        eval_dataset = self._checked_eval(eval_dataset)
+        if args.accelerator_config.dispatch_batches is None:
+            # Of streams: texts are no tensors that one process could send to others
+            args.accelerator_config.dispatch_batches = False
+        self._data = PromptData(losses, judge is not None, processing_class, args)
+        train_dataset, eval_dataset = self._data.training(train_dataset), self._data.evaluation(eval_dataset)
 
         model_init_kwargs = args.model_init_kwargs
         if isinstance(model, str):
@@ -215,7 +194,7 @@ class OnlineDPOTrainer(Generation, WithTerms, TRLOnlineDPOTrainer):
             "preference_prob" in loss.optional_columns or reads_win_rates(loss) for loss in losses.values()
         )
         self._scorer = build_scorer(self.model, args, False, self.ref_model if self._has_ref_model else None)
-        self._tied_batches, self._said_tied = 0, False
+        self._ties = Ties()
         self._sampling = self._sampling_config()
         if self.use_vllm:
             self._last_loaded_step = -1
@@ -233,25 +212,6 @@ class OnlineDPOTrainer(Generation, WithTerms, TRLOnlineDPOTrainer):
         if not self._has_ref_model:
             self.ref_model = None  # no stand-in is to be moved, wrapped or sharded
         super().create_accelerator_and_postprocess()
-
-    def _checked_eval(self, dataset: Any) -> Any:
-        """Evaluation data, one dataset or a dict of them, with the columns that are read from the training data, checked."""
-        if isinstance(dataset, Mapping):
-            return type(dataset)({name: self._checked_split(split, name) for name, split in dataset.items()})
-        return self._checked_split(dataset, "eval")
-
-    def _checked_split(self, dataset: Any, split: str) -> Any:
-        if not isinstance(dataset, (Dataset, IterableDataset)):
-            return dataset
-        available = columns_of(dataset, split)
-        read_columns(available, split, self._terms.losses, self.judge is not None)
-        missing = [column for column in self._columns if column not in available]
-        if missing:
-            raise ValueError(
-                f"The {split} dataset lacks the columns {missing}, which are read from the train dataset. Its columns are "
-                f"{sorted(available)}."
-            )
-        return check_prompts(dataset, self._columns, split, self.processing_class)
 
     @property
     def beta(self) -> float:
@@ -300,7 +260,7 @@ class OnlineDPOTrainer(Generation, WithTerms, TRLOnlineDPOTrainer):
                 One, or for `bias_variance` one with reasoning and one without.
         """
         terms, scorer = self._terms, self._scorer
-        columns = {name: torch.tensor([float(value) for value in inputs[name]]) for name in self._columns}
+        columns = {name: torch.tensor([float(value) for value in inputs[name]]) for name in self._data.columns}
         dropped = [dropped_prompts(selection) for selection in selections]
         if WEIGHT in columns:  # what does not count is not learnt from
             selections = [selection.only(columns[WEIGHT][selection.prompts] > 0) for selection in selections]
@@ -325,77 +285,18 @@ class OnlineDPOTrainer(Generation, WithTerms, TRLOnlineDPOTrainer):
             scored = dataclasses.replace(scored, behaviour_logps=scored.logps.detach())
         total, metrics, alone = terms.total(scored, plan, self.beta, self.model.training, self._over_processes)
         self._note(metrics, len(plan.pairs))
-        self._note({"beta": self.beta} | (alone if len(terms.losses) > 1 else {}), plan.count)
+        self._note({"beta": self.beta})
+        if len(terms.losses) > 1:
+            self._note(alone, plan.count)
         for selection, place, lost, suffix in zip(selections, places, dropped, ("", "_empty_trace"), strict=False):
             values = of_completions(selection.completions, selection.scores) | {"pairs/dropped_prompts": lost}
             values |= of_learnt(selection, place, scored.logps, scored.ref_logps, self.beta)
             self._note({name + suffix: value for name, value in values.items()})
-        self._watch_ties(any(bool((lost == 0).any()) for lost in dropped))
+        if self.model.training:
+            self._ties.count(learnt=any(bool((lost == 0).any()) for lost in dropped))
         # A batch without a pair still runs, so that all processes take part; it adds nothing
         return total + 0.0 * scored.logps.sum()
 
-    # Nothing to learn
-
-    def _watch_ties(self, learnt: bool) -> None:
-        if self.model.training:
-            self._tied_batches = 0 if learnt else self._tied_batches + 1
-            if self._tied_batches == TIED_BATCHES:
-                self._say_tied(f"{TIED_BATCHES} batches in a row")
-
-    def _say_tied(self, since: str) -> None:
-        """Once in a run: nothing is being learnt."""
-        if self._said_tied:
-            return
-        self._said_tied = True
-        logger.warning(
-            f"Nothing was learnt in {since}: all prompts were dropped, because no two of a prompt's completions have different "
-            "scores. Likely causes: the reward function gives the same value to every completion, or None (metric "
-            "`rewards/unscored`); it looks at something that the completions do not have, such as another form of answer; the "
-            "completions of a prompt are alike (a low `temperature`, greedy decoding, a small `max_new_tokens`). Look at some "
-            "completions and their scores."
-        )
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if self._due.get("pairs/dropped_prompts") == 1 == self._due.get("pairs/dropped_prompts_empty_trace", 1):
-            self._say_tied("the steps that were just logged")
+        self._ties.look(self._due)
         super().log(logs, start_time)
-
-    # Evaluation
-
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        """
-        Generates on the evaluation prompts. Beside the loss and the metrics of training, each with the prefix `eval_`:
-        `eval_win_rate`, the share of the policy's completions that are better than the reference's own (ties are half), where
-        the losses have a reference.
-
-        The same seed each time, so that two evaluations differ by the policy alone and training is not disturbed.
-        """
-        if eval_dataset is not None and not isinstance(eval_dataset, str):
-            eval_dataset = self._checked_eval(eval_dataset)
-        devices = [self.accelerator.device] if self.accelerator.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(self.args.seed + self.accelerator.process_index)
-            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            loss = self.compute_loss(model, inputs)
-        return loss.detach(), None, None
-
-    def _compare_with_reference(self, model, inputs, completions: Completions, scores: Scores, thinking: bool) -> None:
-        if completions.vision is not None:
-            return
-        suffix = "" if thinking else "_empty_trace"
-        baseline = self.generate(model, inputs, thinking, reference=True)
-        prompts = completions.prompts
-        k = len(completions.ids) // len(prompts)
-        if self.judge is not None:
-            wins = call_judge(self.judge, prompts * k, completions.texts, baseline.texts * k)
-        else:
-            theirs = self.score(inputs, baseline)
-            difference = scores.values - theirs.values
-            wins = ((difference > 0) + 0.5 * (difference == 0))[scores.mask & theirs.mask]
-            self._note({f"reference/scores{suffix}": theirs.values[theirs.mask]})
-        lengths = torch.tensor([float(len(row)) for row in baseline.ids])
-        self._note({f"win_rate{suffix}": wins.float(), f"reference/mean_length{suffix}": lengths})

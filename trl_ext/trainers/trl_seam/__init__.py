@@ -5,6 +5,7 @@ Public names of TRL (`trl.data_utils`, `trl.trainer.utils`, its trainers and con
 `data/`, `rounds/` and `trainers/`. What begins with an underscore, or replaces a piece of a method, is listed or wrapped here:
 
 - `names.py`: every private name that is used, by what has it
+- `check.py`: looks them up when a trainer is loaded, before the rest of this package asks for them
 - `forward.py`: the fused forward, its head, and what binds it to a model
 - `loss.py`: TRL's loss, term by term, and what it logs
 - `data.py`: TRL's preparation of pairs, and its cache of reference log-probs
@@ -13,6 +14,7 @@ Public names of TRL (`trl.data_utils`, `trl.trainer.utils`, its trainers and con
 that is used anywhere in the package and does not stand in `names.py`.
 """
 
+from .check import require_names
 from .data import tokenize_pairs, with_cache_key
 from .forward import (
     NON_MODEL_KEYS,
@@ -40,8 +42,10 @@ from .names import (
     DPO_METHODS,
     FORWARD_NAMES,
     LIBRARY_NAMES,
+    OBJECT_NAMES,
     ONLINE_ATTRIBUTES,
     ONLINE_METHODS,
+    ONLINE_TRAINER,
     PRIVATE_NAMES,
     VLLM_ATTRIBUTES,
 )
@@ -54,8 +58,10 @@ __all__ = [
     "LIBRARY_NAMES",
     "METRICS_OF",
     "NON_MODEL_KEYS",
+    "OBJECT_NAMES",
     "ONLINE_ATTRIBUTES",
     "ONLINE_METHODS",
+    "ONLINE_TRAINER",
     "PAIR_METRICS",
     "PRIVATE_NAMES",
     "ROW_FIELDS",
@@ -72,6 +78,7 @@ __all__ = [
     "no_reference",
     "only_term",
     "reference_in_inputs",
+    "require_names",
     "tokenize_pairs",
     "unbind_forward",
     "with_cache_key",

@@ -1,6 +1,9 @@
 """
 The private names of TRL and other libraries that this package uses, by what has them; public ones of a trainer that ours reads
 or extends stand here too.
+
+What a class or a module has is looked up when a trainer is loaded (`check.py`). What only an object has is looked up by the
+tests alone: `DPO_ATTRIBUTES`, `ONLINE_ATTRIBUTES`, `VLLM_ATTRIBUTES` and `OBJECT_NAMES`.
 """
 
 # Methods of `trl.DPOTrainer` that ours extends, and attributes that it reads
@@ -9,6 +12,7 @@ DPO_METHODS = (
     "_set_signature_columns_if_needed",
     "_get_output_dir",
     "_load_optimizer_and_scheduler",
+    "_maybe_log_save_evaluate",
     "_precompute_ref_logps",
     "_prepare_inputs",
     "_save_checkpoint",
@@ -16,6 +20,9 @@ DPO_METHODS = (
     "compute_loss",
     "create_model_card",
     "evaluate",
+    "evaluation_loop",
+    "log",
+    "train",
 )
 DPO_ATTRIBUTES = (
     "_metrics",
@@ -24,10 +31,11 @@ DPO_ATTRIBUTES = (
     "_signature_columns",
     "_tag_names",
     "_total_train_tokens",
-    "_tp_size",
-    "_is_vision_dataset",
     "_tokenizer",
     "aux_loss_enabled",
+    "beta",
+    "is_deepspeed_enabled",
+    "is_fsdp_enabled",
     "ld_alpha",
     "loss_types",
     "loss_weights",
@@ -44,9 +52,15 @@ ONLINE_METHODS = (
     "_maybe_log_save_evaluate",
     "_prepare_inputs",
     "_save_checkpoint",
+    "compute_loss",
+    "compute_loss_context_manager",
     "create_accelerator_and_postprocess",
     "create_model_card",
     "evaluate",
+    "evaluation_loop",
+    "log",
+    "prediction_step",
+    "training_step",
 )
 ONLINE_ATTRIBUTES = (
     "_beta",
@@ -56,7 +70,9 @@ ONLINE_ATTRIBUTES = (
     "eos_token_ids",
     "generation_config",
     "generation_kwargs",
+    "is_fsdp_enabled",
     "max_length",
+    "model_wrapped",
     "ref_model",
     "reward_func_names",
     "reward_funcs",
@@ -69,18 +85,29 @@ ONLINE_ATTRIBUTES = (
 # Set by TRL where vLLM generates, and nowhere else
 VLLM_ATTRIBUTES = ("_last_loaded_step",)
 
-# Of transformers, datasets and torch, by what has them
+# Of `trl.trainer.utils`: what its fused forward looks up
+FORWARD_NAMES = ("_ChunkedLogProbFunction", "_use_triton", "maybe_gather_lm_head_ctx")
+
+# Of transformers and datasets: a colon stands before what is looked up in a module
 LIBRARY_NAMES = {
-    "transformers.GenerationMixin": ("_sample",),  # transformers' own decoding loop, which the CPU's draw runs in
-    "transformers.PreTrainedConfig": ("_attn_implementation", "_commit_hash", "_name_or_path"),
-    "transformers.PreTrainedModel": ("_is_stateful",),
-    "transformers.TrainingArguments": ("_VALID_DICT_FIELDS",),
-    "transformers.masking_utils.AttentionMaskInterface": ("_local_mapping",),
-    "datasets.Dataset": ("_fingerprint", "_get_cache_file_path"),
+    "transformers:GenerationMixin": ("_sample",),  # transformers' own decoding loop, which the CPU's draw runs in
+    "transformers:PreTrainedConfig": ("_attn_implementation",),
+    "transformers:PreTrainedModel": ("_is_stateful",),
+    "transformers:Trainer": ("_maybe_log_save_evaluate", "log"),  # called past TRL's own
+    "transformers:TrainingArguments": ("_VALID_DICT_FIELDS",),
+    "transformers.masking_utils:ALL_MASK_ATTENTION_FUNCTIONS": ("_local_mapping",),
+    "datasets:Dataset": ("_get_cache_file_path",),
+}
+# Of objects of other libraries
+OBJECT_NAMES = {
+    "transformers.PreTrainedConfig": ("_name_or_path",),
+    "datasets.Dataset": ("_fingerprint",),
     "torch.compile": ("_orig_mod",),
 }
-# Of `trl.trainer.utils`: what its fused forward looks up
-FORWARD_NAMES = ("_ChunkedLogProbFunction", "_use_triton")
+
+# Looked up when any trainer is loaded, and when the online one is
+ALL_TRAINERS = {"trl:DPOTrainer": DPO_METHODS, "trl.trainer.utils": FORWARD_NAMES, **LIBRARY_NAMES}
+ONLINE_TRAINER = {"trl.experimental.online_dpo:OnlineDPOTrainer": ONLINE_METHODS}
 
 PRIVATE_NAMES = frozenset(
     name
@@ -92,6 +119,7 @@ PRIVATE_NAMES = frozenset(
         VLLM_ATTRIBUTES,
         FORWARD_NAMES,
         *LIBRARY_NAMES.values(),
+        *OBJECT_NAMES.values(),
     )
     for name in names
     if name.startswith("_")

@@ -1,0 +1,157 @@
+"""The prompts of an online run: which of their columns are read, and whether all can be used. Checked before a model is loaded."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from datasets import Dataset, IterableDataset
+
+from trl_ext.data.columns import WEIGHT, checked, columns_of
+from trl_ext.data.tokens import require_chat_template
+from trl_ext.trainers.online.checks import OWN_COLUMNS, SCORE_COLUMNS, of_completions, reads_win_rates
+
+
+class PromptData:
+    """
+    What an online run reads from its datasets.
+
+    Args:
+        losses (`dict[str, Loss]`):
+            The losses, by name.
+        judged (`bool`):
+            Whether a judge compares completions, which gives probabilities and win rates, but no rewards.
+        processing_class (`PreTrainedTokenizerBase` or `ProcessorMixin`):
+            Of the trainer.
+        args ([`OnlineDPOConfig`]):
+            Configuration.
+    """
+
+    def __init__(self, losses: Mapping[str, Any], judged: bool, processing_class: Any, args: Any):
+        self.losses, self.judged, self.processing_class, self.args = losses, judged, processing_class, args
+        self.columns: list[str] = []
+
+    def training(self, dataset: Any) -> Any:
+        """The training data, checked; it decides which columns are read."""
+        if not isinstance(dataset, (Dataset, IterableDataset)):
+            return dataset
+        available = columns_of(dataset, "train")
+        check_images(available, self.args, self.losses)
+        self.columns = read_columns(available, "train", self.losses, self.judged)
+        return check_prompts(dataset, self.columns, "train", self.processing_class)
+
+    def evaluation(self, dataset: Any) -> Any:
+        """Evaluation data, one dataset or a dict of them, with the columns that are read from the training data, checked."""
+        if isinstance(dataset, Mapping):
+            return type(dataset)({name: self._split(split, name) for name, split in dataset.items()})
+        return self._split(dataset, "eval")
+
+    def _split(self, dataset: Any, split: str) -> Any:
+        if not isinstance(dataset, (Dataset, IterableDataset)):
+            return dataset
+        available = columns_of(dataset, split)
+        read_columns(available, split, self.losses, self.judged)
+        missing = [column for column in self.columns if column not in available]
+        if missing:
+            raise ValueError(
+                f"The {split} dataset lacks the columns {missing}, which are read from the train dataset. Its columns are "
+                f"{sorted(available)}."
+            )
+        return check_prompts(dataset, self.columns, split, self.processing_class)
+
+
+def check_images(columns: list[str], args: Any, losses: Mapping[str, Any]) -> None:
+    """Raise a `ValueError` for what images exclude."""
+    if "image" not in columns:
+        return
+    if args.num_generations % 2 or "bias_variance" in losses:
+        raise ValueError("Prompts with images need an even `num_generations` and a loss other than bias_variance.")
+    if getattr(args, "mixture_coef", 0):
+        raise ValueError("Prompts with images are not sampled from a mixture; set `mixture_coef=0`.")
+    if args.use_vllm:
+        raise ValueError(
+            "Prompts with images cannot be sampled with vLLM: TRL's method gives back no image tensors, so log-probabilities "
+            "would be those of the text alone. Set `use_vllm=False`."
+        )
+
+
+def read_columns(available: list[str], split: str, losses: Mapping[str, Any], judged: bool) -> list[str]:
+    """
+    The numeric columns of the prompts' dataset that a run reads: those of the losses, and `weight`.
+
+    Args:
+        available (`list[str]`):
+            The dataset's columns.
+        split (`str`):
+            What the dataset is called in errors.
+        losses (`dict[str, Loss]`):
+            The losses, by name.
+        judged (`bool`):
+            Whether a judge compares completions.
+
+    Raises:
+        `ValueError`: If there is no column `prompt`, or a loss requires a column that is not there.
+    """
+    if "prompt" not in available:
+        raise ValueError(
+            f"The {split} dataset has no column 'prompt'; its columns are {sorted(available)}. Online training reads "
+            "prompts and generates completions itself."
+        )
+    read = []
+    for name, loss in losses.items():
+        for column in loss.required_columns:
+            if column in SCORE_COLUMNS and judged and not reads_win_rates(loss):
+                raise ValueError(f"The loss {name!r} needs {column!r}: rewards, which a `judge` has not.")
+            if column == "preference_prob" and not judged:
+                raise ValueError(f"The loss {name!r} needs {column!r}: give a `judge` in place of `reward_funcs`.")
+            if column not in OWN_COLUMNS and column not in available:
+                raise ValueError(
+                    f"The loss {name!r} needs the column {column!r}, which the {split} dataset does not have. Its "
+                    f"columns are {sorted(available)}."
+                )
+        read += [column for column in (*loss.required_columns, *loss.optional_columns) if column in available]
+    read = [column for column in dict.fromkeys(read) if column not in OWN_COLUMNS and not of_completions(column)]
+    return [*read, *([WEIGHT] if WEIGHT in available else [])]
+
+
+def check_prompts(
+    dataset: Dataset | IterableDataset, columns: list[str], split: str, tokenizer: Any
+) -> Dataset | IterableDataset:
+    """
+    The dataset, once its prompts and the numeric `columns` have been read and found usable.
+
+    A stream is checked as it is read: its first row now, each other row when it comes, with the row's number.
+
+    Raises:
+        `ValueError`: For a prompt that is missing, empty, neither text nor messages, or of another kind than the first, for
+            conversations without a chat template, and for numbers that cannot be used. Names the row.
+    """
+    dataset = checked(dataset, columns, {}, split)
+    first = next(iter(dataset))["prompt"]
+    _check_prompt(first, 0, split, first)
+    if isinstance(first, list):
+        require_chat_template(tokenizer if tokenizer.chat_template else getattr(tokenizer, "tokenizer", tokenizer))
+    if isinstance(dataset, Dataset):
+        prompts = dataset.select_columns(["prompt"]).with_format("arrow")[:]["prompt"]
+        for row, prompt in enumerate(prompts):
+            _check_prompt(prompt.as_py(), row, split, first)
+        return dataset
+
+    def check_row(example: dict, index: int) -> dict:
+        _check_prompt(example["prompt"], index, split, first)
+        return example
+
+    return dataset.map(check_row, with_indices=True)
+
+
+def _check_prompt(prompt: Any, row: int, split: str, first: Any) -> None:
+    where = f"The prompt in row {row} of the {split} dataset"
+    if not prompt and (prompt is None or isinstance(prompt, (str, list))):
+        raise ValueError(f"{where} is empty: {prompt!r}. Remove the row.")
+    messages = isinstance(prompt, list) and all(isinstance(each, dict) and "role" in each for each in prompt)
+    if not messages and not isinstance(prompt, str):
+        raise ValueError(
+            f"{where} is a {type(prompt).__name__}: {prompt!r}. Expected text, or a list of messages with 'role' and 'content'."
+        )
+    if type(prompt) is not type(first):
+        raise ValueError(
+            f"{where} is a {type(prompt).__name__}, the first one a {type(first).__name__}. Give all as text, or all as messages."
+        )
