@@ -1,14 +1,19 @@
 """The table that is scored: how it travels, and what losses are given of it, by hand."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate.utils import send_to_device
+from datasets import Dataset
 from torch.utils.data import DataLoader
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
+from tests.conftest import preference_rows
+from tests.helpers import build
 from tests.test_collator import GROUPS, assert_same_batch, pair
+from trl_ext import DPOConfig, DPOTrainer
 from trl_ext.data.collator import RowsCollator
 from trl_ext.logprobs import Sharing
 from trl_ext.rows import Plan, Rows, Scored, from_batch, to_batch
@@ -60,6 +65,26 @@ def test_all_of_it_moves_to_the_device():
         "pairs", "groups", "scores", "columns.score", "share",
     }  # fmt: skip
     assert_same_batch(to_batch(*from_batch(send_to_device(batch, "cpu"))), batch)
+
+
+def test_columns_keep_their_precision(tiny_model_dir, tmp_path, monkeypatch):
+    """Under DeepSpeed transformers casts what a batch holds to the model's dtype, in which 6.1 and 6.12 are one number."""
+    rows = preference_rows(4)
+    for row in rows:
+        row["score_chosen"], row["score_rejected"] = 6.12, 6.1
+    trainer = build(
+        DPOTrainer, DPOConfig, tiny_model_dir, tmp_path, loss_type="offset", dataset=Dataset.from_list(rows)
+    )
+    half = SimpleNamespace(hf_ds_config=SimpleNamespace(dtype=lambda: torch.bfloat16))
+    monkeypatch.setattr(trainer, "is_deepspeed_enabled", True)
+    monkeypatch.setattr(type(trainer.accelerator.state), "deepspeed_plugin", half, raising=False)
+    batch = trainer._prepare_inputs(
+        {**trainer.data_collator(list(trainer.train_dataset)), "float": torch.tensor(6.12)}
+    )
+    assert batch["float"].dtype == torch.bfloat16  # which the rest of a batch is cast to
+    columns = batch["table"]["plan"]["columns"]
+    assert columns["score_chosen"].tolist() == pytest.approx([6.12] * 4, rel=1e-6)
+    assert columns["score_rejected"].tolist() == pytest.approx([6.1] * 4, rel=1e-6)
 
 
 def test_what_is_not_there_is_not_in_the_batch():
