@@ -149,6 +149,30 @@ def test_the_users_own_collator(tiny_model_dir, tmp_path):
     assert_same_parameters(parameters(own), parameters(plain))
 
 
+@pytest.mark.parametrize("loss_type", ["sigmoid", "offset", ["length_regularized", "margin_adaptive"]], ids=str)
+def test_rows_that_are_token_ids_already(loss_type, tiny_model_dir, tmp_path):
+    text = build(DPOTrainer, DPOConfig, tiny_model_dir, tmp_path / "text", loss_type=loss_type)
+    ids = text.train_dataset.select_columns(
+        ["prompt_ids", "chosen_ids", "rejected_ids", "score_chosen", "score_rejected"]
+    )
+    tokens = build(DPOTrainer, DPOConfig, tiny_model_dir, tmp_path / "ids", loss_type=loss_type, dataset=ids)
+    for trainer in (text, tokens):
+        trainer.train()
+    assert_same_parameters(parameters(text), parameters(tokens))
+    assert history(text) == history(tokens)
+
+
+def test_metrics_of_a_prediction_have_its_prefix(tiny_model_dir, tmp_path):
+    dataset = Dataset.from_list(preference_rows(8))
+    trainer = build(DPOTrainer, DPOConfig, tiny_model_dir, tmp_path, loss_type="offset", dataset=dataset)
+    metrics = trainer.predict(trainer.eval_dataset).metrics
+    margins = [math.log(row["score_chosen"] - row["score_rejected"]) for row in dataset]
+    assert metrics["test_offset/mean"] == pytest.approx(sum(margins) / 8, rel=1e-5)
+    assert "test_loss" in metrics and not any(name.startswith("eval") for name in metrics)
+    # And nothing of it is left for an evaluation
+    assert trainer.evaluate()["eval_offset/mean"] == pytest.approx(sum(margins) / 8, rel=1e-5)
+
+
 def test_plain_trl_config_with_our_loss(tiny_model_dir, tmp_path):
     trainer = build(DPOTrainer, trl.DPOConfig, tiny_model_dir, tmp_path, loss_type=["offset"])
     trainer.train()

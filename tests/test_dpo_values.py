@@ -71,6 +71,49 @@ def test_loss_and_gradients_equal_the_plain_way(loss_type, loss_kwargs, ld_alpha
         )
 
 
+@pytest.mark.parametrize("ld_alpha", [None, 0.3])
+@pytest.mark.parametrize("options", [{}, {"share_prefix": True}, {"precompute_ref_log_probs": True}], ids=str)
+def test_rows_that_lack_a_pair_equal_the_plain_way(options, ld_alpha, tiny_model_dir, tmp_path):
+    """The first row has no empty-trace pair, the second no traced one; LD-DPO compares the two completions of a pair."""
+    rows = preference_rows(4)
+    rows[0] |= {"chosen_empty_trace": None, "rejected_empty_trace": None}
+    rows[1] |= {"chosen": None, "rejected": None}
+    trainer = build(
+        DPOTrainer, DPOConfig, tiny_model_dir, tmp_path, loss_type=["bias_variance", "length_regularized"], ld_alpha=ld_alpha,
+        loss_kwargs={"bias_variance": {"alpha": 0.3, "base": "ipo"}}, dataset=Dataset.from_list(rows),
+        train_sampling_strategy="sequential", **options,
+    )  # fmt: skip
+    with torch.no_grad():
+        for parameter in trainer.model.parameters():
+            parameter.mul_(1.05)
+    loss, _ = loss_and_gradients(trainer, first_batch(trainer))
+
+    reference = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float64)
+    policy = copy.deepcopy(trainer.model).double()
+    examples = list(trainer.train_dataset)
+    none = {"prompt_ids": [1], "chosen_ids": [], "rejected_ids": []}
+    plain = functools.partial(pair_batch, policy, reference, ld_alpha=ld_alpha)
+    with torch.no_grad():
+        traced = plain(examples)
+        empty = plain([(example["further_pairs"] or [none])[0] for example in examples])
+    assert traced.chosen_lengths[1] == empty.chosen_lengths[0] == 0
+    # By the formulas: IPO on averages, of the pairs that are there, and DPO with a penalty for tokens, where nothing is log 2
+    squares = []
+    for batch in (traced, empty):
+        averages = [
+            ratios / lengths.clamp(min=1)
+            for ratios, lengths in (
+                (batch.chosen_logratios, batch.chosen_lengths), (batch.rejected_logratios, batch.rejected_lengths),
+            )
+        ]  # fmt: skip
+        squares.append((averages[0] - averages[1] - 5.0) ** 2)
+    squares[0][1] = squares[1][0] = 0  # what is not there
+    first = 0.3 * squares[0] + 0.7 * squares[1]
+    gap = 0.02 * (traced.chosen_lengths - traced.rejected_lengths)
+    expected = (first - torch.nn.functional.logsigmoid(0.1 * traced.delta + gap)).mean()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
 @pytest.mark.parametrize("peft", [False, True], ids=["full", "peft"])
 @pytest.mark.parametrize(
     ("loss_type", "loss_kwargs"),

@@ -6,6 +6,7 @@ from typing import ClassVar
 import pytest
 import torch
 import torch.nn.functional as F
+from peft import LoraConfig
 
 import trl_ext
 from tests.helpers import build, first_batch, history, loss_and_gradients
@@ -28,6 +29,16 @@ def policy_alone(monkeypatch):
             return -F.logsigmoid(batch.beta * (batch.chosen_logps - batch.rejected_logps))
 
     return PolicyAlone
+
+
+@pytest.fixture
+def mixable(policy_alone, monkeypatch):
+    """The same where there may be a reference, for a loss beside it."""
+
+    def call(self, batch):
+        return -F.logsigmoid(batch.beta * (batch.chosen_logps - batch.rejected_logps))
+
+    monkeypatch.setattr(policy_alone, "__call__", call)
 
 
 @pytest.mark.parametrize("backend", ["auto", "trl"])
@@ -64,6 +75,57 @@ def test_beside_a_loss_that_needs_one_there_is_one(policy_alone, tiny_model_dir,
         assert trainer.ref_model is not None
         trainer.compute_loss(trainer.model.train(), first_batch(trainer))
         assert trainer._metrics["train"]["rewards/margins"] == [pytest.approx(0, abs=1e-6)]
+
+
+def forwards(model) -> list:
+    """Each call of a model's backbone from now on."""
+    calls = []
+    base = getattr(model, "base_model", model)
+    (getattr(base, "model", base)).register_forward_hook(lambda *args: calls.append(1))
+    return calls
+
+
+@pytest.mark.parametrize("peft", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("backend", ["auto", "trl"])
+def test_a_step_is_one_forward(backend, peft, mixable, tiny_model_dir, tmp_path):
+    """With one micro-batch; a loss that reads the reference takes one of it too, of the same model where there is an adapter."""
+    config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    for loss_type, second in (("policy_alone", 0), ("offset", 1), (["policy_alone", "sigmoid"], 1)):
+        trained = build(
+            trl_ext.DPOTrainer, trl_ext.DPOConfig, tiny_model_dir, tmp_path, loss_type=loss_type, logprob_backend=backend,
+            max_steps=3, trainer_kwargs={"peft_config": config if peft else None},
+        )  # fmt: skip
+        calls = forwards(trained.model)
+        referred = forwards(trained.ref_model) if trained.ref_model is not None else []
+        assert (trained.ref_model is not None) is (second == 1 and not peft)
+        trained.train()
+        if peft:
+            assert (len(calls), len(referred)) == (3 * (1 + second), 0), loss_type
+        else:
+            assert (len(calls), len(referred)) == (3, 3 * second), loss_type
+
+
+def test_a_mix_is_the_sum_of_its_parts(mixable, tiny_model_dir, tmp_path):
+    """What a loss without a reference is given is the same beside one that has it, and beside TRL's own."""
+
+    def run(loss_type, **options):
+        built = build(
+            trl_ext.DPOTrainer, trl_ext.DPOConfig, tiny_model_dir, tmp_path, loss_type=loss_type,
+            train_sampling_strategy="sequential", **options,
+        )  # fmt: skip
+        for parameter in built.model.parameters():
+            parameter.data += 0.02  # away from the reference
+        return loss_and_gradients(built, first_batch(built))
+
+    names, weights = ["policy_alone", "offset", "sigmoid"], [0.5, 2.0, -0.25]
+    loss, gradients = run(names, loss_weights=weights)
+    parts = [run(name) for name in names]
+    assert loss.item() == pytest.approx(
+        sum(w * part[0].item() for w, part in zip(weights, parts, strict=True)), rel=1e-5
+    )
+    for name, value in gradients.items():
+        expected = sum(w * part[1][name] for w, part in zip(weights, parts, strict=True))
+        torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("option", ["sync_ref_model", "precompute_ref_log_probs"])

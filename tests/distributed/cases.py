@@ -1,10 +1,11 @@
 """Short trainings of the same global batches in one process and in two."""
 
 import os
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -15,10 +16,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import trl_ext
+from tests import stateful
 from tests.conftest import preference_rows
 from tests.helpers import OUR_LOSSES, build, history
 from tests.helpers import options as short
 from tests.online.runs import Scripted, online, prompts
+from trl_ext.losses import registry
 from trl_ext.trainers.mixing import estimate_alpha
 from trl_ext.trainers.reference import FILE
 
@@ -49,14 +52,15 @@ def lora(**options) -> LoraConfig:
     return LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", **options)
 
 
-def trainer(model_dir: Path, folder: Path, *, rows=None, peft=None, steps: int = 1, **options) -> Any:
+def trainer(model_dir: Path, folder: Path, *, rows=None, peft=None, steps: int = 1, stream=False, **options) -> Any:
     torch.manual_seed(0)  # of an adapter's weights
+    dataset = Dataset.from_list(rows or preference_rows(ROWS))
     return build(
         trl_ext.DPOTrainer,
         trl_ext.DPOConfig,
         model_dir,
         folder,
-        dataset=Dataset.from_list(rows or preference_rows(ROWS)),
+        dataset=dataset.to_iterable_dataset() if stream else dataset,
         per_device_train_batch_size=ROWS // WORLD // steps,
         per_device_eval_batch_size=ROWS // WORLD,
         gradient_accumulation_steps=steps,
@@ -79,14 +83,55 @@ def train(model_dir: Path, folder: Path, evaluate: bool = False, **options) -> d
     return outcome(trained)
 
 
-def every_loss(model_dir: Path, folder: Path) -> dict[str, Any]:
+def lacking() -> list[dict]:
     """Three rows have no empty-trace pair and one has no traced pair, so that processes have different numbers of pairs."""
     rows = [{**row, "weight": 0.5 + 0.1 * index} for index, row in enumerate(preference_rows(ROWS))]
     for row in rows[:3]:
         row |= {"chosen_empty_trace": None, "rejected_empty_trace": None}
     rows[3] |= {"chosen": None, "rejected": None}
+    return rows
+
+
+def every_loss(model_dir: Path, folder: Path, **options) -> dict[str, Any]:
     losses = ["sigmoid", *OUR_LOSSES]
-    return train(model_dir, folder, evaluate=True, rows=rows, loss_type=losses, learning_rate=1e-3)
+    return train(model_dir, folder, evaluate=True, rows=lacking(), loss_type=losses, learning_rate=1e-3, **options)
+
+
+@contextmanager
+def registered():
+    """While open, the losses that remember can be named."""
+    kept = {name: dict(getattr(registry, name)) for name in ("_classes", "_aliases")}
+    with mock.patch.multiple(registry, **kept):
+        stateful.register()
+        yield
+
+
+def remembering(model_dir: Path, folder: Path, **options) -> dict[str, Any]:
+    """The state is the same in both processes, and that of one process which has all the rows."""
+    with registered():
+        losses = ["sigmoid", "centred", "centred_before"]
+        trained = trainer(model_dir, folder, loss_type=losses, beta=0.5, **{**SGD, "max_steps": 3, **options})
+        trained.train()
+    state = {name: {key: value.tolist() for key, value in kept.items()} for name, kept in trained._terms.state.items()}
+    moves = 3 * options.get("steps", 1)
+    assert [kept["batches"] for kept in state.values()] == [moves] * 2 and state["centred"]["mean"] != 0
+    return {**outcome(trained), "every process": state}
+
+
+def selfish(model_dir: Path, folder: Path) -> dict[str, Any]:
+    """
+    A loss whose `update` leaves `reduce` out: refused in both processes after its first update, or after the second where the
+    first, of a policy that is its reference, leaves the same in all.
+    """
+    for field, steps in (("chosen_logps", 0), ("delta", 1)):
+        with registered():
+            loss = {"loss_type": "selfish", "loss_kwargs": {"field": field}}
+            trained = trainer(model_dir, folder, **loss, **{**SGD, "max_steps": 3})
+            expected = pytest.raises(ValueError, match="'selfish' differs between processes")
+            with expected if WORLD > 1 else nullcontext():
+                trained.train()
+        assert trained.state.global_step == (steps if WORLD > 1 else 3)
+    return {}
 
 
 def groups(model_dir: Path, folder: Path, **options) -> dict[str, Any]:
@@ -210,10 +255,15 @@ CASES = {
             train, steps=2, loss_type=["inpo", "sppo_soft"], share_prefix=False, learning_rate=1e-3
         ),
         "measured alpha": measured_alpha,
+        "stream": partial(every_loss, stream=True),
+        "remembering": remembering,
+        "remembering, accumulation": partial(remembering, steps=2),
+        "selfish": selfish,
         "online": partial(scripted, num_generations=4, loss_type=["offset", "anchored"]),
     },
     "fsdp": {
         "every loss": every_loss,
+        "remembering": remembering,
         "trained head": HEAD,
         "moved reference": moved_reference,
         "moved adapter": ADAPTER,

@@ -74,7 +74,7 @@ class RowsCollator:
             plan["groups"] = pad(of, batch_first=True, padding_value=ABSENT)
             plan["scores"] = pad([torch.tensor(scores, dtype=torch.float32) for scores in lists[GROUP_SCORES]], True)
             if BEHAVIOUR_LOGPS in lists:
-                values = [value for logps in lists[BEHAVIOUR_LOGPS] for value in logps]
+                values = [float(value) for logps in lists[BEHAVIOUR_LOGPS] for value in logps]
                 behaviour = torch.zeros(len(order)).index_put((torch.cat(of),), torch.tensor(values))
         mask = batch.pop("completion_mask")
         rows = Rows(

@@ -45,12 +45,14 @@ def check_group(example: dict[str, Any], row: int, split: str) -> None:
         )
     if len(completions) < 2:
         raise ValueError(f"{where} has {len(completions)} completions; a group needs at least 2. Remove the row.")
-    logps = [] if example.get(BEHAVIOUR_LOGPS) is None else example[BEHAVIOUR_LOGPS]
-    if not isinstance(logps, (list, tuple)) or len(logps) not in (0, len(completions)):
-        raise ValueError(
-            f"{where}: `{BEHAVIOUR_LOGPS}` must be a list of {len(completions)} numbers, one per completion."
-        )
-    for name, values in (("score", scores), (BEHAVIOUR_LOGPS, logps)):
+    numbers = {"score": scores}
+    if BEHAVIOUR_LOGPS in example:
+        logps = numbers[BEHAVIOUR_LOGPS] = example[BEHAVIOUR_LOGPS]
+        if not isinstance(logps, (list, tuple)) or len(logps) != len(completions):
+            raise ValueError(
+                f"{where}: `{BEHAVIOUR_LOGPS}` is {logps!r}; expected a list of {len(completions)} numbers, one per completion."
+            )
+    for name, values in numbers.items():
         for value in values:
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
                 raise ValueError(f"{where} has the {name} {value!r}; expected finite numbers, got {list(values)!r}.")
