@@ -1,5 +1,6 @@
 """What `pip install` gives, and what `import trl_ext` costs."""
 
+import ast
 import importlib
 import importlib.metadata
 import pkgutil
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 import tomllib
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -136,3 +138,42 @@ def test_the_house_is_shown_as_it_is(room):
     shown = set(re.findall(r"\b(\w+)\.py\b", house))
     assert {path.stem for path in (ROOT / "trl_ext" / room).glob("*.py")} - {"__init__"} <= shown
     assert shown <= {path.stem for path in (ROOT / "trl_ext").rglob("*.py")} | {"mutants"}
+
+
+def own_imports(path: Path) -> set[str]:
+    """What of this package a file imports, wherever in it, but for what is there for type checkers alone."""
+    package = ".".join(path.relative_to(ROOT).with_suffix("").parts[:-1])
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and getattr(node.test, "id", None) == "TYPE_CHECKING":
+            node.body = []
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            up = package.split(".")
+            base = ".".join(filter(None, [*up[: len(up) - node.level + 1], node.module])) if node.level else node.module
+            found |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return {name for name in found if name.split(".")[0] == "trl_ext"}
+
+
+def test_imports_make_no_circle_and_go_down():
+    modules = {}
+    for path in (ROOT / "trl_ext").rglob("*.py"):
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        modules[name] = path
+    # An import of `a.b` runs `a` too, but a file does not wait for the package that it is in
+    graph = {name: {each for each in own_imports(path) if each in modules and each != name} for name, path in modules.items()}
+    graph = {name: {each for each in used if not name.startswith(f"{each}.")} for name, used in graph.items()}
+    list(TopologicalSorter(graph).static_order())  # raises a CycleError that shows the circle
+
+    def rooms(prefix: str) -> set[str]:
+        used = {each for name, several in graph.items() if name.startswith(prefix) for each in several}
+        return {".".join(each.split(".")[:2]) for each in used} - {prefix}
+
+    assert rooms("trl_ext.losses") == set()
+    assert rooms("trl_ext.logprobs") == set()
+    assert rooms("trl_ext.rows") == {"trl_ext.logprobs", "trl_ext.losses"}
+    assert not rooms("trl_ext.data") & {"trl_ext.trainers", "trl_ext.rounds", "trl_ext.cli"}
+    assert not rooms("trl_ext.trainers") & {"trl_ext.rounds", "trl_ext.cli", "trl_ext.demo"}

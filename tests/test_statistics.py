@@ -6,7 +6,7 @@ import pytest
 
 import trl_ext
 from tests.helpers import build, history
-from trl_ext.trainers.dpo import DPOTrainer
+from trl_ext.trainers.scoring import statistics_of_step
 
 
 def ours(tiny_model_dir, tmp_path, **kwargs):
@@ -42,12 +42,12 @@ def test_logging_strategies(strategy, tiny_model_dir, tmp_path):
 
 def statistics(step, *, training=True, capped=None, state=2, strategy="steps", first=False):
     """Of the step after `step`; `logging_steps` is `state`."""
-    trainer = DPOTrainer.__new__(DPOTrainer)
+    trainer = SimpleNamespace()
     trainer.args = SimpleNamespace(logging_strategy=strategy, logging_first_step=first)
     trainer.state = SimpleNamespace(global_step=step, logging_steps=state)
     text_config = SimpleNamespace() if capped is None else SimpleNamespace(final_logit_softcapping=capped)
     trainer.model = SimpleNamespace(training=training, config=SimpleNamespace(get_text_config=lambda: text_config))
-    return trainer._statistics()
+    return statistics_of_step(trainer)
 
 
 CHEAP = ("mean_logits", "is_top1")

@@ -12,9 +12,7 @@ from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
 
-from trl_ext.data.checks import TOKENIZED
 from trl_ext.data.collator import RowsCollator
-from trl_ext.data.further import FURTHER, map_further
 from trl_ext.data.paths import refuse_missing_path
 from trl_ext.rows import TABLE, Plan, Rows, from_batch
 from trl_ext.trainers.dpo_config import DPOConfig
@@ -22,9 +20,9 @@ from trl_ext.trainers.loss_types import build_losses, check_combination, resolve
 from trl_ext.trainers.metrics import pair_metrics
 from trl_ext.trainers.mixing import MeasuredMixing
 from trl_ext.trainers.policy_copy import frozen_copy
-from trl_ext.trainers.prepare import REFERENCES, PreferenceData, with_scores
-from trl_ext.trainers.reference import copies_policy, reference_forward, refuse_reference
-from trl_ext.trainers.scoring import Scorer, build_scorer
+from trl_ext.trainers.prepare import PreferenceData, with_scores
+from trl_ext.trainers.reference import REFERENCES, copies_policy, precomputed, reference_forward, refuse_reference
+from trl_ext.trainers.scoring import Scorer, build_scorer, statistics_of_step
 from trl_ext.trainers.terms import Terms
 from trl_ext.trainers.trl_seam import (
     PAIR_METRICS,
@@ -38,7 +36,6 @@ from trl_ext.trainers.trl_seam import (
     only_term,
     reference_in_inputs,
     unbind_forward,
-    with_cache_key,
 )
 from trl_ext.trainers.with_terms import WithTerms
 
@@ -202,26 +199,7 @@ class DPOTrainer(WithTerms, trl.DPOTrainer):
             return dataset  # nobody reads them, or they are there already
         if not isinstance(dataset, Dataset):
             return super()._precompute_ref_logps(dataset, name, batch_size)  # says that a stream cannot be precomputed
-        args = self.args
-        key = (args.max_length, args.truncation_mode, args.ld_alpha, args.bf16, args.fp16, str(self._scorer))
-        # Settings of the model that are no weights: positions, soft caps, windows
-        scored = self.model if self.ref_model is None else self.ref_model
-        key += (base_model(self.accelerator.unwrap_model(scored)).config.to_json_string(),)
-        precompute = super()._precompute_ref_logps
-        collator = self.data_collator
-        if isinstance(collator, RowsCollator):  # `evaluate` of a new dataset: TRL's method takes TRL's batches
-            self.data_collator = collator.collator
-
-        def further(flat: Dataset) -> Dataset:
-            return precompute(with_cache_key(flat, *key), f"{name} (further completions)", batch_size)
-
-        try:
-            dataset = precompute(with_cache_key(dataset, *key), name, batch_size)
-            if FURTHER in dataset.column_names:
-                dataset = map_further(dataset, FURTHER, further, (*TOKENIZED, *REFERENCES))
-        finally:
-            self.data_collator = collator
-        return dataset
+        return precomputed(self, super()._precompute_ref_logps, dataset, name, batch_size)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         if eval_dataset is not None and not isinstance(eval_dataset, str):
@@ -259,30 +237,13 @@ class DPOTrainer(WithTerms, trl.DPOTrainer):
             rows = dataclasses.replace(rows, layout=self._scorer.sharing.layout(inputs, mask, rows.prompt))
         return rows, Plan(torch.stack([rows.partner.chunk(2)[1], rows.partner.chunk(2)[0]], dim=1))
 
-    def _statistics(self) -> tuple[str, ...] | None:
-        """
-        Which of the per-token statistics that feed TRL's metrics to compute: all of them (`None`) in evaluation and in a
-        step that will be logged, else those that cost next to nothing.
-        """
-        args, state = self.args, self.state
-        step = state.global_step + 1
-        logged = {
-            "no": False,
-            "steps": step % state.logging_steps == 0 if state.logging_steps else True,
-            "epoch": True,  # its last step is not known in advance
-        }[str(getattr(args.logging_strategy, "value", args.logging_strategy))]
-        if not self.model.training or logged or (args.logging_first_step and step == 1):
-            return None
-        capped = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None) is not None
-        return ("is_top1",) if capped else ("mean_logits", "is_top1")
-
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         terms, scorer = self._terms, self._scorer
         if not terms.losses and scorer.head is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         rows, plan = self._table(inputs)
         # One forward for all rows, through the wrapped model
-        statistics = None if scorer.head is None else self._statistics()
+        statistics = None if scorer.head is None else statistics_of_step(self)
         outputs = scorer(model, rows, statistics, router_logits=self.aux_loss_enabled)
         ref_token_logps = None
         if self._needs_reference and rows.ref_logps is None:

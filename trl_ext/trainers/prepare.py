@@ -26,12 +26,12 @@ from trl_ext.data.scores import score_preferences
 from trl_ext.data.tokens import require_chat_template
 from trl_ext.losses.base import SigmoidLoss
 from trl_ext.trainers.loss_types import check_combination
+from trl_ext.trainers.reference import REFERENCES
 from trl_ext.trainers.terms import check_reads
 
 
 logger = get_logger(__name__)
 
-REFERENCES = ("ref_chosen_logps", "ref_rejected_logps")
 # Of a dataset that is handed to `evaluate` and was prepared here before
 PREPARED = {FURTHER, GROUP_SCORES, *REFERENCES}
 

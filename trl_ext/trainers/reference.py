@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import is_peft_model
+from datasets import Dataset
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
@@ -19,7 +20,14 @@ from trl import DPOConfig
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
+from trl_ext.data.checks import TOKENIZED
+from trl_ext.data.collator import RowsCollator
+from trl_ext.data.further import FURTHER, map_further
+from trl_ext.trainers.trl_seam import base_model, with_cache_key
 
+
+# Columns of precomputed log-probs, and keys of TRL's batches
+REFERENCES = ("ref_chosen_logps", "ref_rejected_logps")
 ADAPTER = "ref"
 FILE = "ref_model.safetensors"
 
@@ -61,6 +69,43 @@ def reference_forward(trainer: Trainer) -> Iterator[None]:
     checkpointing = disable_gradient_checkpointing(trainer.model, trainer.args.gradient_checkpointing_kwargs)
     with torch.no_grad(), checkpointing, adapter, trainer.accelerator.autocast():
         yield
+
+
+def precomputed(trainer: Trainer, precompute: Callable, dataset: Dataset, name: str, batch_size: int) -> Dataset:
+    """
+    The dataset with reference log-probs of its pairs and of those beside them, kept by all that they depend on.
+
+    Args:
+        trainer ([`DPOTrainer`]):
+            Whose reference scores.
+        precompute (`Callable`):
+            TRL's own method, which keeps what it computes by the dataset's fingerprint and the model's weights.
+        dataset ([`~datasets.Dataset`]):
+            Token ids.
+        name (`str`):
+            What it is called.
+        batch_size (`int`):
+            Pairs at a time.
+    """
+    args = trainer.args
+    key = (args.max_length, args.truncation_mode, args.ld_alpha, args.bf16, args.fp16, str(trainer._scorer))
+    # Settings of the model that are no weights: positions, soft caps, windows
+    scored = trainer.model if trainer.ref_model is None else trainer.ref_model
+    key += (base_model(trainer.accelerator.unwrap_model(scored)).config.to_json_string(),)
+    collator = trainer.data_collator
+    if isinstance(collator, RowsCollator):  # `evaluate` of a new dataset: TRL's method takes TRL's batches
+        trainer.data_collator = collator.collator
+
+    def further(flat: Dataset) -> Dataset:
+        return precompute(with_cache_key(flat, *key), f"{name} (further completions)", batch_size)
+
+    try:
+        dataset = precompute(with_cache_key(dataset, *key), name, batch_size)
+        if FURTHER in dataset.column_names:
+            dataset = map_further(dataset, FURTHER, further, (*TOKENIZED, *REFERENCES))
+    finally:
+        trainer.data_collator = collator
+    return dataset
 
 
 def add_reference_adapter(model: PeftModel) -> None:

@@ -11,7 +11,7 @@ from accelerate.logging import get_logger
 from accelerate.utils import extract_model_from_parallel
 from packaging.version import Version
 from peft import PeftModel
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 from trl.trainer.utils import FusedCausalLMOutput
 
 from trl_ext.logprobs import Head, Sharing, completion_lengths, scored_tokens, sum_completions, why_not_shared
@@ -210,3 +210,21 @@ def _why_plain(model: PreTrainedModel | PeftModel, args: TrainingArguments, aux_
     if args.n_gpu > 1:
         return "`DataParallel` splits batches by row"
     return why_not_shared(model)
+
+
+def statistics_of_step(trainer: Trainer) -> tuple[str, ...] | None:
+    """
+    Which of the per-token statistics that feed TRL's metrics to compute: all of them (`None`) in evaluation and in a step that
+    will be logged, else those that cost next to nothing.
+    """
+    args, state = trainer.args, trainer.state
+    step = state.global_step + 1
+    logged = {
+        "no": False,
+        "steps": step % state.logging_steps == 0 if state.logging_steps else True,
+        "epoch": True,  # its last step is not known in advance
+    }[str(getattr(args.logging_strategy, "value", args.logging_strategy))]
+    if not trainer.model.training or logged or (args.logging_first_step and step == 1):
+        return None
+    capped = getattr(trainer.model.config.get_text_config(), "final_logit_softcapping", None) is not None
+    return ("is_top1",) if capped else ("mean_logits", "is_top1")
