@@ -153,14 +153,16 @@ def test_groups_of_conversations(tiny_model_dir, tmp_path):
 
 
 def test_prepared_groups_come_from_the_cache(tiny_model_dir, tmp_path):
-    """The same data again is not tokenized again: it comes from the same files."""
-    path = tmp_path / "data.jsonl"
-    Dataset.from_list(
-        [{"prompt": "p", "completions": [" a", " b", " c", " d"], "scores": [1.0, 4.0, 2.0, 3.0]}] * 4
-    ).to_json(path)
+    """The same data again is not tokenized again: it comes from the same files. Other data is another matter."""
     files = []
-    for _ in range(2):
+    for texts in ("abcd", "abcd", "abed"):
+        path = tmp_path / f"{texts}.jsonl"
+        row = {"prompt": "p", "completions": [f" {text}" for text in texts], "scores": [1.0, 4.0, 2.0, 3.0]}
+        if not path.exists():  # the cache is that of the file as it was written
+            Dataset.from_list([row] * 4).to_json(path)
         data = Dataset.from_json(str(path), cache_dir=str(tmp_path / "cache"))
         trainer = build(DPOTrainer, DPOConfig, tiny_model_dir, tmp_path / "out", dataset=data, loss_type="anchored")
         files.append([file["filename"] for file in trainer.train_dataset.cache_files])
-    assert files[0] == files[1] != []
+    assert files[0] == files[1] != [] and files[2] != files[1]
+    ids = trainer.train_dataset[0]["further_pairs"][0]["chosen_ids"]
+    assert trainer.processing_class.decode(ids) == " e<|eos|>"
