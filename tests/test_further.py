@@ -115,6 +115,23 @@ def test_the_column_may_be_its_own_successor():
     assert added["further_pairs"][:] == [[{"long": 0, "sum": 1}], [{"long": 1, "sum": 3}, {"long": 2, "sum": 5}]]
 
 
+def test_what_another_function_gave_is_not_read_from_the_cache(tmp_path):
+    """Such as log-probs of another reference, of the same rows."""
+    numbered([1, 2]).to_json(tmp_path / "data.jsonl")
+    data = Dataset.from_json(str(tmp_path / "data.jsonl"), cache_dir=str(tmp_path / "cache"))
+    for factor in (1, 10, 1):
+        back = map_further(
+            data, "more", lambda flat, f=factor: flat.map(lambda row: {"n": f * len(row["rejected"])}), ("n",)
+        )
+        assert (
+            back["further_pairs"][:] == [[{"n": factor}], [{"n": 2 * factor}, {"n": 3 * factor}]] and back.cache_files
+        )
+    # Nor what was kept of it
+    both = map_further(data, "more", lengths, ("long", "short"))
+    short = map_further(data, "more", lengths, ("short",))
+    assert both["further_pairs"][0] == [{"long": 0, "short": 1}] and short["further_pairs"][0] == [{"short": 1}]
+
+
 def say(text):
     return [{"role": "assistant", "content": text}]
 
