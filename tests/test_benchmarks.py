@@ -58,7 +58,7 @@ def test_throughput(tmp_path):
         assert float(row["seconds"]) > 0 and float(row["peak_mb"]) > 0
 
 
-@pytest.mark.parametrize("axis", [["pairs", "2", "4"], ["k", "2", "4"]])
+@pytest.mark.parametrize("axis", [["pairs", "2", "4"], ["num_generations", "2", "4"]])
 def test_throughput_scaled(axis, tmp_path):
     rows = run("throughput", tmp_path, *TINY, "--paths", "trl", "ours", "--scale", *axis)
     assert [row[axis[0]] for row in rows] == [axis[1], axis[1], axis[2], axis[2]]

@@ -102,3 +102,24 @@ def test_settings_of_the_model_are_in_the_key_of_the_reference_cache(tiny_model_
         )
         sums.append(sum(built.train_dataset["ref_chosen_logps"]))
     assert sums[0] == sums[2] != sums[1]
+
+
+def test_predictions_of_all_rows_beside_their_tokens(tiny_model_dir, tmp_path):
+    """`compute_metrics` is given logits and token ids of the same rows, those of the empty-trace pairs among them."""
+    seen = []
+    trainer = build(
+        trl_ext.DPOTrainer, trl_ext.DPOConfig, tiny_model_dir, tmp_path, loss_type="bias_variance", per_device_eval_batch_size=4,
+        trainer_kwargs={
+            "eval_dataset": Dataset.from_list(preference_rows(4)),
+            "compute_metrics": lambda prediction: seen.append(prediction) or {"found": 1.0},
+        },
+    )  # fmt: skip
+    assert trainer.evaluate()["eval_found"] == 1.0
+    logits, ids = seen[0].predictions, seen[0].label_ids
+    assert logits.shape[:2] == ids.shape and len(ids) == 4 * 4
+
+    with torch.no_grad():
+        row = torch.tensor(ids[-1:])
+        kept = row != trainer.processing_class.pad_token_id
+        plain = trainer.model(input_ids=row, attention_mask=kept.long()).logits[0][kept[0]]
+    torch.testing.assert_close(torch.tensor(logits[-1])[kept[0]], plain, rtol=1e-4, atol=1e-4)

@@ -16,7 +16,7 @@ from trl_ext.data.rewards import Ensemble, JudgeFunction, RewardFunction, Reward
 from trl_ext.rounds import IterativeDPO, RoundsConfig
 from trl_ext.rounds.checks import keyword_arguments, load_rows, read_yaml, refuse_unknown, refuse_wrong_types
 from trl_ext.rounds.rewards import build_scorer, reward_model_names
-from trl_ext.trainers.loss_terms import resolve_loss_types
+from trl_ext.trainers.loss_types import resolve_loss_types
 
 
 JUDGE = "tests.test_rounds:longer"

@@ -9,7 +9,7 @@ from tests.losses.batches import pairs
 from trl_ext import DPOConfig, PreferenceBatch, get_loss, register_loss
 from trl_ext.losses.base import PLAIN_LOSSES
 from trl_ext.losses.bias_variance import present
-from trl_ext.trainers.loss_terms import build_losses
+from trl_ext.trainers.loss_types import build_losses
 
 
 def both(traced, empty, **kwargs):

@@ -13,7 +13,7 @@ from tests.losses.batches import pairs
 from trl_ext import DPOConfig, get_loss, register_loss
 from trl_ext.losses import Loss
 from trl_ext.losses.hyperparameters import check_hyperparameters, checked_hyperparameters
-from trl_ext.trainers.loss_terms import build_losses
+from trl_ext.trainers.loss_types import build_losses
 
 
 NAN, INFINITE = float("nan"), float("inf")

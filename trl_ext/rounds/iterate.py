@@ -26,7 +26,7 @@ from trl_ext.rounds.shaping import balance_lengths, drop_truncated, without_empt
 from trl_ext.trainers.arguments import explained, refuse_liger_without_gpu
 from trl_ext.trainers.dpo import DPOTrainer
 from trl_ext.trainers.dpo_config import DPOConfig
-from trl_ext.trainers.loss_terms import build_losses, resolve_loss_types
+from trl_ext.trainers.loss_types import build_losses, resolve_loss_types
 
 
 # What a round's pairs have beside the texts: from what scores, and from the first policy

@@ -18,7 +18,7 @@ from trl_ext.data.further import FURTHER, map_further
 from trl_ext.data.paths import refuse_missing_path
 from trl_ext.rows import TABLE, Plan, Rows, from_batch
 from trl_ext.trainers.dpo_config import DPOConfig
-from trl_ext.trainers.loss_terms import build_losses, check_combination, resolve_loss_types
+from trl_ext.trainers.loss_types import build_losses, check_combination, resolve_loss_types
 from trl_ext.trainers.metrics import pair_metrics
 from trl_ext.trainers.mixing import MeasuredMixing
 from trl_ext.trainers.policy_copy import frozen_copy

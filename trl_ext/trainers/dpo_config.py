@@ -6,7 +6,7 @@ import trl
 
 from trl_ext.data.pairing import PAIRINGS
 from trl_ext.trainers.arguments import LossArguments
-from trl_ext.trainers.loss_terms import build_losses, check_combination, resolve_loss_types
+from trl_ext.trainers.loss_types import build_losses, check_combination, resolve_loss_types
 
 
 @dataclass

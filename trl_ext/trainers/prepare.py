@@ -25,7 +25,7 @@ from trl_ext.data.reasoning import HAS_TRACES, check_pairs, tokenize_empty_trace
 from trl_ext.data.scores import score_preferences
 from trl_ext.data.tokens import require_chat_template
 from trl_ext.losses.base import SigmoidLoss
-from trl_ext.trainers.loss_terms import check_combination
+from trl_ext.trainers.loss_types import check_combination
 from trl_ext.trainers.terms import check_reads
 
 

@@ -10,7 +10,7 @@ from trl_ext.data.pairing import PAIRINGS
 from trl_ext.losses.base import HingeLoss, SigmoidLoss
 from trl_ext.losses.online_ipo import OnlineIPOLoss
 from trl_ext.trainers.arguments import LossArguments
-from trl_ext.trainers.loss_terms import build_losses, check_combination, resolve_loss_types
+from trl_ext.trainers.loss_types import build_losses, check_combination, resolve_loss_types
 from trl_ext.trainers.online.checks import check_losses, check_reference
 from trl_ext.trainers.terms import check_reads
 
