@@ -85,6 +85,15 @@ def test_refused_rows(row, message):
         from_groups(Dataset.from_list([{"prompt": "p", **row}]), "best_worst", "train")
 
 
+def test_groups_beside_pairs_are_refused():
+    data = groups((3, 3))
+    for name in ("chosen", "rejected", "score_chosen", "score_rejected"):
+        both = data.add_column(name, [1.0, 2.0])
+        for given in (both, both.to_iterable_dataset()):
+            with pytest.raises(ValueError, match=rf"train dataset has groups .* the columns \['{name}'\].*Remove one"):
+                from_groups(given, "best_worst", "train")
+
+
 def test_ties_are_left_out_and_counted(caplog):
     with caplog.at_level("WARNING"):
         assert len(from_groups(groups(tie=1), "best_worst", "train")) == 3

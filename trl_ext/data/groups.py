@@ -85,6 +85,12 @@ def from_groups(dataset: Dataset | IterableDataset, pairing: str, split: str) ->
             '`streaming=True`, or set `pairing="best_worst"` or "all".'
         )
     columns = list(next(iter(dataset))) if stream else dataset.column_names
+    made = [name for name in columns if name in ("chosen", "rejected", "score_chosen", "score_rejected")]
+    if made:
+        raise ValueError(
+            f"The {split} dataset has groups (`completions`, `scores`) and the columns {made}, which are made of them. Remove one "
+            "of the two."
+        )
     kept = [name for name in columns if name not in ("completions", "scores", BEHAVIOUR_LOGPS)]
     whole = [OTHERS, GROUP_SCORES, *([BEHAVIOUR_LOGPS] if BEHAVIOUR_LOGPS in columns else [])]
 
