@@ -1,9 +1,11 @@
 """A loss that remembers, for tests: DPO around a running mean of delta."""
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
+import pytest
 import torch
 import torch.nn.functional as F
 
@@ -61,8 +63,11 @@ class Selfish(Centred):
         return {"mean": mean, "batches": state["batches"] + 1}
 
 
-def register(*classes: type) -> None:
-    """Registered as `centred`, `centred_before` and `selfish`."""
-    names = {Centred: "centred", CentredBefore: "centred_before", Selfish: "selfish"}
-    for kind in classes or names:
-        trl_ext.register_loss(names[kind])(kind)
+@contextlib.contextmanager
+def registered() -> Iterator[None]:
+    """While open, they can be named: `centred`, `centred_before` and `selfish`."""
+    with pytest.MonkeyPatch.context() as patch:
+        keep_registry(patch)
+        for name, kind in {"centred": Centred, "centred_before": CentredBefore, "selfish": Selfish}.items():
+            trl_ext.register_loss(name)(kind)
+        yield

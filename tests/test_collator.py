@@ -101,6 +101,14 @@ def test_a_row_without_the_traced_pair_has_nothing_to_score():
     assert plan.pairs.tolist() == [[0, 1]] and plan.empty_pairs.tolist() == [[2, 3]]
 
 
+def test_an_empty_trace_pair_is_two_rows_whatever_is_in_them():
+    rows, plan = from_batch(
+        RowsCollator(trls(), empty_trace=True)([pair([1], [2], [3], further_pairs=[pair([4], [5], [])])])
+    )
+    assert unpadded(rows)[0] == [[1, 2], [1, 3], [4, 5], [4]] and plan.empty_pairs.tolist() == [[2, 3]]
+    assert rows.partner.tolist() == [1, 0, 3, 2]
+
+
 # The first group has five completions, the second two, the third four and the fourth three
 GROUPS = [
     pair([1], [2], [3], group_scores=[9, 1, 3, 4, 5],

@@ -115,6 +115,23 @@ def test_the_column_may_be_its_own_successor():
     assert added["further_pairs"][:] == [[{"long": 0, "sum": 1}], [{"long": 1, "sum": 3}, {"long": 2, "sum": 5}]]
 
 
+def test_what_another_function_gave_is_not_read_from_the_cache(tmp_path):
+    """Such as log-probs of another reference, of the same rows."""
+    numbered([1, 2]).to_json(tmp_path / "data.jsonl")
+    data = Dataset.from_json(str(tmp_path / "data.jsonl"), cache_dir=str(tmp_path / "cache"))
+    for factor in (1, 10, 1):
+        back = map_further(
+            data, "more", lambda flat, f=factor: flat.map(lambda row: {"n": f * len(row["rejected"])}), ("n",)
+        )
+        assert (
+            back["further_pairs"][:] == [[{"n": factor}], [{"n": 2 * factor}, {"n": 3 * factor}]] and back.cache_files
+        )
+    # Nor what was kept of it
+    both = map_further(data, "more", lengths, ("long", "short"))
+    short = map_further(data, "more", lengths, ("short",))
+    assert both["further_pairs"][0] == [{"long": 0, "short": 1}] and short["further_pairs"][0] == [{"short": 1}]
+
+
 def say(text):
     return [{"role": "assistant", "content": text}]
 
@@ -153,14 +170,16 @@ def test_groups_of_conversations(tiny_model_dir, tmp_path):
 
 
 def test_prepared_groups_come_from_the_cache(tiny_model_dir, tmp_path):
-    """The same data again is not tokenized again: it comes from the same files."""
-    path = tmp_path / "data.jsonl"
-    Dataset.from_list(
-        [{"prompt": "p", "completions": [" a", " b", " c", " d"], "scores": [1.0, 4.0, 2.0, 3.0]}] * 4
-    ).to_json(path)
+    """The same data again is not tokenized again: it comes from the same files. Other data is another matter."""
     files = []
-    for _ in range(2):
+    for texts in ("abcd", "abcd", "abed"):
+        path = tmp_path / f"{texts}.jsonl"
+        row = {"prompt": "p", "completions": [f" {text}" for text in texts], "scores": [1.0, 4.0, 2.0, 3.0]}
+        if not path.exists():  # the cache is that of the file as it was written
+            Dataset.from_list([row] * 4).to_json(path)
         data = Dataset.from_json(str(path), cache_dir=str(tmp_path / "cache"))
         trainer = build(DPOTrainer, DPOConfig, tiny_model_dir, tmp_path / "out", dataset=data, loss_type="anchored")
         files.append([file["filename"] for file in trainer.train_dataset.cache_files])
-    assert files[0] == files[1] != []
+    assert files[0] == files[1] != [] and files[2] != files[1]
+    ids = trainer.train_dataset[0]["further_pairs"][0]["chosen_ids"]
+    assert trainer.processing_class.decode(ids) == " e<|eos|>"

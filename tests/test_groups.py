@@ -46,6 +46,22 @@ def test_rows():
     assert sorted([whole["chosen"], whole["rejected"], others["chosen"]]) == sorted(completions)
 
 
+@pytest.mark.parametrize(
+    "completion", [str, lambda text: [{"role": "assistant", "content": text}]], ids=["text", "messages"]
+)
+def test_a_thousand_groups_of_two_before_the_first_of_three(completion):
+    """What the writer has seen of the others by then is nothing."""
+    words = [completion(text) for text in (" a", " b", " c")]
+    two = {"prompt": "p", "completions": words[:2], "scores": [1.0, 0.0], "behaviour_logps": [-1.0, -2.0]}
+    three = {"prompt": "q", "completions": words, "scores": [1.0, 0.0, 0.5], "behaviour_logps": [-1.0, -2.0, -3.0]}
+    whole = from_groups(Dataset.from_list([two] * 1001 + [three]), "group", "train")
+    assert whole[0]["other_completions"] == [] and whole[0]["group_scores"] == [1.0, 0.0]
+    last = whole[1001]
+    assert last["other_completions"] == [{"chosen": words[2], "rejected": words[2]}]
+    assert last["group_scores"] == [1.0, 0.0, 0.5] and last["behaviour_logps"] == [-1.0, -2.0, -3.0]
+    assert (last["prompt"], last["chosen"], last["rejected"]) == ("q", words[0], words[1])
+
+
 def test_streams_become_pairs():
     stream = groups((3, 3)).to_iterable_dataset()
     assert list(from_groups(stream, "all", "train")) == from_groups(groups((3, 3)), "all", "train").to_list()
@@ -67,6 +83,15 @@ def test_streams_become_pairs():
 def test_refused_rows(row, message):
     with pytest.raises(ValueError, match=message):
         from_groups(Dataset.from_list([{"prompt": "p", **row}]), "best_worst", "train")
+
+
+def test_groups_beside_pairs_are_refused():
+    data = groups((3, 3))
+    for name in ("chosen", "rejected", "score_chosen", "score_rejected"):
+        both = data.add_column(name, [1.0, 2.0])
+        for given in (both, both.to_iterable_dataset()):
+            with pytest.raises(ValueError, match=rf"train dataset has groups .* the columns \['{name}'\].*Remove one"):
+                from_groups(given, "best_worst", "train")
 
 
 def test_ties_are_left_out_and_counted(caplog):

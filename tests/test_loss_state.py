@@ -9,7 +9,7 @@ from transformers import TrainerCallback
 
 from tests import stateful
 from tests.helpers import assert_same_parameters, build, history, parameters
-from tests.stateful import Centred, keep_registry
+from tests.stateful import Centred
 from trl_ext import DPOConfig, DPOTrainer
 
 
@@ -18,9 +18,9 @@ SAVES = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
 
 
 @pytest.fixture(autouse=True)
-def registered(monkeypatch):
-    keep_registry(monkeypatch)
-    stateful.register()
+def registered():
+    with stateful.registered():
+        yield
 
 
 def trainer(model_dir, folder, **options):

@@ -270,6 +270,9 @@ def test_behaviour_that_is_not_there_is_refused(tiny_model_dir, tmp_path):
         ValueError, match=r"'sampled' reads log-probs under the policy that sampled.*`pairing=\"group\"`"
     ):
         trainer(tiny_model_dir, tmp_path, "sampled")
+    data = groups(behaviour_logps=[[-1.0, -2.0, -3.0, -4.0], [-5.0, -6.0], [-7.0, -8.0, -9.0]])
+    with pytest.raises(ValueError, match=r"'sampled' reads .*`pairing=\"group\"`"):
+        trainer(tiny_model_dir, tmp_path, "sampled", data, pairing="best_worst")
 
 
 @pytest.mark.parametrize("wrong", [[-5.0], [-5.0, -6.0, -7.0], [], None, [-5.0, float("nan")], [-5.0, None]], ids=str)

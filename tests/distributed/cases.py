@@ -1,11 +1,10 @@
 """Short trainings of the same global batches in one process and in two."""
 
 import os
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import LoraConfig
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 import trl_ext
 from tests import stateful
@@ -21,7 +20,6 @@ from tests.conftest import preference_rows
 from tests.helpers import OUR_LOSSES, build, history
 from tests.helpers import options as short
 from tests.online.runs import Scripted, online, prompts
-from trl_ext.losses import registry
 from trl_ext.trainers.mixing import estimate_alpha
 from trl_ext.trainers.reference import FILE
 
@@ -97,18 +95,9 @@ def every_loss(model_dir: Path, folder: Path, **options) -> dict[str, Any]:
     return train(model_dir, folder, evaluate=True, rows=lacking(), loss_type=losses, learning_rate=1e-3, **options)
 
 
-@contextmanager
-def registered():
-    """While open, the losses that remember can be named."""
-    kept = {name: dict(getattr(registry, name)) for name in ("_classes", "_aliases")}
-    with mock.patch.multiple(registry, **kept):
-        stateful.register()
-        yield
-
-
 def remembering(model_dir: Path, folder: Path, **options) -> dict[str, Any]:
     """The state is the same in both processes, and that of one process which has all the rows."""
-    with registered():
+    with stateful.registered():
         losses = ["sigmoid", "centred", "centred_before"]
         trained = trainer(model_dir, folder, loss_type=losses, beta=0.5, **{**SGD, "max_steps": 3, **options})
         trained.train()
@@ -124,7 +113,7 @@ def selfish(model_dir: Path, folder: Path) -> dict[str, Any]:
     first, of a policy that is its reference, leaves the same in all.
     """
     for field, steps in (("chosen_logps", 0), ("delta", 1)):
-        with registered():
+        with stateful.registered():
             loss = {"loss_type": "selfish", "loss_kwargs": {"field": field}}
             trained = trainer(model_dir, folder, **loss, **{**SGD, "max_steps": 3})
             expected = pytest.raises(ValueError, match="'selfish' differs between processes")
@@ -132,6 +121,27 @@ def selfish(model_dir: Path, folder: Path) -> dict[str, Any]:
                 trained.train()
         assert trained.state.global_step == (steps if WORLD > 1 else 3)
     return {}
+
+
+class Says(TrainerCallback):
+    """Logs before each step, in the first process alone. (After a step it would take the log that is due from this process.)"""
+
+    def on_step_begin(self, *args, **kwargs):
+        if RANK == 0:
+            self.trainer.log({"said": 1.0})
+
+
+def one_process_logs(model_dir: Path, folder: Path) -> dict[str, Any]:
+    """What a script logs in one process waits for no other, and takes nothing from the means over both."""
+    trained = trainer(model_dir, folder, rows=lacking(), loss_type="bias_variance", logging_steps=2, max_steps=3)
+    says = Says()
+    says.trainer = trained
+    trained.add_callback(says)
+    trained.train()
+    result = outcome(trained)
+    # The final log holds the third step; its loss is that of the process alone, as transformers has it
+    assert "empty_trace/share" in result["history"][-1] and result["history"][-1].pop("train_loss")
+    return result
 
 
 def groups(model_dir: Path, folder: Path, **options) -> dict[str, Any]:
@@ -259,6 +269,7 @@ CASES = {
         "remembering": remembering,
         "remembering, accumulation": partial(remembering, steps=2),
         "selfish": selfish,
+        "one process logs": one_process_logs,
         "online": partial(scripted, num_generations=4, loss_type=["offset", "anchored"]),
     },
     "fsdp": {

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from datasets import Dataset, Features
+from datasets.fingerprint import Hasher
 
 
 FURTHER = "further_pairs"
@@ -69,10 +70,13 @@ def map_further(
     features = {name: feature for name, feature in dataset.features.items() if name != column}
     source = (dataset if results is None else results).features
     features[FURTHER] = [{name: source[name] for name in keep if name in source}]
+    # Stated, for that of a function that holds a dataset depends on whether the dataset was just made or comes from the cache
+    known = [dataset._fingerprint, "" if results is None else results._fingerprint, column, *keep]
     return dataset.map(
         gather,
         with_indices=True,
         remove_columns=[] if column == FURTHER else [column],
         features=Features(features),
+        new_fingerprint=Hasher.hash(" ".join(known)),
         desc="Adding the further pairs of each row",
     )

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, Features, IterableDataset, Value
 
 from trl_ext.data.further import in_twos
 from trl_ext.data.pairing import pair_up
@@ -85,6 +85,12 @@ def from_groups(dataset: Dataset | IterableDataset, pairing: str, split: str) ->
             '`streaming=True`, or set `pairing="best_worst"` or "all".'
         )
     columns = list(next(iter(dataset))) if stream else dataset.column_names
+    made = [name for name in columns if name in ("chosen", "rejected", "score_chosen", "score_rejected")]
+    if made:
+        raise ValueError(
+            f"The {split} dataset has groups (`completions`, `scores`) and the columns {made}, which are made of them. Remove one "
+            "of the two."
+        )
     kept = [name for name in columns if name not in ("completions", "scores", BEHAVIOUR_LOGPS)]
     whole = [OTHERS, GROUP_SCORES, *([BEHAVIOUR_LOGPS] if BEHAVIOUR_LOGPS in columns else [])]
 
@@ -114,7 +120,14 @@ def from_groups(dataset: Dataset | IterableDataset, pairing: str, split: str) ->
                         out[BEHAVIOUR_LOGPS].append([float(example[BEHAVIOUR_LOGPS][k]) for k in (best, worst, *rest)])
         return out
 
-    options = {} if stream else {"desc": f"Pairing completions of the {split} dataset"}
+    options: dict[str, Any] = {} if stream else {"desc": f"Pairing completions of the {split} dataset"}
+    completion = getattr(dataset.features["completions"], "feature", None) if pairing == "group" else None
+    if completion is not None:  # a thousand rows without others would leave open what those of later ones are
+        number = Value("float64")
+        kinds = {name: dataset.features[name] for name in kept} | dict.fromkeys(("chosen", "rejected"), completion)
+        kinds |= dict.fromkeys(("score_chosen", "score_rejected"), number) | {name: [number] for name in whole}
+        kinds[OTHERS] = [{"chosen": completion, "rejected": completion}]
+        options["features"] = Features(kinds)
     if not stream:
         dropped = sum(1 for scores in dataset["scores"] if isinstance(scores, list) and len(set(scores)) < 2)
         if dropped == len(dataset):
