@@ -85,3 +85,17 @@ def test_a_wrong_flag_says_what_is_right():
         [sys.executable, BENCHMARKS / "throughput.py", "--paths", "ours"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 2 and "--paths begins with trl" in done.stderr
+
+
+def test_host_syncs(tmp_path):
+    """Ours are none, but for what `offset` looks at where nobody waits: on a CPU, by itself."""
+    command = [sys.executable, BENCHMARKS / "host_syncs.py", "--lines", "--csv", tmp_path / "rows.csv"]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    with open(tmp_path / "rows.csv") as file:
+        rows = {row["loss"]: row for row in csv.DictReader(file)}
+    assert {name: int(row["of_ours"]) for name, row in rows.items()} == {
+        "sigmoid": 0, "offset": 1, "length_regularized": 0, "bias_variance": 0,
+    }  # fmt: skip
+    assert "offset: base.py:" in done.stdout or "offset: offset.py:" in done.stdout
+    assert all(int(row["of_trl"]) > 10 for row in rows.values())  # which are counted all the same

@@ -151,7 +151,9 @@ def own_imports(path: Path) -> set[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom):
             up = package.split(".")
-            base = ".".join(filter(None, [*up[: len(up) - node.level + 1], node.module])) if node.level else node.module
+            base = (
+                ".".join(filter(None, [*up[: len(up) - node.level + 1], node.module])) if node.level else node.module
+            )
             found |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
         elif isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
@@ -164,7 +166,10 @@ def test_imports_make_no_circle_and_go_down():
         name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
         modules[name] = path
     # An import of `a.b` runs `a` too, but a file does not wait for the package that it is in
-    graph = {name: {each for each in own_imports(path) if each in modules and each != name} for name, path in modules.items()}
+    graph = {
+        name: {each for each in own_imports(path) if each in modules and each != name}
+        for name, path in modules.items()
+    }
     graph = {name: {each for each in used if not name.startswith(f"{each}.")} for name, used in graph.items()}
     list(TopologicalSorter(graph).static_order())  # raises a CycleError that shows the circle
 
