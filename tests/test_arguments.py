@@ -145,34 +145,34 @@ def pairs(**columns):
 OFFSET = {"sigmoid": get_loss("length_regularized"), "offset": get_loss("offset")}
 
 
-def test_what_has_no_scores_iswith_scores(cache):
-    (row,) = with_scores(pairs(), lengths, OFFSET)
+def test_what_has_no_scores_is_scored(cache):
+    (row,) = with_scores(pairs(), lengths, None, OFFSET)
     assert (row["score_chosen"], row["score_rejected"]) == (5.0, 3.0)
     for there in ({"score_chosen": 1.0, "score_rejected": 0.0}, {"preference_prob": 0.5}, {"scores": [1.0]}):
         data = pairs(**there)
-        assert with_scores(data, lengths, OFFSET) is data
-    assert with_scores(None, lengths, OFFSET) is None
+        assert with_scores(data, lengths, None, OFFSET) is data
+    assert with_scores(None, lengths, None, OFFSET) is None
 
 
-def test_each_of_several_datasets_iswith_scores(cache):
+def test_each_of_several_datasets_is_scored(cache):
     given = {"a": pairs(), "b": pairs(score_chosen=1.0, score_rejected=0.0), "c": None}
-    found = with_scores(given, lengths, OFFSET)
+    found = with_scores(given, lengths, None, OFFSET)
     assert list(found) == ["a", "b", "c"] and found["c"] is None
     assert found["a"]["score_chosen"][:] == [5.0] and found["b"]["score_chosen"][:] == [1.0]
 
 
 @pytest.mark.parametrize("loss", ["margin_adaptive", "anchored", "sppo_soft"])
 def test_losses_that_read_scores_take_a_reward(loss, cache):
-    assert "score_rejected" in with_scores(pairs(), lengths, {loss: get_loss(loss)}).column_names
+    assert "score_rejected" in with_scores(pairs(), lengths, None, {loss: get_loss(loss)}).column_names
 
 
 def test_a_reward_that_would_not_be_used(cache):
     with pytest.raises(ValueError, match=r"none of the losses \['length_regularized'\] reads scores"):
-        with_scores(pairs(), lengths, {"length_regularized": get_loss("length_regularized")})
+        with_scores(pairs(), lengths, None, {"length_regularized": get_loss("length_regularized")})
     with pytest.raises(ValueError, match="none of the losses of TRL reads scores"):
-        with_scores(None, lengths, {})
+        with_scores(None, lengths, None, {})
     with pytest.raises(ValueError, match="map-style datasets"):
-        with_scores(pairs().to_iterable_dataset(), lengths, OFFSET)
+        with_scores(pairs().to_iterable_dataset(), lengths, None, OFFSET)
 
 
 def test_a_trainer_scores_training_and_evaluation_data(cache, tiny_model_dir, tmp_path):
