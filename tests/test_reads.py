@@ -229,6 +229,10 @@ def test_several_turns_are_refused(side, tiny_model_dir, tmp_path):
         with pytest.raises(ValueError, match=f"Row 1 of the train dataset: '{side}' has several assistant turns"):
             list(trainer(tiny_model_dir, tmp_path, "discounted", given).train_dataset)
     trainer(tiny_model_dir, tmp_path, "discounted", data.select([0]))
+    # Turns of a prompt that is not split off are none of the completion's
+    before = [*row["prompt"], *one, {"role": "user", "content": "why"}]
+    last = [[*before, {"role": "assistant", "content": text}] for text in (" so", " no")]
+    trainer(tiny_model_dir, tmp_path, "discounted", Dataset.from_list([{"chosen": last[0], "rejected": last[1]}] * 2))
 
 
 # The policy that sampled

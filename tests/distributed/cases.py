@@ -208,6 +208,28 @@ def scripted(model_dir: Path, folder: Path, peft=None, **options) -> dict[str, A
     return outcome(trained)
 
 
+def remembering_online(model_dir: Path, folder: Path) -> dict[str, Any]:
+    """Of two prompts in eight anything is learnt, so a process may have no pair where the other has some."""
+
+    def few(prompts, completions, **kwargs) -> list[float]:
+        learnt = sorted(set(EVERY["prompt"]))[:2]
+        return [float(len(text)) * (prompt in learnt) for prompt, text in zip(prompts, completions, strict=True)]
+
+    with stateful.registered():
+        trained = online(
+            model_dir, folder, cls=Scripted, per_device_train_batch_size=ROWS // WORLD, loss_type=["centred", "sigmoid"],
+            trainer_kwargs={"reward_funcs": few, "train_dataset": EVERY}, **{**SGD, **PLACED, "max_steps": 3},
+        )  # fmt: skip
+        counts = []
+        pair = trained.pair
+        trained.pair = lambda *args: counts.append(len((found := pair(*args)).pairs)) or found
+        trained.train()
+    assert WORLD == 1 or 0 in sum(gather_object([counts]), []), "no process was without a pair"
+    state = {name: value.tolist() for name, value in trained._terms.state["centred"].items()}
+    assert state["batches"] == 3 and state["mean"] != 0
+    return {**outcome(trained), "every process": state}
+
+
 class Longest(trl_ext.OnlineDPOTrainer):
     """Remembers how many tokens the longest completions had that this process sampled."""
 
@@ -254,6 +276,7 @@ def generated(model_dir: Path, folder: Path, **options) -> dict[str, Any]:
     return outcome(trained)
 
 
+EVERY = prompts(ROWS)
 ADAPTER = partial(scripted, peft=lora(), loss_type="anchored", **MOVES, max_steps=3, learning_rate=1.0)
 HEAD = partial(train, peft=lora(modules_to_save=["lm_head"]), loss_type="offset")
 CASES = {
@@ -271,6 +294,7 @@ CASES = {
         "selfish": selfish,
         "one process logs": one_process_logs,
         "online": partial(scripted, num_generations=4, loss_type=["offset", "anchored"]),
+        "remembering online": remembering_online,
     },
     "fsdp": {
         "every loss": every_loss,

@@ -7,7 +7,7 @@ from typing import Any
 import trl
 from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
-from trl.data_utils import is_conversational
+from trl.data_utils import extract_prompt, is_conversational
 
 from trl_ext.data.checks import TOKENIZED, check_tokenized, say_what_was_dropped, warn_of_empty_completions
 from trl_ext.data.columns import (
@@ -224,6 +224,8 @@ class PreferenceData:
         if is_conversational(next(iter(dataset))):
             require_chat_template(processing_class)
         if any("token_logps" in loss.reads for loss in self.losses.values()):
+            if "prompt" not in available:  # else earlier turns would count as the completion's
+                dataset = dataset.map(extract_prompt)
             dataset = dataset.map(refuse_turns, with_indices=True, fn_kwargs={"split": name})
         if self.empty_trace:
             dataset = dataset.map(check_pairs, with_indices=True, fn_kwargs={"split": name})

@@ -120,7 +120,8 @@ class Scorer:
             tokens["turns"] = scored.long() - 1
             if ref_token_logps is not None:
                 tokens["ref_token_logps"], _ = scored_tokens(ref_token_logps, mask)
-        return Scored(logps, completion_lengths(mask), ref_logps, rows.behaviour_logps, **tokens)
+        behaviour_logps = rows.behaviour_logps if "behaviour_logps" in reads else None
+        return Scored(logps, completion_lengths(mask), ref_logps, behaviour_logps, **tokens)
 
 
 def build_scorer(
