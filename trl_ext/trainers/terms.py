@@ -94,8 +94,8 @@ class Terms:
         groups = None if plan.groups is None else scored.group_batch(plan, beta)
         rows = len(plan.pairs)
         metrics = _of_pairs(pairs) if rows else {}
-        terms = {}
         total = torch.zeros((), dtype=scored.logps.dtype, device=scored.logps.device)
+        terms = {f"loss/{name}": total for name in self.losses}
         moving = bool(training and self.state)
         if moving and self.can_be_empty:
             moving = bool(reduce({"rows": torch.tensor(float(rows), device=total.device)})["rows"])
