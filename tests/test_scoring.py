@@ -1,5 +1,6 @@
 """Which head runs where, which batches share prompts, and what becomes of token log-probabilities."""
 
+import inspect
 import os
 from types import SimpleNamespace
 
@@ -12,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import trl_ext
 from tests.helpers import build, history
-from trl_ext.logprobs import Sharing
+from trl_ext.logprobs import Sharing, Transform, liger_head
 from trl_ext.rows import Rows
 from trl_ext.trainers import scoring
 from trl_ext.trainers.scoring import Scorer
@@ -41,7 +42,7 @@ def test_liger_needs_a_gpu(tiny_model_dir, tmp_path, monkeypatch):
 
 def test_liger_of_an_old_version(tiny_model_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(scoring.importlib.metadata, "version", lambda name: "0.8.1")
-    with pytest.raises(ValueError, match=r"liger-kernel 0.8.1 is older than 0.8.2 \(wrong gradients\)"):
+    with pytest.raises(ValueError, match=r"liger-kernel 0.8.1 is older than 0.8.3, which the head needs"):
         ours(tiny_model_dir, tmp_path, logprob_backend="liger")
 
 
@@ -75,7 +76,37 @@ def wanted(device="cpu", **kwargs):
     return SimpleNamespace(device=SimpleNamespace(type=device), torch_compile=False, n_gpu=1, **kwargs)
 
 
-@pytest.mark.parametrize("version", ["0.8.2", "0.8.1", None])
+def test_liger_whose_function_has_changed(monkeypatch, caplog):
+    """What is called with is looked up, so that the first step on a GPU does not find out."""
+    from liger_kernel.ops import fused_linear_cross_entropy as liger
+
+    assert scoring.resolve_backend(wanted("cuda")) == "liger" and not caplog.text
+    function = liger.fused_linear_cross_entropy_forward
+    monkeypatch.setattr(liger, "fused_linear_cross_entropy_forward", lambda _input, weight, target, **options: None)
+    reason = r"liger-kernel \S+ takes no \['bias', 'softcap', 'reduction', 'chunk_mem_const', .*'accum_dtype'\] in its fused"
+    with pytest.raises(ValueError, match=reason):
+        scoring.resolve_backend(wanted("cuda", logprob_backend="liger"))
+    # What the head calls it with is what is looked up
+    seen = {}
+    monkeypatch.setattr(liger, "fused_linear_cross_entropy_forward", lambda *_, **options: seen.update(options) or ())
+    hidden, weight, targets = torch.zeros(2, 4), torch.zeros(8, 4), torch.zeros(2, dtype=torch.long)
+    transform = Transform(1.0, None, 1.0)
+    with pytest.raises(ValueError, match="not enough values"):  # of the answer
+        liger_head.forward(hidden, weight, None, targets, transform, (), 2)
+    with pytest.raises(ValueError, match="not enough values"):
+        liger_head.backward(torch.ones(2), hidden, weight, None, targets, None, transform, 2, (True, True, False))
+    assert set(seen) == set(liger_head.OPTIONS) <= set(inspect.signature(function).parameters)
+
+
+def test_auto_says_why_it_is_not_liger(monkeypatch, caplog):
+    monkeypatch.setattr(scoring.importlib.metadata, "version", lambda name: "0.8.2")
+    PartialState()  # the logger asks which process this is
+    with caplog.at_level("WARNING"):
+        assert scoring.resolve_backend(wanted("cuda")) == "torch"
+    assert "computed in torch, which is slower: liger-kernel 0.8.2 is older than 0.8.3" in caplog.text
+
+
+@pytest.mark.parametrize("version", ["0.8.3", "0.8.2", None])
 def test_what_auto_stands_for(version, monkeypatch):
     def installed(name):
         assert name == "liger-kernel"
@@ -84,7 +115,7 @@ def test_what_auto_stands_for(version, monkeypatch):
         return version
 
     monkeypatch.setattr(scoring.importlib.metadata, "version", installed)
-    fastest = "liger" if version == "0.8.2" else "torch"
+    fastest = "liger" if version == "0.8.3" else "torch"
     for fields in ({}, {"logprob_backend": "auto"}, {"logprob_backend": "auto", "use_weighting": False}):
         backends = [scoring.resolve_backend(wanted(device, **fields)) for device in ("cuda", "xpu", "cpu", "mps")]
         assert backends == [fastest, fastest, "torch", "torch"]
@@ -98,7 +129,7 @@ def test_what_auto_stands_for(version, monkeypatch):
             if fastest == "liger" and (device == "cuda" or interpreted == "1"):
                 assert scoring.resolve_backend(wanted(device, **liger)) == "liger"
                 continue
-            reason = {"0.8.2": "need a GPU", "0.8.1": "is older than 0.8.2", None: "is not installed"}[version]
+            reason = {"0.8.3": "need a GPU", "0.8.2": "is older than 0.8.3", None: "is not installed"}[version]
             with pytest.raises(ValueError, match=f"`logprob_backend='liger'` cannot run: .*{reason}"):
                 scoring.resolve_backend(wanted(device, **liger))
 

@@ -1,8 +1,24 @@
 """The head through Liger's Triton cross-entropy: one kernel a tile from logits to loss and, in place, their gradient."""
 
+import inspect
+
 import torch
 
 from . import torch_head
+
+
+# Arguments of Liger's function by name
+OPTIONS = (
+    "bias",
+    "softcap",
+    "reduction",
+    "chunk_mem_const",
+    "return_token_accuracy",
+    "token_grad_output",
+    "compute_gradients",
+    "weight_requires_grad",
+    "accum_dtype",
+)
 
 
 def can(transform) -> bool:
@@ -77,6 +93,13 @@ def _scaled(hidden, bias, transform):
     if transform.factor == 1.0:
         return hidden, bias, transform.softcap
     return hidden * transform.factor, None if bias is None else bias * transform.factor, transform.softcap
+
+
+def missing_options() -> list[str]:
+    """What this file asks of Liger's function and the installed one does not take."""
+    from liger_kernel.ops.fused_linear_cross_entropy import fused_linear_cross_entropy_forward
+
+    return [name for name in OPTIONS if name not in inspect.signature(fused_linear_cross_entropy_forward).parameters]
 
 
 def _liger(hidden, weight, targets, bias, softcap, rows, **options):

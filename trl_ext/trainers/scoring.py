@@ -14,7 +14,15 @@ from peft import PeftModel
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from trl.trainer.utils import FusedCausalLMOutput
 
-from trl_ext.logprobs import Head, Sharing, completion_lengths, scored_tokens, sum_completions, why_not_shared
+from trl_ext.logprobs import (
+    Head,
+    Sharing,
+    completion_lengths,
+    liger_head,
+    scored_tokens,
+    sum_completions,
+    why_not_shared,
+)
 from trl_ext.logprobs.shared_prefix import enable_block_masks
 from trl_ext.rows import Rows, Scored
 from trl_ext.trainers.trl_seam import fused_forward, head_in_place, map_rows
@@ -23,7 +31,8 @@ from trl_ext.trainers.trl_seam import fused_forward, head_in_place, map_rows
 logger = get_logger(__name__)
 
 LOGPROB_BACKENDS = ("auto", "liger", "torch", "trl")
-_LIGER = Version("0.8.2")  # before, `reduction="none"` gives wrong gradients of the head
+# Before 0.8.2 `reduction="none"` gives wrong gradients of the head; `chunk_mem_const`, which sizes tiles, came with 0.8.3
+_LIGER = Version("0.8.3")
 
 
 @dataclass
@@ -176,7 +185,14 @@ def resolve_backend(args: TrainingArguments) -> str:
     if backend == "auto":
         if getattr(args, "use_weighting", False):
             return "trl"  # its Triton kernel computes the weights of WPO on the way
-        return "liger" if device in ("cuda", "xpu") and _why_no_liger() is None else "torch"
+        if device not in ("cuda", "xpu"):
+            return "torch"
+        reason = _why_no_liger()
+        if reason is not None:
+            logger.warning(
+                f"Log-probabilities are computed in torch, which is slower: {reason}. pip install -U liger-kernel"
+            )
+        return "torch" if reason else "liger"
     if backend != "trl" and getattr(args, "use_weighting", False):
         raise ValueError(
             f"`use_weighting=True` (WPO) needs `logprob_backend='trl'` or 'auto'; got `logprob_backend={backend!r}`."
@@ -195,7 +211,10 @@ def _why_no_liger() -> str | None:
         version = Version(importlib.metadata.version("liger-kernel"))
     except importlib.metadata.PackageNotFoundError:
         return "liger-kernel is not installed"
-    return None if version >= _LIGER else f"liger-kernel {version} is older than {_LIGER} (wrong gradients)"
+    if version < _LIGER:
+        return f"liger-kernel {version} is older than {_LIGER}, which the head needs"
+    missing = liger_head.missing_options()
+    return f"liger-kernel {version} takes no {missing} in its fused cross-entropy any more" if missing else None
 
 
 def _why_plain(model: PreTrainedModel | PeftModel, args: TrainingArguments, aux_loss: bool) -> str | None:
