@@ -143,6 +143,14 @@ def test_dropout():
     assert why_not_shared(tiny("llama", {"attention_dropout": 0.1})) == "dropout is on"
 
 
+def test_several_devices():
+    model = tiny("llama", {})
+    model.hf_device_map = {"model.embed_tokens": 0, "model.layers.0": 0, "lm_head": 0}
+    assert why_not_shared(model) is None
+    model.hf_device_map["lm_head"] = 1
+    assert why_not_shared(model) == "it is spread over several devices, and masks would stay on the first"
+
+
 def test_attention_without_a_mask():
     model = tiny("llama", {})
     model.config._attn_implementation = "flash_attention_2"

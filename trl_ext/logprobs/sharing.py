@@ -78,6 +78,8 @@ def why_not_shared(model: PreTrainedModel) -> str | None:
     arguments = inspect.signature(type(backbone).forward).parameters
     if config is not model.config:
         return "it is multimodal"
+    if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
+        return "it is spread over several devices, and masks would stay on the first"
     if getattr(config, "is_encoder_decoder", False):
         return "it is an encoder-decoder"
     if config._attn_implementation not in MASKED_ATTENTION:
