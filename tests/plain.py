@@ -1,5 +1,6 @@
 """The slow, plain way to what a loss is given: each completion alone after its prompt, from full logits in float64."""
 
+import pytest
 import torch
 
 from trl_ext import PreferenceBatch
@@ -28,3 +29,16 @@ def pair_batch(policy, reference, examples, beta=0.1, columns=None, ld_alpha=Non
     lengths = torch.tensor([[len(example[f"{side}_ids"]) for side in ("chosen", "rejected")] for example in examples])
     sides = (*logps.unbind(1), *ref.unbind(1), *lengths.unbind(1))
     return PreferenceBatch(*sides, beta=beta, columns=columns or {}, **fields)
+
+
+def assert_equals_plain(
+    loss: torch.Tensor, gradients: dict[str, torch.Tensor], expected: torch.Tensor, policy
+) -> None:
+    """A loss and its gradients are those of `expected`, which was computed with `policy` in float64."""
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    largest = max(parameter.grad.abs().max().item() for parameter in policy.parameters())
+    for name, parameter in policy.named_parameters():
+        torch.testing.assert_close(
+            gradients[name].double(), parameter.grad, rtol=1e-4, atol=3e-6 * largest, msg=lambda m, n=name: f"{n}: {m}"
+        )

@@ -22,7 +22,7 @@ from tests.helpers import (
     loss_and_gradients,
     parameters,
 )
-from tests.plain import pair_batch
+from tests.plain import assert_equals_plain, pair_batch
 from trl_ext import DPOConfig, DPOTrainer, get_loss
 
 
@@ -62,13 +62,7 @@ def test_loss_and_gradients_equal_the_plain_way(loss_type, loss_kwargs, ld_alpha
     empty = plain([example["further_pairs"][0] for example in examples]) if loss_type == "bias_variance" else None
     expected_batch = plain(examples, empty_trace=empty)
     expected = get_loss(loss_type, **loss_kwargs)(expected_batch).mean()
-    expected.backward()
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
-    largest = max(parameter.grad.abs().max().item() for parameter in policy.parameters())
-    for name, parameter in policy.named_parameters():
-        torch.testing.assert_close(
-            gradients[name].double(), parameter.grad, rtol=1e-4, atol=3e-6 * largest, msg=lambda m, n=name: f"{n}: {m}"
-        )
+    assert_equals_plain(loss, gradients, expected, policy)
 
 
 @pytest.mark.parametrize("ld_alpha", [None, 0.3])

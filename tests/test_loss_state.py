@@ -120,7 +120,7 @@ def test_a_checkpoint_without_the_state_is_refused(tiny_model_dir, tmp_path):
     trainer(tiny_model_dir, tmp_path, **SAVES).train()
     (tmp_path / "checkpoint-2" / "loss_state.safetensors").unlink()
     with pytest.raises(
-        ValueError, match=r"checkpoint-2 holds the state \[\] of losses; this run needs \['centred/batches'"
+        ValueError, match=r"checkpoint-2 holds the state \{\} of losses; this run needs \{'centred/batches'"
     ):
         trainer(tiny_model_dir, tmp_path, **SAVES).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 

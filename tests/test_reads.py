@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 import trl_ext
 from tests.conftest import preference_rows
 from tests.helpers import build, first_batch, loss_and_gradients
-from tests.plain import token_logps
+from tests.plain import assert_equals_plain, token_logps
 from tests.stateful import keep_registry
 from trl_ext.losses.base import Loss
 
@@ -108,13 +108,7 @@ def test_tokens_equal_the_plain_way(options, tiny_model_dir, tmp_path, reference
     theirs = copy.deepcopy(reference).double()
     examples = list(ours.train_dataset.select(range(4)))
     expected = torch.stack([discounted(policy, theirs, example) for example in examples]).mean()
-    expected.backward()
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
-    largest = max(parameter.grad.abs().max().item() for parameter in policy.parameters())
-    for name, parameter in policy.named_parameters():
-        torch.testing.assert_close(
-            gradients[name].double(), parameter.grad, rtol=1e-4, atol=3e-6 * largest, msg=lambda m, n=name: f"{n}: {m}"
-        )
+    assert_equals_plain(loss, gradients, expected, policy)
     # Token by token, where it stands in its row; elsewhere 0, and turn -1
     (seen,) = SEEN
     for row, example in enumerate(examples):

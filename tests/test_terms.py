@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from tests.stateful import Centred, CentredBefore
 from trl_ext.losses import get_loss
@@ -242,11 +243,38 @@ def test_what_is_saved_is_read_back(tmp_path):
         fresh(quick=2.0).load(tmp_path)
     (tmp_path / "loss_state.safetensors").unlink()
     with pytest.raises(
-        ValueError, match=r"holds the state \[\] of losses; this run needs \['quick/batches', 'quick/mean',"
+        ValueError,
+        match=r"holds the state \{\} of losses; this run needs \{'quick/batches': \(\(\), torch.int64\), 'quick/mean':",
     ):
         fresh().load(tmp_path)
+    # Of the same names but another dtype, such as an earlier version of a loss wrote
+    kept = {f"{name}/{key}": value.clone() for name, state in saved.state.items() for key, value in state.items()}
+    save_file({**kept, "slow/mean": kept["slow/mean"].double()}, tmp_path / "loss_state.safetensors")
+    with pytest.raises(
+        ValueError, match=r"'slow/mean': \(\(\), torch.float64\).* needs .*'slow/mean': \(\(\), torch.float32\)"
+    ):
+        fresh().load(tmp_path)
+    (tmp_path / "loss_state.safetensors").unlink()
     # Where no loss keeps state, none is written and none is missed
     plain = Terms({"plain": get_loss("length_regularized")}, {"plain": 1.0})
     plain.save(tmp_path)
     assert not (tmp_path / "loss_state.safetensors").exists()
     plain.load(tmp_path)
+
+
+class Twins(Centred):
+    """Begins with one tensor under two names, as a loss that keeps a mean and a deviation of 0 may."""
+
+    def init_state(self):
+        zero = torch.zeros(())
+        return {"mean": zero, "batches": zero}
+
+
+def test_one_tensor_under_two_names_is_saved(tmp_path):
+    def fresh():
+        return Terms({"twins": Twins()}, {"twins": 1.0})
+
+    fresh().save(tmp_path)  # before the first step, as a run may that saves at once
+    read = fresh()
+    read.load(tmp_path)
+    assert read.state["twins"] == {"mean": torch.zeros(()), "batches": torch.zeros(())}

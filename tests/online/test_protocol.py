@@ -104,7 +104,9 @@ def test_a_resumed_run_has_the_state(register, tiny_model_dir, tmp_path):
     for name, value in parameters(whole).items():
         assert torch.equal(value, parameters(again)[name]), name
     (half / "loss_state.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"holds the state \[\] of losses; this run needs \['centred/mean'\]"):
+    with pytest.raises(
+        ValueError, match=r"holds the state \{\} of losses; this run needs \{'centred/mean': \(\(\), torch.float64\)\}"
+    ):
         online(tiny_model_dir, tmp_path / "third", **options).train(resume_from_checkpoint=str(half))
 
 

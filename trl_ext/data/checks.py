@@ -11,6 +11,8 @@ from datasets import Dataset, IterableDataset
 logger = logging.getLogger(__name__)
 
 TOKENIZED = ("prompt_ids", "chosen_ids", "rejected_ids")
+# Precomputed log-probs: columns of a dataset, and keys of TRL's batches
+REFERENCES = ("ref_chosen_logps", "ref_rejected_logps")
 
 
 def check_count(name: str, value: Any, least: int = 1) -> None:

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from trl_ext.data.checks import REFERENCES
+from trl_ext.data.columns import WEIGHT
 from trl_ext.data.further import FURTHER
 from trl_ext.data.groups import BEHAVIOUR_LOGPS, GROUP_SCORES
 from trl_ext.logprobs import Sharing
@@ -42,9 +44,12 @@ class RowsCollator:
         count = len(examples)
         # Read first: TRL's vision collator changes the examples
         columns = {name: torch.tensor([float(example[name]) for example in examples]) for name in self.columns}
-        share = columns.get("weight")
         further = [(number, pair) for number, example in enumerate(examples) for pair in example.get(FURTHER) or ()]
-        lists = {name: [example[name] for example in examples] for name in _lists(examples[0])} if self.groups else {}
+        lists = {
+            name: [example[name] for example in examples]
+            for name in (GROUP_SCORES, BEHAVIOUR_LOGPS)
+            if self.groups and name in examples[0]
+        }
 
         batch = dict(self.collator([*examples, *(pair for _, pair in further)] if further else examples))
         total = count + len(further)
@@ -56,7 +61,7 @@ class RowsCollator:
         order = torch.cat([places[:count].T.flatten(), places[count:][there[count:]]])
         at = torch.full((2 * total,), ABSENT).index_put((order,), torch.arange(len(order)))[places]
 
-        ref = [batch.pop(name) for name in ("ref_chosen_logps", "ref_rejected_logps") if name in batch]
+        ref = [batch.pop(name) for name in REFERENCES if name in batch]
         if further:
             batch = {name: _rows(name, value, 2 * total)[order] for name, value in batch.items()}
         owner = torch.tensor([*range(count), *(number for number, _ in further)]).repeat(2)[order]
@@ -86,11 +91,7 @@ class RowsCollator:
             ref_logps=torch.cat(ref)[order] if ref else None,
             behaviour_logps=behaviour,
         )
-        return to_batch(rows, Plan(pairs=at[:count], columns=columns, share=share, **plan))
-
-
-def _lists(example: dict[str, Any]) -> list[str]:
-    return [name for name in (GROUP_SCORES, BEHAVIOUR_LOGPS) if name in example]
+        return to_batch(rows, Plan(pairs=at[:count], columns=columns, share=columns.get(WEIGHT), **plan))
 
 
 def _rows(name: str, value: Any, count: int) -> torch.Tensor:

@@ -12,6 +12,7 @@ from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
 
+from trl_ext.data.checks import REFERENCES
 from trl_ext.data.collator import RowsCollator
 from trl_ext.data.paths import refuse_missing_path
 from trl_ext.rows import TABLE, Plan, Rows, from_batch
@@ -21,7 +22,7 @@ from trl_ext.trainers.metrics import pair_metrics
 from trl_ext.trainers.mixing import MeasuredMixing
 from trl_ext.trainers.policy_copy import frozen_copy
 from trl_ext.trainers.prepare import PreferenceData, with_scores
-from trl_ext.trainers.reference import REFERENCES, copies_policy, precomputed, reference_forward, refuse_reference
+from trl_ext.trainers.reference import copies_policy, precomputed, reference_forward, refuse_reference
 from trl_ext.trainers.scoring import Scorer, build_scorer, statistics_of_step
 from trl_ext.trainers.terms import Terms
 from trl_ext.trainers.trl_seam import (
@@ -235,7 +236,7 @@ class DPOTrainer(WithTerms, trl.DPOTrainer):
         rows = Rows.of_pairs(inputs, mask, ref_logps=torch.cat(ref) if ref else None)
         if self._scorer.sharing is not None:
             rows = dataclasses.replace(rows, layout=self._scorer.sharing.layout(inputs, mask, rows.prompt))
-        return rows, Plan(torch.stack([rows.partner.chunk(2)[1], rows.partner.chunk(2)[0]], dim=1))
+        return rows, Plan(torch.arange(len(mask), device=mask.device).view(2, -1).T)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         terms, scorer = self._terms, self._scorer

@@ -9,7 +9,7 @@ from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 from trl.data_utils import extract_prompt, is_conversational
 
-from trl_ext.data.checks import TOKENIZED, check_tokenized, say_what_was_dropped, warn_of_empty_completions
+from trl_ext.data.checks import REFERENCES, TOKENIZED, check_tokenized, say_what_was_dropped, warn_of_empty_completions
 from trl_ext.data.columns import (
     TEXT_COLUMNS,
     WEIGHT,
@@ -26,7 +26,6 @@ from trl_ext.data.scores import score_preferences
 from trl_ext.data.tokens import require_chat_template
 from trl_ext.losses.base import SigmoidLoss
 from trl_ext.trainers.loss_types import check_combination
-from trl_ext.trainers.reference import REFERENCES
 from trl_ext.trainers.terms import check_reads
 
 

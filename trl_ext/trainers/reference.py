@@ -20,14 +20,12 @@ from trl import DPOConfig
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
-from trl_ext.data.checks import TOKENIZED
+from trl_ext.data.checks import REFERENCES, TOKENIZED
 from trl_ext.data.collator import RowsCollator
 from trl_ext.data.further import FURTHER, map_further
 from trl_ext.trainers.trl_seam import base_model, with_cache_key
 
 
-# Columns of precomputed log-probs, and keys of TRL's batches
-REFERENCES = ("ref_chosen_logps", "ref_rejected_logps")
 ADAPTER = "ref"
 FILE = "ref_model.safetensors"
 

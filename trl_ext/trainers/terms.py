@@ -150,7 +150,7 @@ class Terms:
         before = self.state[name]
         with torch.no_grad():
             after = self.losses[name].update(before, batch, reduce)
-        forms = [{key: (tuple(v.shape), v.dtype) for key, v in state.items()} for state in (before, after)]
+        forms = [_forms(state) for state in (before, after)]
         if forms[0] != forms[1]:
             raise ValueError(
                 f"`update` of the loss {name!r} gave the state {forms[1]}; expected that of `init_state`, {forms[0]}."
@@ -181,7 +181,10 @@ class Terms:
         (Path(folder) / LOSSES_FILE).write_text(json.dumps(self._on_paper(), indent=2) + "\n")
         tensors = {f"{name}/{key}": value for name, state in self.state.items() for key, value in state.items()}
         if tensors:
-            save_file({key: value.cpu().contiguous() for key, value in tensors.items()}, Path(folder) / STATE_FILE)
+            # Two names may have one tensor, which the format refuses
+            save_file(
+                {key: value.cpu().contiguous().clone() for key, value in tensors.items()}, Path(folder) / STATE_FILE
+            )
 
     def load(self, folder: str | Path) -> None:
         """
@@ -203,13 +206,18 @@ class Terms:
             return
         path = Path(folder) / STATE_FILE
         saved = load_file(path) if path.exists() else {}
-        wanted = {f"{name}/{key}" for name, state in self.state.items() for key in state}
-        if set(saved) != wanted:
+        wanted = {f"{name}/{key}": value for name, state in self.state.items() for key, value in state.items()}
+        if _forms(saved) != _forms(wanted):
             raise ValueError(
-                f"The checkpoint {folder} holds the state {sorted(saved)} of losses; this run needs {sorted(wanted)} ({STATE_FILE}). "
+                f"The checkpoint {folder} holds the state {_forms(saved)} of losses; this run needs {_forms(wanted)} ({STATE_FILE}). "
                 "Resume from a checkpoint that was saved with it, or start a new run from the checkpoint's model."
             )
         self.state = {name: {key: saved[f"{name}/{key}"] for key in state} for name, state in self.state.items()}
+
+
+def _forms(state: Mapping[str, torch.Tensor]) -> dict[str, tuple]:
+    """Shape and dtype by name, in the order of the names."""
+    return {key: (tuple(state[key].shape), state[key].dtype) for key in sorted(state)}
 
 
 def check_reads(losses: Mapping[str, Any], groups: bool) -> None:

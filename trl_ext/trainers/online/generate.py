@@ -1,7 +1,6 @@
 """The first step of online training: completions of transformers' generation, of vLLM, or of a mixture with the reference."""
 
 import contextlib
-import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,7 +13,7 @@ from trl.models.utils import unwrap_model_for_generation
 from trl.trainer.utils import pad, use_adapter
 
 from trl_ext.data.reasoning import answer_text, empty_trace_prompt, trace_is_open
-from trl_ext.data.tokens import prompt_ids
+from trl_ext.data.tokens import prompt_ids, template_arguments
 from trl_ext.generation import Completions, GeometricMixture, evaluating, last_logits, sample, without_defaults
 from trl_ext.trainers.reference import ADAPTER
 
@@ -91,10 +90,9 @@ class Generation:
         example = {name: inputs[name][row] for name in ("prompt", "tools", "chat_template_kwargs") if name in inputs}
         if not thinking:
             return empty_trace_prompt(example, self._tokenizer)
-        options = example.pop("chat_template_kwargs", None) or {}
-        tools = example.pop("tools", None)
-        tools = json.loads(tools) if isinstance(tools, str) else tools
-        return maybe_apply_chat_template(example, self.processing_class, tools, **options)["prompt"]
+        given, prompt = template_arguments(example), {"prompt": example["prompt"]}
+        options = given.get("chat_template_kwargs", {})
+        return maybe_apply_chat_template(prompt, self.processing_class, given.get("tools"), **options)["prompt"]
 
     def _prompt_ids(self, prompts: list, texts: list[str]) -> list[torch.Tensor]:
         """Tokens of rendered prompts."""
