@@ -175,6 +175,25 @@ def test_a_reward_that_would_not_be_used(cache):
         with_scores(pairs().to_iterable_dataset(), lengths, None, OFFSET)
 
 
+def test_rewards_and_a_judge_are_refused_where_scores_are_there_too(cache):
+    scored = with_scores(pairs(), lengths, None, OFFSET)
+    with pytest.raises(ValueError, match="What scores is `reward_funcs` or a `judge`; got both"):
+        with_scores(scored, lengths, lambda prompts, first, second: [1.0] * len(first), OFFSET)
+    with pytest.raises(ValueError, match="is no judge of two"):
+        with_scores(scored, None, 3, OFFSET)
+
+
+def test_a_judge_gives_probabilities(cache):
+    def longer(prompts, first, second):
+        return [0.75 if len(a) > len(b) else 0.25 for a, b in zip(first, second, strict=True)]
+
+    data = Dataset.from_list(
+        [{"prompt": "p", "chosen": "abc", "rejected": "a"}, {"prompt": "p", "chosen": "a", "rejected": "abc"}]
+    )
+    found = with_scores(data, None, longer, {"anchored": get_loss("anchored")})
+    assert found["preference_prob"][:] == [0.75, 0.25] and "score_chosen" not in found.column_names
+
+
 def test_a_trainer_scores_training_and_evaluation_data(cache, tiny_model_dir, tmp_path):
     data = Dataset.from_list(
         [{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in preference_rows(6)]

@@ -22,6 +22,7 @@ from trl_ext.data.columns import (
 from trl_ext.data.further import FURTHER, map_further
 from trl_ext.data.groups import BEHAVIOUR_LOGPS, GROUP_SCORES, OTHERS, from_groups, is_grouped
 from trl_ext.data.reasoning import HAS_TRACES, check_pairs, tokenize_empty_trace
+from trl_ext.data.rewards import as_scorer
 from trl_ext.data.scores import score_preferences
 from trl_ext.data.tokens import require_chat_template
 from trl_ext.losses.base import SigmoidLoss
@@ -37,6 +38,7 @@ PREPARED = {FURTHER, GROUP_SCORES, *REFERENCES}
 
 def with_scores(dataset: Any, reward_funcs: Any, judge: Any, losses: Mapping[str, Any]) -> Any:
     """The dataset, or each of several, with scores where a loss reads them and there are none."""
+    as_scorer(reward_funcs, None, judge)  # refused even where the data has scores already
     read = {name for loss in losses.values() for name in (*loss.required_columns, *loss.optional_columns)}
     given = "reward_funcs" if judge is None else "judge"
     if not read & {"score_chosen", "score_rejected", "preference_prob"}:
