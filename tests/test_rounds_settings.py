@@ -2,6 +2,7 @@
 """Settings of the rounds: read from YAML and the command line, and refused before anything is sampled."""
 
 import json
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -9,10 +10,13 @@ import yaml
 from datasets import Dataset
 from transformers import AutoTokenizer
 
+import trl_ext
+from tests.stateful import keep_registry
 from tests.test_rounds import length, longer, prompts, settings
 from trl_ext.cli import main
 from trl_ext.data.paths import refuse_unwritable_folder
 from trl_ext.data.rewards import Ensemble, JudgeFunction, RewardFunction, RewardModel
+from trl_ext.losses.base import Loss
 from trl_ext.rounds import IterativeDPO, RoundsConfig
 from trl_ext.rounds.checks import keyword_arguments, load_rows, read_yaml, refuse_unknown, refuse_wrong_types
 from trl_ext.rounds.rewards import build_scorer, reward_model_names
@@ -213,6 +217,31 @@ def test_accepted(change, tiny_model_dir, prompts, tmp_path):
     IterativeDPO(RoundsConfig(**given))
     config = RoundsConfig(**{**given, "model": tiny_model_dir, "output_dir": tmp_path / "run"})  # paths as text
     assert (config.model, config.output_dir) == (given["model"], given["output_dir"])
+
+
+@pytest.mark.parametrize(
+    ("reads", "pairing", "message"),
+    [
+        ({"behaviour_logps"}, "group", "under the policy that sampled the completions, which rounds do not keep"),
+        ({"ref_logps", "token_logps"}, "group", "reads log-probs of tokens, which pairs have"),
+    ],
+)
+def test_what_a_loss_reads_is_refused(reads, pairing, message, monkeypatch, tiny_model_dir, prompts, tmp_path):
+    keep_registry(monkeypatch)
+
+    @trl_ext.register_loss("reader")
+    @dataclass(frozen=True)
+    class Reader(Loss):
+        takes_groups = True
+
+        def __call__(self, batch):
+            raise AssertionError("nothing is to be trained")
+
+    Reader.reads = frozenset(reads)
+    change = {"training": {"loss_type": "reader"}, "pairing": pairing}
+    with pytest.raises(ValueError, match=message):
+        IterativeDPO(RoundsConfig(**settings(tiny_model_dir, prompts, tmp_path / "run", **change)))
+    assert not (tmp_path / "run").exists()
 
 
 def test_losses_by_name():

@@ -96,7 +96,8 @@ class Loss:
         What the loss remembers between micro-batches, by name, before the first one; `{}` for nothing.
 
         The trainer moves it to its device, hands it over as `batch.state`, and saves it in checkpoints. In evaluation it
-        stands still.
+        stands still. A new trainer, such as that of a second stage or of the next round, begins with it anew; a resumed one
+        goes on with what the checkpoint holds.
         """
         return {}
 

@@ -27,6 +27,7 @@ from trl_ext.trainers.arguments import explained, refuse_liger_without_gpu
 from trl_ext.trainers.dpo import DPOTrainer
 from trl_ext.trainers.dpo_config import DPOConfig
 from trl_ext.trainers.loss_types import build_losses, resolve_loss_types
+from trl_ext.trainers.terms import check_reads
 
 
 # What a round's pairs have beside the texts: from what scores, and from the first policy
@@ -111,6 +112,12 @@ class IterativeDPO:
                 raise ValueError(
                     f"The loss {name!r} needs {missing}, which rounds do not make; they make {(*SCORES, *INITIAL)}."
                 )
+            if "behaviour_logps" in loss.reads:
+                raise ValueError(
+                    f"The loss {name!r} reads log-probs under the policy that sampled the completions, which rounds do not keep. "
+                    "Train it online: `trl_ext.OnlineDPOTrainer`."
+                )
+        check_reads(self.losses, config.pairing == "group")
         if config.pairing == "group" and "inpo" in self.losses:
             raise ValueError('`inpo` is a loss on pairs: it has no meaning with `pairing="group"`.')
         win_rates = config.judge is not None and config.length_shaping is None
