@@ -183,6 +183,16 @@ def test_rewards_and_a_judge_are_refused_where_scores_are_there_too(cache):
         with_scores(scored, None, 3, OFFSET)
 
 
+def test_a_judge_whose_answers_a_loss_cannot_use_is_not_asked(cache):
+    def judge(prompts, first, second):
+        raise AssertionError("it was asked")
+
+    with pytest.raises(
+        ValueError, match=r"\['offset'\] require scores, and a `judge` gives the pairs of the eval dataset"
+    ):
+        with_scores(pairs(), None, judge, OFFSET)
+
+
 def test_a_judge_gives_probabilities(cache):
     def longer(prompts, first, second):
         return [0.75 if len(a) > len(b) else 0.25 for a, b in zip(first, second, strict=True)]

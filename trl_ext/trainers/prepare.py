@@ -50,6 +50,12 @@ def with_scores(dataset: Any, reward_funcs: Any, judge: Any, losses: Mapping[str
         if not isinstance(each, Dataset):
             raise ValueError(f"`{given}` scores map-style datasets; load the data without `streaming=True`.")
         there = {"score_chosen", "preference_prob", "scores"} & set(each.column_names)
+        needy = [name for name, loss in losses.items() if "score_chosen" in loss.required_columns]
+        if judge is not None and needy and not there and "completions" not in each.column_names:
+            raise ValueError(
+                f"The losses {needy} require scores, and a `judge` gives the pairs of the {split} dataset the column "
+                "'preference_prob'. Give `reward_funcs`, groups of completions, or another loss."
+            )
         return each if there else score_preferences(each, reward_funcs, judge=judge)
 
     return over_splits(dataset, scored)
