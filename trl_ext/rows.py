@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from trl_ext.logprobs import SharedPrefixLayout
+from trl_ext.logprobs import Sequences, SharedPrefixLayout
 from trl_ext.losses import GroupBatch, PreferenceBatch, TokenBatch
 
 
@@ -99,7 +99,9 @@ def to_batch(rows: Rows, plan: Plan) -> dict[str, Any]:
     table = {"plan": _filled(plan), **_filled(rows)}
     inputs, mask = table.pop("inputs"), table.pop("completion_mask")
     if rows.layout is not None:
-        table["layout"] = _filled(rows.layout)
+        layout = table["layout"] = _filled(rows.layout)
+        if rows.layout.sequences is not None:
+            layout["sequences"] = _filled(rows.layout.sequences)
     return {**inputs, "completion_mask": mask, TABLE: table}
 
 
@@ -108,7 +110,10 @@ def from_batch(batch: Mapping[str, Any]) -> tuple[Rows, Plan]:
     inputs = {name: value for name, value in batch.items() if name not in ("completion_mask", TABLE)}
     table = dict(batch[TABLE])
     plan = Plan(**table.pop("plan"))
-    layout = SharedPrefixLayout(**table.pop("layout")) if "layout" in table else None
+    layout = dict(table.pop("layout", {}))
+    if "sequences" in layout:
+        layout["sequences"] = Sequences(**layout["sequences"])
+    layout = SharedPrefixLayout(**layout) if layout else None
     return Rows(inputs, batch["completion_mask"], layout=layout, **table), plan
 
 

@@ -2,19 +2,22 @@
 Token log-probabilities and their sums, the hot path. Knows nothing of losses.
 
 - `head.py`: from hidden states to log-probabilities; `torch_head.py` and `liger_head.py` compute its tiles
-- `shared_prefix.py`: one row for a prompt and all of its completions; `sharing.py` decides where that is exact and pays
+- `shared_prefix.py`: one row for a prompt and all of its completions, by masks or, through `varlen.py`, without; `sharing.py` decides
+  where that is exact and pays
 - `sequence.py`: from tokens to completions
 """
 
 from .head import DEFAULT_MEMORY_MB, Head, TokenLogProbs, Transform
 from .sequence import completion_lengths, scored_tokens, sum_completions
 from .shared_prefix import SharedPrefixLayout, shared_prefix_layout
-from .sharing import Sharing, pays, why_not_shared
+from .sharing import Sharing, pays, takes_masks, why_not_shared, why_not_unpadded
+from .varlen import Sequences
 
 
 __all__ = [
     "DEFAULT_MEMORY_MB",
     "Head",
+    "Sequences",
     "SharedPrefixLayout",
     "Sharing",
     "TokenLogProbs",
@@ -24,5 +27,7 @@ __all__ = [
     "scored_tokens",
     "shared_prefix_layout",
     "sum_completions",
+    "takes_masks",
     "why_not_shared",
+    "why_not_unpadded",
 ]

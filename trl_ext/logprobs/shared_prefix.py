@@ -4,14 +4,15 @@ One row for a prompt and all of its completions.
 A pair is usually two rows, `prompt chosen` and `prompt rejected`, and the prompt runs through the model twice. Here it
 runs once: a row holds the prompt without its last token, then for each completion that last token and the completion
 without *its* last token, which predicts nothing. Each part of the row starts anew at the position after the prompt, and
-a mask lets it see the prompt and itself but no other part. Rows that are shorter than the longest are packed together.
+no part sees another. Rows that are shorter than the longest are packed together.
 
     tokens     p0 p1 | p2 c0 c1 | p2 r0 r1 r2        prompt p0 p1 p2, completions c0 c1 c2 and r0 r1 r2 r3
     positions   0  1 |  2  3  4 |  2  3  4  5
     predicts   -  -  | c0 c1 c2 | r0 r1 r2 r3
 
-Masks are stated in positions, so a sliding window of a layer keeps its meaning: transformers builds the mask of each
-kind of layer from a function of two indices, which is given the positions of the two tokens instead.
+Either all of them lie in one row without padding, and attention takes each part as a sequence of its own (`varlen.py`); or a
+mask says what a token may see. Masks are stated in positions, so a sliding window of a layer keeps its meaning: transformers
+builds the mask of each kind of layer from a function of two indices, which is given the positions of the two tokens instead.
 """
 
 import contextlib
@@ -21,16 +22,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from transformers.integrations.flex_attention import flex_attention_forward
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, flex_attention_mask
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from .substitute import Substitute
+from .varlen import FLASH_ATTENTION, SequenceMask, Sequences
 
 
 # Attention implementations that take a mask
-MASKED_ATTENTION = ("sdpa", "eager", "flex_attention")
+MASKED_ATTENTION = ("sdpa", "eager")
 
 
 @dataclass(frozen=True)
@@ -51,6 +50,8 @@ class SharedPrefixLayout:
             Index, in the flattened shared batch, of the slot that predicts each next token; 0 where none does.
         scored (`torch.Tensor` of shape `(M,)`):
             Index, in the flattened `(N, T - 1)`, of each next token that is scored.
+        sequences ([`Sequences`], *optional*):
+            What attention is given in place of a mask, where all tokens lie in one row without padding.
     """
 
     tokens: torch.Tensor
@@ -59,6 +60,7 @@ class SharedPrefixLayout:
     parts: torch.Tensor
     slots: torch.Tensor
     scored: torch.Tensor
+    sequences: Sequences | None = None
 
     def sees(self, batch, query, key):
         """Whether the token in one slot of a row may attend to another, the order of positions aside."""
@@ -95,18 +97,21 @@ def _install_masks(current: ContextVar) -> Callable[[], None]:
             layout, built = current.get()
             built.append(name)
 
+            if layout.sequences is not None:
+                if kwargs.get("use_vmap"):
+                    raise RuntimeError("a layer attends by a mask of its own")
+                return SequenceMask(layout.sequences, kwargs.get("local_size"))
+
             def in_positions(batch, head, query, key):
                 visible = mask_function(batch, head, layout.positions[batch, query], layout.positions[batch, key])
                 return visible & layout.sees(batch, query, key)
 
-            # A block mask skips what is masked; `_attention_by_mask` takes it to FlexAttention
-            on_gpu = name == "sdpa" and layout.tokens.device.type == "cuda"
             kwargs |= {"mask_function": in_positions, "attention_mask": None, "allow_is_causal_skip": False}
-            return (flex_attention_mask if on_gpu else build)(*args, **kwargs)
+            return build(*args, **kwargs)
 
         return masks
 
-    for name in MASKED_ATTENTION:
+    for name in (*MASKED_ATTENTION, *FLASH_ATTENTION):
         ALL_MASK_ATTENTION_FUNCTIONS[name] = interface(name, ALL_MASK_ATTENTION_FUNCTIONS[name])
 
     def remove() -> None:
@@ -118,20 +123,12 @@ def _install_masks(current: ContextVar) -> Callable[[], None]:
 _MASKS = Substitute(_install_masks)
 
 
-def _attention_by_mask(module, query, key, value, attention_mask, *args, **kwargs):
-    """SDPA, or FlexAttention where the mask is a block mask (which SDPA does not take)."""
-    dense = attention_mask is None or isinstance(attention_mask, torch.Tensor)
-    attend = sdpa_attention_forward if dense else flex_attention_forward
-    return attend(module, query, key, value, attention_mask, *args, **kwargs)
-
-
-def enable_block_masks() -> None:
-    """Let `sdpa` models take block masks too. Nothing changes for the masks that SDPA knows."""
-    ALL_ATTENTION_FUNCTIONS["sdpa"] = _attention_by_mask
-
-
 def shared_prefix_layout(
-    input_ids: torch.Tensor, attention_mask: torch.Tensor, completion_mask: torch.Tensor, prompt: torch.Tensor
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    completion_mask: torch.Tensor,
+    prompt: torch.Tensor,
+    unpadded: bool = False,
 ) -> SharedPrefixLayout | None:
     """
     Bookkeeping on the host, for tensors that are on the CPU still; those of a device are fetched first.
@@ -146,6 +143,8 @@ def shared_prefix_layout(
         prompt (`torch.Tensor` of shape `(N,)`):
             Which prompt a row continues. Rows of one prompt share it, unless their tokens before the completion differ
             (truncation can do that).
+        unpadded (`bool`, *optional*, defaults to `False`):
+            Whether all tokens go into one row, with the sequences that attention takes.
 
     Returns:
         [`SharedPrefixLayout`] on the device of the batch, or `None` for a batch that is not padded on the right or has no tokens.
@@ -164,7 +163,7 @@ def shared_prefix_layout(
     for unit in sharing.values():
         parts = sum(max(lengths[row] - 1 - prefixes[row], 0) for row in unit)
         units.append((unit, int(prefixes[unit[0]] + parts)))
-    length = max(1, max(size for _, size in units))
+    length = max(1, (sum if unpadded else max)(size for _, size in units))
     bins: list[list] = []  # first fit, longest first
     room: list[int] = []
     for unit, size in sorted(units, key=lambda item: -item[1]):
@@ -179,11 +178,13 @@ def shared_prefix_layout(
     tokens, positions, parts = (np.zeros((len(bins), length), dtype=np.int64) for _ in range(3))
     owners = np.full((len(bins), length), -1, dtype=np.int64)
     slots = np.zeros((rows, max(width - 1, 0)), dtype=np.int64)
+    keys: list[np.ndarray] = []  # of each sequence
+    queries: list[int] = []
     owner = 0
     for place, packed in enumerate(bins):
         end = 0
         for unit in packed:
-            prefix = int(prefixes[unit[0]])
+            start, prefix = end, int(prefixes[unit[0]])
             pieces = [(unit[0], 0, prefix, 0)]
             pieces += [(row, prefix, max(int(lengths[row]) - 1, prefix), k) for k, row in enumerate(unit, start=1)]
             for row, first, last, part in pieces:
@@ -192,9 +193,24 @@ def shared_prefix_layout(
                 tokens[place, here] = row * width + positions[place, here]
                 parts[place, here] = part
                 owners[place, here] = owner
+                end = here.stop
                 if part:
                     slots[row, first:last] = place * length + np.arange(here.start, here.stop)
-                end = here.stop
+                    # The prompt's own tokens are asked for in the sequence of its first completion
+                    asking = last if part == 1 else last - first
+                    if asking:
+                        queries.append(asking)
+                        keys.append(np.r_[start : start + prefix, here])
             owner += 1
     arrays = (tokens, positions, owners, parts, slots, np.flatnonzero(scored[:, 1:]))
-    return SharedPrefixLayout(*(torch.from_numpy(array).to(input_ids.device) for array in arrays))
+    layout = (torch.from_numpy(array).to(input_ids.device) for array in arrays)
+    return SharedPrefixLayout(*layout, _sequences(keys, queries, input_ids.device) if unpadded else None)
+
+
+def _sequences(keys: list[np.ndarray], queries: list[int], device: torch.device) -> Sequences:
+    """Of the slots that each sequence sees and of how many slots ask; where there is none, of the one slot that is left."""
+    keys, queries = keys or [np.zeros(1, dtype=np.int64)], queries or [1]
+    lengths = [len(each) for each in keys]
+    ends = (np.cumsum([0, *each], dtype=np.int32) for each in (queries, lengths))
+    arrays = (np.concatenate(keys), *ends)
+    return Sequences(*(torch.from_numpy(array).to(device) for array in arrays), max(queries), max(lengths))

@@ -9,7 +9,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from . import varlen
 from .shared_prefix import MASKED_ATTENTION, SharedPrefixLayout, shared_prefix_layout
+from .varlen import FLASH_ATTENTION, HALF, LARGEST_HEAD
 
 
 EXACT_LAYERS = {"attention", "full_attention", "sliding_attention"}
@@ -26,10 +28,17 @@ class Sharing:
             Of the model.
         always (`bool`):
             Whether prompts are shared even where that costs more.
+        unpadded (`bool`):
+            Whether attention takes sequences of any length: all tokens are one row then, which costs less than plain rows even
+            where nothing is shared.
+        bounded (`bool`):
+            Whether a batch keeps its plain rows where the dense mask of shared ones would be larger than theirs.
     """
 
     hidden_size: int
     always: bool = False
+    unpadded: bool = False
+    bounded: bool = False
 
     def layout(
         self, inputs: Mapping[str, torch.Tensor], completion_mask: torch.Tensor, prompt: torch.Tensor
@@ -51,13 +60,20 @@ class Sharing:
         extra = set(inputs) - SHARED_INPUTS
         layout = None
         if not extra:
-            layout = shared_prefix_layout(inputs["input_ids"], inputs["attention_mask"], completion_mask, prompt)
+            layout = shared_prefix_layout(
+                inputs["input_ids"], inputs["attention_mask"], completion_mask, prompt, self.unpadded
+            )
         if self.always:
             if layout is None:
                 reason = f"the model is given {sorted(extra)} too" if extra else "it is not padded on the right"
                 raise ValueError(f"`share_prefix=True`, but this batch cannot share prompts: {reason}.")
             return layout
-        return layout if layout is not None and pays(layout, *inputs["input_ids"].shape, self.hidden_size) else None
+        if layout is None or self.unpadded:
+            return layout
+        (rows, width), (shared_rows, length) = inputs["input_ids"].shape, layout.tokens.shape
+        if self.bounded and shared_rows * length**2 > rows * width**2:
+            return None
+        return layout if pays(layout, rows, width, self.hidden_size) else None
 
 
 def pays(layout: SharedPrefixLayout, rows: int, width: int, hidden_size: int) -> bool:
@@ -82,8 +98,9 @@ def why_not_shared(model: PreTrainedModel) -> str | None:
         return "it is spread over several devices, and masks would stay on the first"
     if getattr(config, "is_encoder_decoder", False):
         return "it is an encoder-decoder"
-    if config._attn_implementation not in MASKED_ATTENTION:
-        return f"`attn_implementation={config._attn_implementation!r}` takes no mask (use one of {MASKED_ATTENTION})"
+    known = (*MASKED_ATTENTION, *FLASH_ATTENTION)
+    if config._attn_implementation not in known:
+        return f"`attn_implementation={config._attn_implementation!r}` is none of {known}"
     layers = set(getattr(config, "layer_types", None) or ()) | set(getattr(config, "layers_block_type", None) or ())
     if layers - EXACT_LAYERS:
         return f"it has layers of type {sorted(layers - EXACT_LAYERS)}"
@@ -111,3 +128,39 @@ def why_not_shared(model: PreTrainedModel) -> str | None:
     if dropout > 0:
         return "dropout is on"
     return None
+
+
+def why_not_unpadded(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> str | None:
+    """
+    What keeps a model's attention from taking sequences of any length; `None` if nothing does.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            The model.
+        device (`torch.device`):
+            Where it runs.
+        dtype (`torch.dtype`):
+            What it computes in: the dtype of autocast, if that is on.
+    """
+    config = model.config.get_text_config()
+    if dtype not in HALF:
+        return f"it computes in {dtype}, and FlashAttention in half precision only"
+    if config._attn_implementation in FLASH_ATTENTION:
+        return None
+    if config._attn_implementation != "sdpa":
+        return f"`attn_implementation={config._attn_implementation!r}` attends through masks"
+    if device.type != "cuda" or torch.version.hip:
+        return f"the attention of {device.type} devices takes no sequences of varying length"
+    if varlen.varlen_attn is None:
+        return f"torch {torch.__version__} has no `varlen_attn` (2.10 has)"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return f"{torch.cuda.get_device_name(device)} is older than what FlashAttention runs on"
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if size > LARGEST_HEAD or size % 8 or getattr(config, "v_head_dim", size) != size:
+        return f"its attention heads of size {size} are not what FlashAttention takes"
+    return None
+
+
+def takes_masks(model: PreTrainedModel) -> bool:
+    """Whether a model's attention takes a dense mask."""
+    return model.config.get_text_config()._attn_implementation in MASKED_ATTENTION

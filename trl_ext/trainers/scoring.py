@@ -1,10 +1,11 @@
 """From rows to token log-probabilities: which head, and whether completions share their prompt's row."""
 
 import contextlib
+import dataclasses
 import importlib.metadata
 import os
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from accelerate.logging import get_logger
@@ -14,17 +15,10 @@ from peft import PeftModel
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from trl.trainer.utils import FusedCausalLMOutput
 
-from trl_ext.logprobs import (
-    Head,
-    Sharing,
-    completion_lengths,
-    liger_head,
-    scored_tokens,
-    sum_completions,
-    why_not_shared,
-)
-from trl_ext.logprobs.shared_prefix import enable_block_masks
+from trl_ext.logprobs import Head, Sharing, completion_lengths, liger_head, scored_tokens, sum_completions
 from trl_ext.rows import Rows, Scored
+from trl_ext.trainers.self_check import is_sharded, why_differs
+from trl_ext.trainers.shared_prompts import build_sharing
 from trl_ext.trainers.trl_seam import fused_forward, head_in_place, map_rows
 
 
@@ -44,11 +38,13 @@ class Scorer:
         head ([`Head`] or `None`):
             What projects hidden states; `None` for TRL's own.
         sharing ([`~trl_ext.logprobs.Sharing`] or `None`):
-            Decides which batches are laid out in shared rows; `None` where none is.
+            Decides which batches are laid out in shared rows; `None` where none is. It becomes `None` when the first of them does
+            not give what plain rows give.
     """
 
     head: Head | None
     sharing: Sharing | None = None
+    _checked: set[tuple[int, bool]] = field(default_factory=set, init=False, repr=False, compare=False)
 
     def __call__(
         self,
@@ -70,7 +66,40 @@ class Scorer:
 
         Returns:
             TRL's output, with fields of shape `(N, T - 1)` in either layout.
+
+        Raises:
+            `ValueError`: If prompts are always to be shared, and the model's first batch shows that this is not exact.
         """
+        if self.sharing is not None:
+            self._check(model, rows)
+        if self.sharing is None:
+            rows = dataclasses.replace(rows, layout=None)
+        return self._forward(model, rows, statistics, router_logits)
+
+    def _check(self, model: Callable, rows: Rows) -> None:
+        """Compare both layouts, once per model, and once more when gradients are first wanted."""
+        key = id(extract_model_from_parallel(model))
+        if (key, True) in self._checked or (key, torch.is_grad_enabled()) in self._checked:
+            return
+        # Where each process has a part of the parameters, all of them run the model equally often
+        if rows.layout is None and not is_sharded(model):
+            return
+        self._checked.add((key, torch.is_grad_enabled()))
+        reason = why_differs(lambda *args: self._forward(*args, statistics=()).log_probs, model, rows, self.sharing)
+        if reason is None:
+            return
+        if self.sharing.always:
+            raise ValueError(f"`share_prefix=True`, but rows that share a prompt are not exact: {reason}.")
+        logger.warning(
+            f"Completions do not share the row of their prompt: compared with plain rows on the first batch, {reason}. This costs "
+            "speed, nothing else.",
+            main_process_only=False,
+        )
+        self.sharing = None
+
+    def _forward(
+        self, model: Callable, rows: Rows, statistics: tuple[str, ...] | None, router_logits: bool = False
+    ) -> FusedCausalLMOutput:
         inputs, layout = rows.inputs, rows.layout
         head = contextlib.nullcontext() if self.head is None else head_in_place(self.head, statistics)
         if layout is None:
@@ -156,25 +185,10 @@ def build_scorer(
         `ValueError`: For a backend that cannot run here, or a shared prefix that would not be exact.
     """
     backend = resolve_backend(args)
-    share = getattr(args, "share_prefix", "auto")
     if backend == "trl":
         return Scorer(None)
-    reason = None if share is False else _why_plain(model, args, aux_loss)
-    if share is not False and reason is None and reference is not None:
-        reason = why_not_shared(extract_model_from_parallel(reference))
-        reason = reason and f"of the reference model, {reason}"
-    if share is True and reason is not None:
-        raise ValueError(
-            f"`share_prefix=True` would not be exact for this model: {reason}. Use `share_prefix='auto'` or `False`."
-        )
-    if share == "auto" and reason is not None:
-        logger.warning(f"Completions do not share the row of their prompt: {reason}. This costs speed, nothing else.")
     head = Head(backend, getattr(args, "logprob_memory_mb", None))
-    if share is False or reason is not None:
-        return Scorer(head)
-    if args.device.type == "cuda":
-        enable_block_masks()
-    return Scorer(head, Sharing(model.config.get_text_config().hidden_size, always=share is True))
+    return Scorer(head, build_sharing(model, args, aux_loss, reference))
 
 
 def resolve_backend(args: TrainingArguments) -> str:
@@ -215,21 +229,6 @@ def _why_no_liger() -> str | None:
         return f"liger-kernel {version} is older than {_LIGER}, which the head needs"
     missing = liger_head.missing_options()
     return f"liger-kernel {version} takes no {missing} in its fused cross-entropy any more" if missing else None
-
-
-def _why_plain(model: PreTrainedModel | PeftModel, args: TrainingArguments, aux_loss: bool) -> str | None:
-    """What speaks against a shared prefix in this run."""
-    if isinstance(model, PeftModel):
-        if any(config.is_prompt_learning for config in model.peft_config.values()):
-            return "the adapter learns a prompt"
-        model = model.get_base_model()
-    if aux_loss:
-        return "the auxiliary loss of a mixture of experts counts tokens"
-    if args.torch_compile:
-        return "the model is compiled"
-    if args.n_gpu > 1:
-        return "`DataParallel` splits batches by row"
-    return why_not_shared(model)
 
 
 def statistics_of_step(trainer: Trainer) -> tuple[str, ...] | None:
