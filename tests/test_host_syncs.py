@@ -47,6 +47,7 @@ def test_a_step_waits_for_nothing(share_prefix, tiny_model_dir, tmp_path):
     )  # fmt: skip
     inputs = first_batch(trainer)
     trainer.model.train()
+    trainer.compute_loss(trainer.model, inputs).backward()  # the first batch is scored both ways
     with Waits() as waits:
         trainer.compute_loss(trainer.model, inputs).backward()
     assert not waits.found

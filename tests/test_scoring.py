@@ -13,9 +13,10 @@ from transformers import AutoModelForCausalLM
 
 import trl_ext
 from tests.helpers import build, history
-from trl_ext.logprobs import Sharing, Transform, liger_head
+from tests.logprobs.families import tiny
+from trl_ext.logprobs import Sharing, Transform, liger_head, varlen
 from trl_ext.rows import Rows
-from trl_ext.trainers import scoring
+from trl_ext.trainers import scoring, shared_prompts
 from trl_ext.trainers.scoring import Scorer
 
 
@@ -73,7 +74,8 @@ def test_auto_on_a_gpu_is_liger(tiny_model_dir, tmp_path):
 
 def wanted(device="cpu", **kwargs):
     """What a config says of log-probabilities; without fields, as TRL's own class."""
-    return SimpleNamespace(device=SimpleNamespace(type=device), torch_compile=False, n_gpu=1, **kwargs)
+    fields = {"device": SimpleNamespace(type=device), "torch_compile": False, "n_gpu": 1, "bf16": False, "fp16": False}
+    return SimpleNamespace(**fields, **kwargs)
 
 
 def test_liger_whose_function_has_changed(monkeypatch, caplog):
@@ -134,6 +136,14 @@ def test_what_auto_stands_for(version, monkeypatch):
                 scoring.resolve_backend(wanted(device, **liger))
 
 
+@pytest.fixture
+def served(monkeypatch):
+    """Attention implementations that are made to take sequences."""
+    names = []
+    monkeypatch.setattr(shared_prompts, "serve_sequences", names.append)
+    return names
+
+
 @pytest.mark.parametrize(
     ("fields", "aux_loss", "reason"),
     [
@@ -143,11 +153,9 @@ def test_what_auto_stands_for(version, monkeypatch):
         ({}, True, "the auxiliary loss of a mixture of experts counts tokens"),
     ],
 )
-def test_when_prompts_are_shared(fields, aux_loss, reason, tiny_model_dir, caplog, monkeypatch):
-    enabled = []
-    monkeypatch.setattr(scoring, "enable_block_masks", lambda: enabled.append(1))
+def test_when_prompts_are_shared(fields, aux_loss, reason, tiny_model_dir, caplog, served):
     PartialState()
-    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
 
     def built(device="cpu", **kwargs):
         args = wanted(device, logprob_backend="torch", logprob_memory_mb=3.0, **kwargs)
@@ -169,11 +177,105 @@ def test_when_prompts_are_shared(fields, aux_loss, reason, tiny_model_dir, caplo
     else:
         with pytest.raises(ValueError, match=f"would not be exact for this model: {reason}"):
             built(share_prefix=True)
-    assert not enabled
-    built("cuda", share_prefix=False)
-    assert not enabled
-    built("cuda")
-    assert len(enabled) == (reason is None)
+    assert not served and "dense mask" not in caplog.text
+
+
+def model_of(attention="sdpa", dtype=torch.bfloat16, **options):
+    model = tiny("llama", {"head_dim": 16, **options}).to(dtype)
+    model.config._attn_implementation = attention
+    return model
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    PartialState()  # the logger asks which process this is
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+
+
+UNPADDED, MASKED = Sharing(32, unpadded=True, bounded=True), Sharing(32, bounded=True)
+
+
+@pytest.mark.parametrize(
+    ("attention", "dtype", "fields", "expected"),
+    [
+        ("sdpa", torch.bfloat16, {}, UNPADDED),
+        ("sdpa", torch.float16, {}, UNPADDED),
+        ("sdpa", torch.float32, {"bf16": True}, UNPADDED),
+        ("sdpa", torch.float32, {"fp16": True}, UNPADDED),
+        ("flash_attention_2", torch.bfloat16, {}, UNPADDED),
+        ("flash_attention_3", torch.float32, {"bf16": True}, UNPADDED),
+        ("sdpa", torch.float32, {}, "it computes in torch.float32, and FlashAttention in half precision only"),
+        ("eager", torch.bfloat16, {}, "`attn_implementation='eager'` attends through masks"),
+    ],
+)
+def test_how_a_gpu_attends(attention, dtype, fields, expected, caplog, served, hopper):
+    args = wanted("cuda", logprob_backend="torch")
+    vars(args).update(fields)
+    scorer = scoring.build_scorer(model_of(attention, dtype), args, aux_loss=False)
+    if isinstance(expected, str):
+        assert scorer.sharing == MASKED and served == []
+        assert f"by a dense mask, and only while it is no larger than those of plain rows: {expected}." in caplog.text
+    else:
+        assert scorer.sharing == expected and served == [attention] and not caplog.text
+
+
+@pytest.mark.parametrize(
+    ("patch", "options", "reason"),
+    [
+        (
+            (torch.cuda, "get_device_capability", lambda device: (7, 5)),
+            {},
+            "NVIDIA H200 is older than what FlashAttention",
+        ),
+        ((varlen, "varlen_attn", None), {}, "has no attention over sequences of any length with windows"),
+        ((torch.version, "hip", "6.4"), {}, "the attention of cuda devices takes no sequences of varying length"),
+        (None, {"head_dim": 264}, "its attention heads of size 264 are not what FlashAttention takes"),
+        (None, {"head_dim": 12}, "its attention heads of size 12 are not what FlashAttention takes"),
+    ],
+)
+def test_where_the_kernel_cannot_serve(patch, options, reason, caplog, served, hopper, monkeypatch):
+    if patch is not None:
+        monkeypatch.setattr(*patch)
+    scorer = scoring.build_scorer(model_of(**options), wanted("cuda", logprob_backend="torch"), aux_loss=False)
+    assert scorer.sharing == MASKED and reason in caplog.text and not served
+
+
+@pytest.mark.parametrize(
+    ("policy", "reference", "expected"),
+    [
+        ({}, {}, UNPADDED),
+        ({"attention": "flash_attention_2"}, {}, UNPADDED),
+        ({}, {"dtype": torch.float32}, "of the reference model, it computes in torch.float32"),
+        ({"attention": "eager"}, {}, "`attn_implementation='eager'` attends through masks"),
+        (
+            {"attention": "flash_attention_2"},
+            {"attention": "eager"},
+            "of the reference model, `attn_implementation='eager'` attends through masks, and the other model takes no mask",
+        ),
+    ],
+)
+def test_both_models_read_the_same_rows(policy, reference, expected, caplog, served, hopper):
+    args = wanted("cuda", logprob_backend="torch")
+    scorer = scoring.build_scorer(model_of(**policy), args, False, model_of(**reference))
+    if expected is UNPADDED:
+        assert scorer.sharing == UNPADDED and served == [policy.get("attention", "sdpa"), "sdpa"]
+    else:
+        plain = expected.endswith("takes no mask")
+        assert scorer.sharing == (None if plain else MASKED) and expected in caplog.text and not served
+        if plain:
+            with pytest.raises(ValueError, match=r"share_prefix=True.* would not be exact"):
+                scoring.build_scorer(
+                    model_of(**policy), wanted("cuda", share_prefix=True), False, model_of(**reference)
+                )
+
+
+def test_flash_attention_in_float32_has_plain_rows(caplog, served, hopper):
+    scorer = scoring.build_scorer(
+        model_of("flash_attention_2", torch.float32), wanted("cuda", logprob_backend="torch"), False
+    )
+    assert scorer.sharing is None and not served
+    assert "do not share the row of their prompt: it computes in torch.float32, and FlashAttention" in caplog.text
 
 
 def test_batches_that_cannot_share_their_prompts():
@@ -204,6 +306,12 @@ def test_shared_rows_that_cost_more():
     assert Sharing(13).layout(*batch) is None
     assert Sharing(14).layout(*batch).tokens.shape == (1, 20)
     assert Sharing(1, always=True).layout(*batch).tokens.shape == (1, 20)
+    # 20 tokens in one row cost less than 22 in two, whatever the model, where no mask is as wide as the row
+    assert Sharing(1, unpadded=True).layout(*batch).sequences.longest_key == 10
+    assert Sharing(13, unpadded=True, bounded=True).layout(*batch).tokens.shape == (1, 20)
+    # A mask of 20 x 20 is larger than two of 11 x 11
+    assert Sharing(14, bounded=True).layout(*batch) is None
+    assert Sharing(14, bounded=True, always=True).layout(*batch).tokens.shape == (1, 20)
 
 
 def test_what_a_mask_leaves_out_is_not_scored():

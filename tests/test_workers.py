@@ -10,6 +10,7 @@ from tests.test_groups import groups
 from trl_ext import DPOConfig, DPOTrainer
 from trl_ext.logprobs import sharing
 from trl_ext.rows import from_batch
+from trl_ext.trainers import scoring
 
 
 def half_missing(rows=12):
@@ -46,6 +47,9 @@ def no_layout_here(monkeypatch):
         return lay_out(*args)
 
     monkeypatch.setattr(sharing, "shared_prefix_layout", refuse)
+    monkeypatch.setattr(
+        scoring, "why_differs", lambda *args: None
+    )  # which lays out a few rows of the first batch itself
 
 
 @pytest.mark.parametrize("kind", KINDS)

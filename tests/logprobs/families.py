@@ -39,6 +39,33 @@ EXACT = {
     "gpt_neox": {},
     "gpt2": {"n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 128},
 }
+# More of them, whose attention is sdpa
+MORE = {
+    "gemma": {},
+    "cohere2": {"sliding_window": 5},
+    "deepseek_v3": {
+        **EXPERTS,
+        "num_key_value_heads": 4,
+        "q_lora_rank": 16,
+        "kv_lora_rank": 16,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 8,
+        "n_routed_experts": 4,
+        "first_k_dense_replace": 1,
+        "n_group": 1,
+        "topk_group": 1,
+    },
+    "exaone4": WINDOWED,
+    "glm4": {},
+    "granite": {},
+    "mixtral": EXPERTS,
+    "nemotron": {},
+    "olmo3": WINDOWED,
+    "phi": {},
+    "smollm3": {},
+    "starcoder2": {"sliding_window": 5},
+}
 # Families whose prompts cannot, and what the reason says
 INEXACT = {
     "mamba": ({}, "linear_attention"),

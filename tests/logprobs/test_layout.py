@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from tests.logprobs.families import tiny
-from trl_ext.logprobs import SharedPrefixLayout, pays, shared_prefix_layout, why_not_shared
+from trl_ext.logprobs import SharedPrefixLayout, pays, shared_prefix_layout, takes_masks, why_not_shared
 
 
-def layout_of(rows, prompts, width=None):
+def layout_of(rows, prompts, width=None, unpadded=False):
     """
     The layout of rows `(prompt, completion)` of token ids, padded on the right to the longest, or to `width`; `prompts` says which
     prompt each row continues.
@@ -22,7 +22,7 @@ def layout_of(rows, prompts, width=None):
         ids[row, :length] = torch.tensor([*prompt, *completion])
         attention[row, :length] = 1
         scored[row, len(prompt) : length] = 1
-    return shared_prefix_layout(ids, attention, scored, torch.tensor(prompts))
+    return shared_prefix_layout(ids, attention, scored, torch.tensor(prompts), unpadded)
 
 
 def test_a_pair_slot_by_slot():
@@ -193,11 +193,12 @@ def test_options_that_do_not():
 
 def test_models_that_cannot_share_a_prompt(monkeypatch):
     model = tiny("llama", {})
-    for attention in ("eager", "sdpa", "flex_attention"):
+    for attention in ("eager", "sdpa", "flash_attention_2", "flash_attention_3"):
         model.config._attn_implementation = attention
         assert why_not_shared(model) is None
-    model.config._attn_implementation = "flash_attention_2"
-    assert why_not_shared(model).startswith("`attn_implementation='flash_attention_2'` takes no mask")
+        assert takes_masks(model) is (attention in ("eager", "sdpa"))
+    model.config._attn_implementation = "paged|eager"
+    assert why_not_shared(model).startswith("`attn_implementation='paged|eager'` is none of")
     model.config._attn_implementation = "sdpa"
     with monkeypatch.context() as patch:
         patch.setattr(model, "_is_stateful", True, raising=False)

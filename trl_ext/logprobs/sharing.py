@@ -9,9 +9,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from . import varlen
 from .shared_prefix import MASKED_ATTENTION, SharedPrefixLayout, shared_prefix_layout
-from .varlen import FLASH_ATTENTION, HALF, LARGEST_HEAD
+from .varlen import FLASH_ATTENTION, HALF, LARGEST_HEAD, has_kernel
 
 
 EXACT_LAYERS = {"attention", "full_attention", "sliding_attention"}
@@ -151,8 +150,8 @@ def why_not_unpadded(model: PreTrainedModel, device: torch.device, dtype: torch.
         return f"`attn_implementation={config._attn_implementation!r}` attends through masks"
     if device.type != "cuda" or torch.version.hip:
         return f"the attention of {device.type} devices takes no sequences of varying length"
-    if varlen.varlen_attn is None:
-        return f"torch {torch.__version__} has no `varlen_attn` (2.10 has)"
+    if not has_kernel():
+        return f"torch {torch.__version__} has no attention over sequences of any length with windows (2.11 has)"
     if torch.cuda.get_device_capability(device) < (8, 0):
         return f"{torch.cuda.get_device_name(device)} is older than what FlashAttention runs on"
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

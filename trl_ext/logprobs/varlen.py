@@ -9,6 +9,7 @@ means what it means there.
 """
 
 import functools
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -18,7 +19,7 @@ from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 
-try:  # torch 2.10
+try:
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:
     varlen_attn = None
@@ -68,6 +69,11 @@ class SequenceMask:
 
     sequences: Sequences
     window: int | None = None
+
+
+def has_kernel() -> bool:
+    """Whether torch's function for sequences takes windows and scales, as from torch 2.11 on."""
+    return varlen_attn is not None and {"scale", "window_size"} <= inspect.signature(varlen_attn).parameters.keys()
 
 
 def serve_sequences(implementation: str) -> None:
@@ -144,6 +150,8 @@ def attend(
     key, value = (each.index_select(0, sequences.keys) for each in (key, value))
     if not _kernel_takes(query, value):
         return _one_by_one(query, key, value, mask, scale)
+    # torch 2.11 has no such argument, and does not ask for it where several heads of queries share one of keys
+    options = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
     return varlen_attn(
         query,
         key,
@@ -154,14 +162,14 @@ def attend(
         sequences.longest_key,
         scale=scale,
         window_size=(-1 if mask.window is None else mask.window - 1, 0),
-        enable_gqa=query.size(1) != key.size(1),
+        **options,
     )
 
 
 def _kernel_takes(query: torch.Tensor, value: torch.Tensor) -> bool:
     size = query.size(-1)
     return (
-        varlen_attn is not None
+        has_kernel()
         and query.is_cuda
         and query.dtype in HALF
         and size == value.size(-1)

@@ -39,7 +39,7 @@ def build_sharing(
     if reason is None:
         why_masks = _first(models, lambda each: why_not_unpadded(each, args.device, _dtype(each, args)))
         if why_masks is not None and not all(map(takes_masks, map(_base, models.values()))):
-            reason = f"{why_masks}, and there is no mask for it"
+            reason = f"{why_masks}, and {'it' if len(models) == 1 else 'the other model'} takes no mask"
     if reason is not None:
         if share is True:
             raise ValueError(
