@@ -1,12 +1,16 @@
 """Runs of a few steps on tiny models, and what they are compared by."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 
 from tests.conftest import preference_rows
+from trl_ext.trainers import shared_prompts
 
 
 # TRL's loss types with the options without which they refuse to run or coincide with another
@@ -119,3 +123,13 @@ def loss_and_gradients(trainer, batch) -> tuple[torch.Tensor, dict[str, torch.Te
     loss.backward()
     grads = {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}
     return loss.detach(), grads
+
+
+@contextlib.contextmanager
+def unpadded_rows() -> Iterator[None]:
+    """While open, trainers are built as on a GPU that has the kernel: unpadded rows, whose sequences attend one by one here."""
+    with (
+        mock.patch.object(shared_prompts, "why_not_unpadded", lambda *args: None),
+        mock.patch.dict(AttentionInterface._global_mapping),
+    ):
+        yield

@@ -20,6 +20,12 @@ from trl_ext.trainers import scoring, shared_prompts
 from trl_ext.trainers.scoring import Scorer
 
 
+@pytest.fixture(autouse=True)
+def state():
+    """The logger asks which process this is."""
+    PartialState()
+
+
 def ours(tiny_model_dir, tmp_path, **kwargs):
     return build(trl_ext.DPOTrainer, trl_ext.DPOConfig, tiny_model_dir, tmp_path, **kwargs)
 
@@ -102,7 +108,6 @@ def test_liger_whose_function_has_changed(monkeypatch, caplog):
 
 def test_auto_says_why_it_is_not_liger(monkeypatch, caplog):
     monkeypatch.setattr(scoring.importlib.metadata, "version", lambda name: "0.8.2")
-    PartialState()  # the logger asks which process this is
     with caplog.at_level("WARNING"):
         assert scoring.resolve_backend(wanted("cuda")) == "torch"
     assert "computed in torch, which is slower: liger-kernel 0.8.2 is older than 0.8.3" in caplog.text
@@ -154,7 +159,6 @@ def served(monkeypatch):
     ],
 )
 def test_when_prompts_are_shared(fields, aux_loss, reason, tiny_model_dir, caplog, served):
-    PartialState()
     model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
 
     def built(device="cpu", **kwargs):
@@ -188,7 +192,6 @@ def model_of(attention="sdpa", dtype=torch.bfloat16, **options):
 
 @pytest.fixture
 def hopper(monkeypatch):
-    PartialState()  # the logger asks which process this is
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
 

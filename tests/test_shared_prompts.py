@@ -1,5 +1,6 @@
 """Prompts that completions share in the trainer: where that is exact, and that it changes no number."""
 
+import contextlib
 import copy
 import logging
 
@@ -11,7 +12,7 @@ from peft import LoraConfig, PromptTuningConfig
 
 import trl_ext
 from tests.conftest import preference_rows
-from tests.helpers import build, first_batch, loss_and_gradients
+from tests.helpers import build, first_batch, history, loss_and_gradients, unpadded_rows
 from trl_ext.rows import from_batch
 
 
@@ -55,16 +56,18 @@ def test_dropout_is_not_shared(tiny_model_dir, tmp_path):
 def test_loss_and_gradients_are_those_of_plain_rows(loss_type, peft, tiny_model_dir, tmp_path):
     config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
     results = []
-    for options in ({"logprob_backend": "trl"}, {"share_prefix": True}, {"share_prefix": False}):
+    runs = [{"logprob_backend": "trl"}, {"share_prefix": True}, {"share_prefix": False}, {"share_prefix": True}]
+    for options, rows in zip(runs, [contextlib.nullcontext] * 3 + [unpadded_rows], strict=True):
         torch.manual_seed(0)
-        trainer = ours(
-            tiny_model_dir,
-            tmp_path,
-            loss_type=loss_type,
-            trainer_kwargs={"peft_config": config} if peft else {},
-            **options,
-        )
-        results.append(loss_and_gradients(trainer, first_batch(trainer)))
+        with rows():
+            trainer = ours(
+                tiny_model_dir,
+                tmp_path,
+                loss_type=loss_type,
+                trainer_kwargs={"peft_config": config} if peft else {},
+                **options,
+            )
+            results.append(loss_and_gradients(trainer, first_batch(trainer)))
     for loss, grads in results[1:]:
         torch.testing.assert_close(loss, results[0][0], rtol=1e-5, atol=1e-6)
         assert grads.keys() == results[0][1].keys()
@@ -85,6 +88,74 @@ def test_four_completions_of_one_prompt_share_it(tiny_model_dir, tmp_path):
     # The prompt without its last token, once; that token and the completion without its last (the end) for each of the four
     slots = sum(tokens(row["prompt"]) - 1 + sum(tokens(text) + 1 for text in words) for row in data)
     assert (rows.layout.groups >= 0).sum() == slots
+
+
+@pytest.fixture
+def unpadded():
+    with unpadded_rows():
+        yield
+
+
+def test_unpadded_rows_reach_the_model(tiny_model_dir, tmp_path, unpadded):
+    """From the workers, in evaluation and in training, for policy and reference: one row of as many tokens as there are."""
+    options = {"max_steps": 2, "dataloader_num_workers": 1, "gradient_checkpointing": True}
+    trainer = ours(tiny_model_dir, tmp_path, loss_type="offset", share_prefix=True, **options)
+    shapes = []
+    for model in (trainer.model, trainer.ref_model):
+        model.base_model.register_forward_pre_hook(
+            lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+        )
+    rows, _ = from_batch(first_batch(trainer))
+    tokens = (rows.layout.groups >= 0).sum().item()
+    assert rows.layout.tokens.shape == (1, tokens) and tokens < rows.inputs["attention_mask"].sum()
+    trainer.evaluate()
+    trainer.train()
+    # Plain rows are those that the first batch is compared with: two per model without gradients, two with
+    assert sum(shape[0] != 1 for shape in shapes) == 6 and sum(shape[0] == 1 for shape in shapes) > 10
+
+
+@pytest.mark.parametrize("loss_type", ["anchored", ["offset", "bias_variance"]])
+def test_a_run_in_unpadded_rows(loss_type, tiny_model_dir, tmp_path):
+    """Groups, empty traces, precomputed references and checkpointing give what plain rows give."""
+    words = [" good", " bad film", " slow sad film", " very long sad film"]
+    data = [
+        {"prompt": f"what a{' long' * n} story", "completions": words, "scores": [0.0, 1.0, 2.0, 3.0]}
+        for n in range(4)
+    ]
+    dataset = Dataset.from_list(data) if loss_type == "anchored" else None
+    options = {
+        "loss_type": loss_type,
+        "gradient_checkpointing": True,
+        "precompute_ref_log_probs": True,
+        "max_steps": 3,
+    }
+    histories = []
+    for rows, share in ((contextlib.nullcontext, False), (unpadded_rows, True)):
+        with rows():
+            trainer = ours(tiny_model_dir, tmp_path / str(share), dataset=dataset, share_prefix=share, **options)
+            trainer.train()
+            trainer.evaluate()
+        histories.append(history(trainer))
+    for plain, shared in zip(*histories, strict=True):
+        assert plain.keys() == shared.keys()
+        for key, value in plain.items():
+            if "accuracies" not in key:  # of margins that are 0 but for rounding, before the first step
+                assert shared[key] == pytest.approx(value, rel=2e-4, abs=2e-5), key
+
+
+def test_unpadded_rows_online(tiny_model_dir, tmp_path):
+    from tests.online.runs import Scripted, batch, learn, online
+
+    results = []
+    for rows, share in ((contextlib.nullcontext, False), (unpadded_rows, True)):
+        with rows():
+            trainer = online(
+                tiny_model_dir, tmp_path, cls=Scripted, loss_type="anchored", num_generations=4, share_prefix=share
+            )
+            results.append(learn(trainer, batch(trainer)))
+    torch.testing.assert_close(results[1][0], results[0][0])
+    for name, value in results[0][1].items():
+        torch.testing.assert_close(results[1][1][name], value, rtol=1e-4, atol=2e-6)
 
 
 def test_moe_with_its_auxiliary_loss(tmp_path):

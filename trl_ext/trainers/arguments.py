@@ -29,7 +29,9 @@ class LossArguments:
             by default. Where the head is trained and all logits fit in three tiles, they are kept and not computed twice.
         share_prefix (`str` or `bool`, *optional*, defaults to `"auto"`):
             Whether a prompt runs through the model once for all of its completions: `True`, `False`, or `"auto"`, where
-            that is exact for the model and costs less. Not used with `logprob_backend="trl"`.
+            that is exact for the model and costs less. On a GPU rows have no padding then. A few rows of the first batch are
+            scored both ways, forward and backward: if more than rounding differs, `"auto"` goes on in plain rows, with a
+            warning, and `True` stops. Not used with `logprob_backend="trl"`.
     """
 
     loss_kwargs: dict[str, Any] | str | None = field(

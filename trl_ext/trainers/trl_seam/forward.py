@@ -79,13 +79,19 @@ def _install_head(current: ContextVar) -> Callable[[], None]:
     """Have TRL's fused forward ask the thread that runs it for its head."""
     function, use_triton = utils._ChunkedLogProbFunction, utils._use_triton
 
+    # In a compiled model the head runs as it is: its tiles follow from the number of tokens and from the memory that is free
+    @torch.compiler.disable
     def apply(*arguments):
         own = current.get()
         return function.apply(*arguments) if own is None else own(*arguments)
 
+    @torch.compiler.disable
+    def scored_alone(device):
+        """On every device the head is given the scored positions alone."""
+        return current.get() is not None or use_triton(device)
+
     utils._ChunkedLogProbFunction = types.SimpleNamespace(apply=apply, forward=function.forward)
-    # Only the scored positions, on every device
-    utils._use_triton = lambda device: current.get() is not None or use_triton(device)
+    utils._use_triton = scored_alone
 
     def remove() -> None:
         utils._ChunkedLogProbFunction, utils._use_triton = function, use_triton
