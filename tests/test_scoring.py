@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -73,6 +74,29 @@ def test_auto_on_a_gpu_is_liger(tiny_model_dir, tmp_path):
     theirs = build(trl.DPOTrainer, trl.DPOConfig, tiny_model_dir, tmp_path, use_cpu=False)
     theirs.train()
     assert history(trainer)[0]["loss"] == pytest.approx(history(theirs)[0]["loss"], rel=1e-3)
+
+
+@pytest.mark.gpu
+def test_a_step_on_a_gpu(tiny_model_dir, tmp_path, caplog):
+    """Unpadded rows that pass the first batch's check; afterwards nothing is compiled, and the host waits five times at most."""
+    trainer = ours(tiny_model_dir, tmp_path, use_cpu=False, bf16=True, loss_type="offset", logging_steps=100)
+    batches = [trainer._prepare_inputs(batch) for batch in trainer.get_train_dataloader()]
+    assert trainer._scorer.sharing.unpadded
+    trainer.model.train()
+    for batch in batches[:2]:
+        trainer.compute_loss(trainer.model, batch).backward()
+    assert trainer._scorer.sharing is not None, caplog.text
+    compiled = torch._dynamo.utils.counters["frames"]["total"]
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as waits:
+            warnings.simplefilter("always")
+            trainer.compute_loss(trainer.model, batches[2]).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch._dynamo.utils.counters["frames"]["total"] == compiled
+    ours_alone = [wait for wait in waits if "/trl_ext/" in wait.filename and "synchroniz" in str(wait.message)]
+    assert len(ours_alone) <= 5, ours_alone
 
 
 # By hand
