@@ -259,6 +259,7 @@ def test_how_a_gpu_attends(attention, dtype, fields, expected, caplog, served, h
         ((torch.version, "hip", "6.4"), {}, "the attention of cuda devices takes no sequences of varying length"),
         (None, {"head_dim": 264}, "its attention heads of size 264 are not what FlashAttention takes"),
         (None, {"head_dim": 12}, "its attention heads of size 12 are not what FlashAttention takes"),
+        (None, {"v_head_dim": 8}, "its attention heads of size 16 are not what FlashAttention takes"),
     ],
 )
 def test_where_the_kernel_cannot_serve(patch, options, reason, caplog, served, hopper, monkeypatch):

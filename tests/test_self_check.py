@@ -28,15 +28,15 @@ def rows_of(inputs, groups):
     return Rows(inputs, mask, torch.arange(len(mask)) % groups, torch.arange(len(mask)))
 
 
-def checked(name, dtype=torch.float32, unpadded=True, inputs=None, **options):
-    model = tiny(name, {**EXACT[name], **options}).to(dtype)
+def checked(name, dtype=torch.float32, unpadded=True, inputs=None, hidden_size=32):
+    model = tiny(name, EXACT[name]).to(dtype)
     add_fused_lm_head(model, outputs=("log_probs",))
     scorer = Scorer(Head())
     return why_differs(
         lambda model, rows: scorer._forward(model, rows, ()).log_probs,
         model,
         rows_of(inputs or batch(prompts=(30, 20), members=3), 2),
-        Sharing(32, unpadded=unpadded),
+        Sharing(hidden_size, unpadded=unpadded),
     )
 
 
@@ -83,6 +83,9 @@ def test_a_wrong_mask_is_seen(dtype, monkeypatch):
     sees = SharedPrefixLayout.sees
     monkeypatch.setattr(SharedPrefixLayout, "sees", lambda *args: sees(*args) | True)
     assert checked("llama", dtype, unpadded=False).startswith("their log-probabilities differ by ")
+    # Where so few rows would cost more than plain ones too
+    few = batch(prompts=(3, 2), members=3)
+    assert checked("llama", dtype, unpadded=False, inputs=few, hidden_size=1).startswith("their log-probabilities")
 
 
 def test_a_gradient_that_is_wrong_alone_is_seen(served, monkeypatch):  # noqa: F811
