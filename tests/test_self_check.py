@@ -95,6 +95,16 @@ def test_a_gradient_that_is_wrong_alone_is_seen(served, monkeypatch):  # noqa: F
     assert reason.startswith("gradients of a length of ") and "log-probabilities" not in reason
     with torch.no_grad():
         assert checked("llama") is None  # nothing is trained
+    monkeypatch.setattr(varlen, "attend", attend)
+    measure = self_check._measure
+    monkeypatch.setattr(
+        self_check,
+        "_measure",
+        lambda forward, model, rows, parameters: measure(
+            forward, model, rows, parameters if rows.layout is None else []
+        ),
+    )
+    assert checked("llama").startswith("gradients of a length of ")  # none at all
 
 
 def test_not_a_number_is_seen(served, monkeypatch):  # noqa: F811
@@ -132,6 +142,14 @@ def test_rows_that_are_compared():
     assert torch.equal(few.inputs["attention_mask"], attention[[0, 2, 4, 1, 5], :4])
     assert few.inputs["image"].tolist() == [0, 2, 4, 1, 5]
     assert torch.equal(few.completion_mask, scored[[0, 2, 4, 1, 5], :4]) and few.layout is None
+
+
+def test_tokens_that_are_compared():
+    """Those that are scored, behind the virtual ones of a prompt that is learnt; the first of a row has nothing in front."""
+    rows = Rows({}, torch.tensor([[1, 0, 1, 1], [0, 1, 0, 0]]), torch.zeros(2), torch.arange(2))
+    log_probs = torch.arange(10.0).view(2, 5)
+    measured = self_check._measure(lambda model, rows: log_probs, None, rows, [])
+    assert measured.log_probs.tolist() == [3, 4, 7] and measured.gradient is None
 
 
 def test_rounding_by_hand():
@@ -258,6 +276,11 @@ def test_the_check_runs_once(tiny_model_dir, tmp_path, checks):
     trainer.evaluate()
     assert checks == [False, False, True]
     checks.clear()
+    trainer = ours(tiny_model_dir, tmp_path, max_steps=2)
+    trainer.train()
+    trainer.evaluate()
+    assert checks == [True, False]
+    checks.clear()
     ours(tiny_model_dir, tmp_path, max_steps=2, share_prefix=False).train()
     ours(tiny_model_dir, tmp_path, max_steps=2, logprob_backend="trl").train()
     assert checks == []
@@ -278,15 +301,22 @@ def test_nothing_is_left_behind(tiny_model_dir, tmp_path, checks):
     assert torch.equal(loss, again)
 
 
-def test_reentrant_checkpointing_compares_no_gradients(tiny_model_dir, tmp_path, checks, caplog):
+@pytest.mark.parametrize("trained", ["layers", "embeddings"])
+def test_reentrant_checkpointing_compares_no_gradients(trained, tiny_model_dir, tmp_path, checks, caplog, monkeypatch):
+    """It gives none of parameters behind it, and refuses to give those in front of it alone."""
+    measured, measure = [], self_check._measure
+    monkeypatch.setattr(self_check, "_measure", lambda *args: measured.append(measure(*args)) or measured[-1])
     options = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
     results = []
     for share in (True, False):
         trainer = ours(tiny_model_dir, tmp_path, share_prefix=share, **options)
+        if trained == "embeddings":
+            trainer.model.model.layers.requires_grad_(False)
         trainer.model.gradient_checkpointing_enable({"use_reentrant": True})
         trainer.model.train()
         results.append(loss_and_gradients(trainer, first_batch(trainer)))
     assert checks == [True, False] and "compared with plain rows" not in caplog.text
+    assert len(measured) == 6 and all(each.gradient is None for each in measured)
     torch.testing.assert_close(results[0][0], results[1][0])
     for name, value in results[1][1].items():
         torch.testing.assert_close(results[0][1][name], value, rtol=1e-4, atol=1e-6)

@@ -74,7 +74,9 @@ def why_differs(
         parameters = _of_first_trained_layer(model) if torch.is_grad_enabled() else []
     try:
         plain = _measure(forward, model, few, parameters)
-    except RuntimeError as error:
+    except (
+        RuntimeError
+    ) as error:  # parameters in front of re-entrant checkpointing, of which no gradient alone can be had
         if "use_reentrant" not in str(error):
             raise
         parameters = []
@@ -135,12 +137,11 @@ def _measure(forward: Callable, model: nn.Module, rows: Rows, parameters: list[n
     if parameters:
         weights = torch.randn(log_probs.shape, generator=torch.Generator().manual_seed(0)).to(log_probs)
         gradients = torch.autograd.grad((log_probs * weights).sum(), parameters, allow_unused=True)
-        gradient = torch.cat(
-            [
-                (torch.zeros_like(parameter) if gradient is None else gradient).flatten()
-                for parameter, gradient in zip(parameters, gradients, strict=True)
-            ]
-        ).float()
+        # An expert that no token is sent to has none; behind re-entrant checkpointing no parameter has
+        if any(each is not None for each in gradients):
+            pairs = zip(parameters, gradients, strict=True)
+            filled = [torch.zeros_like(parameter) if each is None else each for parameter, each in pairs]
+            gradient = torch.cat([each.flatten() for each in filled]).float()
     return Measured(log_probs.detach().float(), gradient)
 
 
@@ -196,7 +197,7 @@ def _difference(plain: Measured, shared: Measured, noisy: Measured, tolerance: f
     if plain.gradient is not None:
         size = plain.gradient.norm().item()
         noise = (noisy.gradient - plain.gradient).norm().item() + torch.finfo(torch.float32).eps * size
-        difference = (shared.gradient - plain.gradient).norm().item()
+        difference = (plain.gradient if shared.gradient is None else shared.gradient - plain.gradient).norm().item()
         if not difference <= tolerance * noise:
             reasons.append(
                 f"gradients of a length of {size:.2g} differ by {difference:.2g}, and by rounding alone {noise:.2g}"
