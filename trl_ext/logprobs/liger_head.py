@@ -58,19 +58,16 @@ def bytes_per_logit(dtype: torch.dtype) -> int:
 
 def forward_tile(tile, hidden, weight, bias, targets, transform, outputs, gradient: bool) -> None:
     """As [`torch_head.forward_tile`]; what Liger's kernel does not know takes a pass over the tile and no further product."""
-    from liger_kernel.ops.utils import device_context
-
     project(tile, hidden, weight, bias, transform.factor)
     own = (outputs.entropy, outputs.log_sum_sq_probs, outputs.mean_logits)
-    with device_context(tile.device):
-        if any(output is not None for output in own):
-            from .statistics_kernel import statistics
+    if any(output is not None for output in own):
+        from .statistics_kernel import statistics
 
-            for output, values in zip(own, statistics(tile, transform.softcap), strict=True):
-                if output is not None:
-                    output.copy_(values)
-        accuracy = None if outputs.is_top1 is None else torch.empty_like(outputs.log_probs)
-        _cross_entropy(tile, targets, transform.softcap, outputs.log_probs, accuracy, gradient)
+        for output, values in zip(own, statistics(tile, transform.softcap), strict=True):
+            if output is not None:
+                output.copy_(values)
+    accuracy = None if outputs.is_top1 is None else torch.empty_like(outputs.log_probs)
+    _cross_entropy(tile, targets, transform.softcap, outputs.log_probs, accuracy, gradient)
     outputs.log_probs.neg_()
     if accuracy is not None:
         outputs.is_top1.copy_(accuracy)
@@ -78,17 +75,14 @@ def forward_tile(tile, hidden, weight, bias, targets, transform, outputs, gradie
 
 def gradient_tile(tile, hidden, weight, bias, targets, transform, log_probs) -> None:
     """As [`torch_head.gradient_tile`]."""
-    from liger_kernel.ops.utils import device_context
-
     project(tile, hidden, weight, bias, transform.factor)
-    with device_context(tile.device):
-        _cross_entropy(tile, targets, transform.softcap, torch.empty_like(log_probs), None, gradient=True)
+    _cross_entropy(tile, targets, transform.softcap, torch.empty_like(log_probs), None, gradient=True)
 
 
 def why_not() -> str | None:
     """What this file and the installed Liger's kernel do not have in common."""
     try:
-        from liger_kernel.ops.cross_entropy import liger_cross_entropy_kernel as kernel
+        kernel, *_ = _liger()
     except ImportError as error:
         return f"has no cross-entropy kernel that can be imported ({error})"
     while hasattr(kernel, "fn"):  # as Triton wraps it
@@ -103,29 +97,37 @@ def why_not() -> str | None:
     return f"wants {wanted} in its cross-entropy kernel too" if wanted else None
 
 
+def _liger():
+    """What is used of Liger; imported late, as Triton exists on Linux only."""
+    from liger_kernel.ops.cross_entropy import MAX_FUSED_SIZE, liger_cross_entropy_kernel
+    from liger_kernel.ops.utils import device_context
+
+    return liger_cross_entropy_kernel, MAX_FUSED_SIZE, device_context
+
+
 def _cross_entropy(tile, targets, softcap, loss, accuracy, gradient: bool) -> None:
     """Fill `loss` and, if given, `accuracy`; where `gradient` is set, the tile becomes the gradient of the loss."""
-    from liger_kernel.ops.cross_entropy import MAX_FUSED_SIZE, liger_cross_entropy_kernel
-
+    kernel, largest_block, device_context = _liger()
     tokens, vocabulary = tile.shape
-    liger_cross_entropy_kernel[(tokens,)](
-        X_ptr=tile,
-        X_stride=tile.stride(0),
-        Y_ptr=targets,
-        Y_stride=targets.stride(0),
-        loss_ptr=loss,
-        loss_stride=loss.stride(0),
-        token_accuracy_ptr=accuracy,
-        token_accuracy_stride=0 if accuracy is None else accuracy.stride(0),
-        n_cols=vocabulary,
-        softcap=softcap,
-        RETURN_TOKEN_ACCURACY=accuracy is not None,
-        HAS_SOFTCAPPING=softcap is not None,
-        HAS_GRADIENTS=gradient,
-        BLOCK_SIZE=min(MAX_FUSED_SIZE, 1 << (vocabulary - 1).bit_length()),
-        num_warps=_warps(tile),
-        **CONSTANTS,
-    )
+    with device_context(tile.device):
+        kernel[(tokens,)](
+            X_ptr=tile,
+            X_stride=tile.stride(0),
+            Y_ptr=targets,
+            Y_stride=targets.stride(0),
+            loss_ptr=loss,
+            loss_stride=loss.stride(0),
+            token_accuracy_ptr=accuracy,
+            token_accuracy_stride=0 if accuracy is None else accuracy.stride(0),
+            n_cols=vocabulary,
+            softcap=softcap,
+            RETURN_TOKEN_ACCURACY=accuracy is not None,
+            HAS_SOFTCAPPING=softcap is not None,
+            HAS_GRADIENTS=gradient,
+            BLOCK_SIZE=min(largest_block, 1 << (vocabulary - 1).bit_length()),
+            num_warps=_warps(tile),
+            **CONSTANTS,
+        )
 
 
 def _warps(tile) -> int:

@@ -1,8 +1,9 @@
-"""Statistics of a tile of logits in one pass. Imported where Triton is there."""
+"""Statistics of a tile of logits in one pass over it. Imported only where Triton is installed."""
 
 import torch
 import triton
 import triton.language as tl
+from liger_kernel.ops.utils import device_context
 
 
 BLOCK_SIZE = 1024
@@ -54,14 +55,21 @@ def statistics(tile: torch.Tensor, softcap: float | None) -> tuple[torch.Tensor,
 
     Args:
         tile (`torch.Tensor` of shape `(n, V)`):
-            Logits before the soft cap, on the current device.
+            Logits before the soft cap.
         softcap (`float`, *optional*):
             The soft cap.
     """
     tokens, vocabulary = tile.shape
     results = [torch.empty(tokens, device=tile.device, dtype=torch.float32) for _ in range(3)]
     capped = softcap is not None
-    _kernel[(tokens,)](
-        tile, tile.stride(0), *results, vocabulary, softcap if capped else 1.0, HAS_SOFTCAP=capped, BLOCK=BLOCK_SIZE
-    )
+    with device_context(tile.device):
+        _kernel[(tokens,)](
+            tile,
+            tile.stride(0),
+            *results,
+            vocabulary,
+            softcap if capped else 1.0,
+            HAS_SOFTCAP=capped,
+            BLOCK=BLOCK_SIZE,
+        )
     return tuple(results)
