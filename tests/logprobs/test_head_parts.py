@@ -3,12 +3,13 @@
 import contextlib
 import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from tests.logprobs.test_head import draw, reference
-from trl_ext.logprobs import Head, TokenLogProbs, Transform, liger_head, torch_head
+from trl_ext.logprobs import Head, Transform, liger_head, torch_head
 from trl_ext.logprobs import head as heads
 from trl_ext.logprobs.head import STATISTICS, compute_dtype
 from trl_ext.logprobs.products import statistics_dtype
@@ -184,3 +185,15 @@ def test_gradients_have_the_dtype_of_their_tensors(dtype, frozen):
             Head()(hidden, weight, None, targets).log_probs.sum().backward()
         assert hidden.grad.dtype == of_hidden
         assert frozen or weight.grad.dtype == of_weight
+
+
+def test_warps_are_those_that_liger_launches_with(monkeypatch):
+    half, single, on_cpu = (
+        SimpleNamespace(is_cuda=is_cuda, device="cuda:1", element_size=lambda size=size: size)
+        for is_cuda, size in ((True, 2), (True, 4), (False, 2))
+    )
+    for capability, expected in (((9, 0), [32, 32, 32]), ((10, 0), [8, 32, 32]), ((12, 0), [8, 32, 32])):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", {"cuda:1": capability}.__getitem__)
+        assert [liger_head._warps(tile) for tile in (half, single, on_cpu)] == expected
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert liger_head._warps(half) == 16
