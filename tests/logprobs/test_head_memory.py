@@ -137,6 +137,21 @@ def test_evaluation_and_a_frozen_head_keep_nothing(backend, monkeypatch):
     assert max(largest) == 5
 
 
+@pytest.mark.parametrize(("softcap", "expected"), [(None, [13]), (4.0, [5, 5, 3])])
+def test_what_is_kept_under_a_soft_cap_is_computed_in_tiles(softcap, expected, monkeypatch):
+    """The derivative of a soft cap takes a second tile, which would else be as large as all that is kept."""
+    seen = []
+    plain = heads.torch_head.forward_tile
+    monkeypatch.setattr(
+        heads.torch_head,
+        "forward_tile",
+        lambda tile, *rest, **more: (seen.append(len(tile)), plain(tile, *rest, **more)),
+    )
+    values, targets, _ = draw(13, 8, 31, False)
+    Head("torch", kib(5, 31))(values[0], values[1].requires_grad_(), None, targets, Transform(softcap=softcap))
+    assert seen == expected
+
+
 # What gradients are summed in
 
 

@@ -34,8 +34,7 @@ def _kernel(
         inside = columns < n_cols
         x = tl.load(x_ptr + columns, mask=inside, other=0.0).to(tl.float32)
         if HAS_SOFTCAP:
-            x = softcap * (2 * tl.sigmoid(2 * x / softcap) - 1)  # tanh
-        x = tl.where(inside, x, 0.0)
+            x = softcap * (2 * tl.sigmoid(2 * x / softcap) - 1)  # tanh, which leaves the 0 outside at 0
         new = tl.maximum(largest, tl.max(tl.where(inside, x, -float("inf")), axis=0))
         rescale = tl.exp(largest - new)
         e = tl.where(inside, tl.exp(x - new), 0.0)
