@@ -1,10 +1,10 @@
 """Which head runs where, which batches share prompts, and what becomes of token log-probabilities."""
 
-import inspect
 import os
 import warnings
 from types import SimpleNamespace
 
+import liger_kernel.ops.cross_entropy  # noqa: F401  before a test turns Triton's interpreter off
 import pytest
 import torch
 import trl
@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 import trl_ext
 from tests.helpers import build, history
 from tests.logprobs.families import tiny
-from trl_ext.logprobs import Sharing, Transform, liger_head, varlen
+from trl_ext.logprobs import Sharing, TokenLogProbs, Transform, liger_head, varlen
 from trl_ext.rows import Rows
 from trl_ext.trainers import scoring, shared_prompts
 from trl_ext.trainers.scoring import Scorer
@@ -50,7 +50,7 @@ def test_liger_needs_a_gpu(tiny_model_dir, tmp_path, monkeypatch):
 
 def test_liger_of_an_old_version(tiny_model_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(scoring.importlib.metadata, "version", lambda name: "0.8.1")
-    with pytest.raises(ValueError, match=r"liger-kernel 0.8.1 is older than 0.8.3, which the head needs"):
+    with pytest.raises(ValueError, match=r"liger-kernel 0.8.1 is older than 0.8.4, which the head needs"):
         ours(tiny_model_dir, tmp_path, logprob_backend="liger")
 
 
@@ -108,36 +108,70 @@ def wanted(device="cpu", **kwargs):
     return SimpleNamespace(**fields, **kwargs)
 
 
-def test_liger_whose_function_has_changed(monkeypatch, caplog):
-    """What is called with is looked up, so that the first step on a GPU does not find out."""
-    from liger_kernel.ops import fused_linear_cross_entropy as liger
+def kernel_with(parameters):
+    """A kernel with these parameters, wrapped twice as Triton wraps one that is tuned."""
+    function = eval(f"lambda {', '.join(parameters)}: None")
+    return SimpleNamespace(fn=SimpleNamespace(fn=function))
 
+
+def test_liger_whose_kernel_has_changed(monkeypatch, caplog):
+    """What the kernel is launched with is looked up, so that the first step on a GPU does not find out."""
+    from liger_kernel.ops import cross_entropy
+
+    PartialState()  # the logger asks which process this is
     assert scoring.resolve_backend(wanted("cuda")) == "liger" and not caplog.text
-    function = liger.fused_linear_cross_entropy_forward
-    monkeypatch.setattr(liger, "fused_linear_cross_entropy_forward", lambda _input, weight, target, **options: None)
-    reason = r"liger-kernel \S+ takes no \['bias', 'softcap', 'reduction', 'chunk_mem_const', .*'accum_dtype'\] in its fused"
-    with pytest.raises(ValueError, match=reason):
+    ours = list(liger_head.ARGUMENTS)
+    changes = [
+        (
+            [name for name in ours if name not in ("softcap", "HAS_GRADIENTS")],
+            r"takes no \['softcap', 'HAS_GRADIENTS'\]",
+        ),
+        ([*ours, "tile_ptr", "tuned=1"], r"wants \['tile_ptr'\] in its cross-entropy kernel too"),
+    ]
+    for parameters, reason in changes:
+        monkeypatch.setattr(cross_entropy, "liger_cross_entropy_kernel", kernel_with(parameters))
+        with pytest.raises(ValueError, match=rf"cannot run: liger-kernel \S+ {reason}"):
+            scoring.resolve_backend(wanted("cuda", logprob_backend="liger"))
+        assert scoring.resolve_backend(wanted("cuda")) == "torch"
+        assert "computed in torch, which is slower: liger-kernel" in caplog.text
+        caplog.clear()
+    monkeypatch.setattr(cross_entropy, "liger_cross_entropy_kernel", kernel_with([*ours, "tuned=1"]))
+    assert scoring.resolve_backend(wanted("cuda")) == "liger"
+    monkeypatch.delattr(cross_entropy, "liger_cross_entropy_kernel")
+    with pytest.raises(ValueError, match="has no cross-entropy kernel that can be imported"):
         scoring.resolve_backend(wanted("cuda", logprob_backend="liger"))
-    # What the head calls it with is what is looked up
-    seen = {}
-    monkeypatch.setattr(liger, "fused_linear_cross_entropy_forward", lambda *_, **options: seen.update(options) or ())
-    hidden, weight, targets = torch.zeros(2, 4), torch.zeros(8, 4), torch.zeros(2, dtype=torch.long)
-    transform = Transform(1.0, None, 1.0)
-    with pytest.raises(ValueError, match="not enough values"):  # of the answer
-        liger_head.forward(hidden, weight, None, targets, transform, (), 2)
-    with pytest.raises(ValueError, match="not enough values"):
-        liger_head.backward(torch.ones(2), hidden, weight, None, targets, None, transform, 2, (True, True, False))
-    assert set(seen) == set(liger_head.OPTIONS) <= set(inspect.signature(function).parameters)
+
+
+def test_what_ligers_kernel_is_launched_with(monkeypatch):
+    """It is what is looked up."""
+    from liger_kernel.ops import cross_entropy
+
+    launches = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda **arguments: launches.append((grid, arguments))
+
+    hidden, weight, targets = torch.zeros(2, 4), torch.zeros(9, 4), torch.zeros(2, dtype=torch.long)
+    inputs = (torch.empty(2, 9), hidden, weight, None, targets, Transform())
+    monkeypatch.setattr(cross_entropy, "liger_cross_entropy_kernel", Kernel())
+    liger_head.forward_tile(*inputs, TokenLogProbs(torch.empty(2), is_top1=torch.empty(2).bool()), gradient=False)
+    liger_head.gradient_tile(*inputs, torch.empty(2))
+    for (grid, arguments), gradient in zip(launches, (False, True), strict=True):
+        assert grid == (2,) and arguments.pop("num_warps") == 32
+        assert set(arguments) == set(liger_head.ARGUMENTS)
+        assert (arguments["BLOCK_SIZE"], arguments["n_cols"], arguments["HAS_GRADIENTS"]) == (16, 9, gradient)
+        assert arguments["RETURN_TOKEN_ACCURACY"] is not gradient
 
 
 def test_auto_says_why_it_is_not_liger(monkeypatch, caplog):
     monkeypatch.setattr(scoring.importlib.metadata, "version", lambda name: "0.8.2")
     with caplog.at_level("WARNING"):
         assert scoring.resolve_backend(wanted("cuda")) == "torch"
-    assert "computed in torch, which is slower: liger-kernel 0.8.2 is older than 0.8.3" in caplog.text
+    assert "computed in torch, which is slower: liger-kernel 0.8.2 is older than 0.8.4" in caplog.text
 
 
-@pytest.mark.parametrize("version", ["0.8.3", "0.8.2", None])
+@pytest.mark.parametrize("version", ["0.8.4", "0.8.3", None])
 def test_what_auto_stands_for(version, monkeypatch):
     def installed(name):
         assert name == "liger-kernel"
@@ -146,7 +180,7 @@ def test_what_auto_stands_for(version, monkeypatch):
         return version
 
     monkeypatch.setattr(scoring.importlib.metadata, "version", installed)
-    fastest = "liger" if version == "0.8.3" else "torch"
+    fastest = "liger" if version == "0.8.4" else "torch"
     for fields in ({}, {"logprob_backend": "auto"}, {"logprob_backend": "auto", "use_weighting": False}):
         backends = [scoring.resolve_backend(wanted(device, **fields)) for device in ("cuda", "xpu", "cpu", "mps")]
         assert backends == [fastest, fastest, "torch", "torch"]
@@ -160,7 +194,7 @@ def test_what_auto_stands_for(version, monkeypatch):
             if fastest == "liger" and (device == "cuda" or interpreted == "1"):
                 assert scoring.resolve_backend(wanted(device, **liger)) == "liger"
                 continue
-            reason = {"0.8.3": "need a GPU", "0.8.2": "is older than 0.8.3", None: "is not installed"}[version]
+            reason = {"0.8.4": "need a GPU", "0.8.3": "is older than 0.8.4", None: "is not installed"}[version]
             with pytest.raises(ValueError, match=f"`logprob_backend='liger'` cannot run: .*{reason}"):
                 scoring.resolve_backend(wanted(device, **liger))
 

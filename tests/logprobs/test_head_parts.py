@@ -1,60 +1,67 @@
 """The parts of the heads, each with numbers worked by hand."""
 
 import contextlib
+import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from tests.logprobs.test_head import draw, reference
 from trl_ext.logprobs import Head, Transform, liger_head, torch_head
+from trl_ext.logprobs import head as heads
 from trl_ext.logprobs.head import STATISTICS, compute_dtype
-from trl_ext.logprobs.liger_head import chunk_multiplier
+from trl_ext.logprobs.products import statistics_dtype
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 7])
 @pytest.mark.parametrize("keep", [False, True], ids=["", "keep"])
-def test_both_passes_of_the_torch_head_by_hand(rows, keep):
+@pytest.mark.parametrize(("backend", "dtype"), [("torch", torch.float64), ("liger", torch.float32)])
+def test_both_passes_by_hand(backend, dtype, keep, rows):
     """Logits are ln 1, ln 2 and ln 5, whatever the tile: probabilities 1/8, 2/8 and 5/8."""
-    weight = torch.tensor([[0.0], [math.log(2)], [math.log(5)]], dtype=torch.float64)
-    hidden, targets = torch.ones(3, 1, dtype=torch.float64), torch.tensor([2, 0, 1])
-    rows = 3 if keep else rows
-    gradient_rows = None if keep else torch.empty_like(hidden)
-    (log_probs, entropy, log_sum_sq, mean, top1), saved = torch_head.forward(
-        hidden, weight, None, targets, Transform(), STATISTICS, rows, gradient_rows, keep
-    )
-    assert log_probs.exp().tolist() == pytest.approx([5 / 8, 1 / 8, 2 / 8])
-    assert entropy.tolist() == pytest.approx([math.log(8) - (2 * math.log(2) + 5 * math.log(5)) / 8] * 3)
-    assert log_sum_sq.exp().tolist() == pytest.approx([30 / 64] * 3)
-    assert mean.tolist() == pytest.approx([math.log(10) / 3] * 3)
+    module = heads.BACKENDS[backend]
+
+    def approx(value):
+        return pytest.approx(value, rel=1e-12 if dtype == torch.float64 else 1e-5)
+
+    weight = torch.tensor([[0.0], [math.log(2)], [math.log(5)]], dtype=dtype)
+    hidden, targets = torch.ones(3, 1, dtype=dtype), torch.tensor([2, 0, 1])
+    gradient_rows = torch.empty_like(hidden)
+    inputs = (hidden, weight, None, targets)
+    outputs, kept = heads._forward(module, *inputs, Transform(), STATISTICS, rows, keep, gradient_rows)
+    log_probs, entropy, log_sum_sq, mean, top1 = outputs
+    assert log_probs.exp().tolist() == approx([5 / 8, 1 / 8, 2 / 8])
+    assert entropy.tolist() == approx([math.log(8) - (2 * math.log(2) + 5 * math.log(5)) / 8] * 3)
+    assert log_sum_sq.exp().tolist() == approx([30 / 64] * 3)
+    assert mean.tolist() == approx([math.log(10) / 3] * 3)
     assert top1.tolist() == [True, False, False]
     # The mean row of the weight under 1/8, 2/8 and 5/8, taken from the row of the target
     mean_row = (2 * math.log(2) + 5 * math.log(5)) / 8
     slopes = [math.log(5) - mean_row, -mean_row, math.log(2) - mean_row]
-    if not keep:
-        assert gradient_rows.squeeze(1).tolist() == pytest.approx(slopes)
-        assert saved.tolist() == pytest.approx([math.log(8)] * 3)
+    assert (-gradient_rows).squeeze(1).tolist() == approx(slopes)
+    if keep:
+        assert kept.tolist() == [
+            approx(row) for row in ([1 / 8, 2 / 8, -3 / 8], [-7 / 8, 2 / 8, 5 / 8], [1 / 8, -6 / 8, 5 / 8])
+        ]
     else:
-        assert saved.tolist() == [pytest.approx([1 / 8, 2 / 8, 5 / 8])] * 3
-    upstream = torch.tensor([1.0, 10.0, 100.0], dtype=torch.float64)
+        assert kept is None
+    upstream = torch.tensor([1.0, 10.0, 100.0], dtype=dtype)
     # Upstream times (onehot - p), summed over tokens: the gradient of the weight (hidden states are 1) and of a bias
     summed = [10 - 111 / 8, 100 - 222 / 8, 1 - 555 / 8]
-    for needs in ((True, True, False), (False, True, False), (True, False, False)):
-        arguments = (hidden, weight, None, targets, saved.clone(), Transform(), rows, needs)
-        of_hidden, of_weight, of_bias = torch_head.backward(upstream, *arguments)
-        assert of_bias is None
-        assert (of_hidden is None, of_weight is None) == (not needs[0], not needs[1])
+    for needs in itertools.product((True, False), repeat=3):
+        bias = torch.zeros(3, dtype=dtype) if needs[2] else None
+        gradients = heads._backward(
+            upstream, module, hidden, weight, bias, targets, log_probs, kept, Transform(), rows, needs, dtype
+        )
+        assert [gradient is not None for gradient in gradients] == list(needs)
+        of_hidden, of_weight, of_bias = gradients
         if needs[0]:
-            assert of_hidden.squeeze(1).tolist() == pytest.approx(
-                [slope * u for slope, u in zip(slopes, (1, 10, 100), strict=True)]
-            )
+            assert of_hidden.squeeze(1).tolist() == approx([s * u for s, u in zip(slopes, (1, 10, 100), strict=True)])
         if needs[1]:
-            assert of_weight.squeeze(1).tolist() == pytest.approx(summed)
-    bias = torch.zeros(3, dtype=torch.float64)
-    arguments = (hidden, weight, bias, targets, saved.clone(), Transform(), rows, (False, False, True))
-    of_hidden, of_weight, of_bias = torch_head.backward(upstream, *arguments)
-    assert (of_hidden, of_weight) == (None, None)
-    assert of_bias.tolist() == pytest.approx(summed)
+            assert of_weight.squeeze(1).tolist() == approx(summed)
+        if needs[2]:
+            assert of_bias.tolist() == approx(summed)
 
 
 @pytest.mark.parametrize("backend", ["torch", "liger"])
@@ -81,17 +88,11 @@ def test_bytes_of_a_logit():
     dtypes = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
     assert [torch_head.bytes_per_logit(dtype) for dtype in dtypes] == [8, 4, 6, 6]
     assert [liger_head.bytes_per_logit(dtype) for dtype in dtypes] == [8, 4, 2, 2]
-    assert [torch_head.statistics_dtype(dtype) for dtype in dtypes] == [torch.float64] + [torch.float32] * 3
-
-
-def test_rows_of_a_tile_by_hand():
-    # 32 MiB over 2 ** 15 logits of 4 bytes on a CPU, 256 MiB elsewhere
-    assert Head().tile_rows(torch.empty(5000, 1), 2**15, 4) == 256
-    assert Head().tile_rows(torch.empty(5000, 1, device="meta"), 2**15, 4) == 2048
-    assert Head(memory_mb=1).tile_rows(torch.empty(5000, 1), 2**15, 4) == 8
-    assert Head(memory_mb=1).tile_rows(torch.empty(5000, 1), 2**15, 8) == 4
-    assert Head().tile_rows(torch.empty(7, 1), 2**15, 4) == 7  # no more than there are
-    assert Head().tile_rows(torch.empty(0, 1), 2**15, 4) == 1
+    assert (
+        [torch_head.tile_dtype(dtype) for dtype in dtypes]
+        == [statistics_dtype(dtype) for dtype in dtypes]
+        == [torch.float64] + [torch.float32] * 3
+    )
 
 
 def test_what_the_products_run_in():
@@ -105,22 +106,36 @@ def test_what_the_products_run_in():
 
 def test_what_a_backend_can():
     capped, hot, both = Transform(softcap=2.0), Transform(temperature=0.5), Transform(softcap=2.0, temperature=0.5)
-    assert [liger_head.can(each) for each in (Transform(), capped, hot, both)] == [True, True, True, False]
-    assert not any(liger_head.can_keep(each) for each in (Transform(), capped))
-    assert all(torch_head.can(each) for each in (Transform(), capped, hot, both))
-    assert [torch_head.can_keep(each) for each in (Transform(), capped, hot, both)] == [True, False, True, False]
+    each = (Transform(), capped, hot, both)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert [liger_head.can(transform, dtype) for transform in each] == [True, True, True, False]
+    assert not any(liger_head.can(transform, torch.float64) for transform in each)
+    assert all(torch_head.can(transform, torch.float64) for transform in each)
     assert Transform(scale=3.0, temperature=2.0).factor == 1.5
 
 
-def test_ligers_multiplier_by_hand():
-    # All in one tile: the least C with 1000 / (16 C) <= 1
-    assert chunk_multiplier(64, (64, 16), 1000) == chunk_multiplier(65, (64, 16), 1000) == 63
-    # Tiles of 4 for 10 tokens, 3 of them: the largest C with more than 2 times 16 C below 1000
-    assert chunk_multiplier(5, (10, 16), 1000) == chunk_multiplier(4, (10, 16), 1000) == 31
-    # 1024 / 32 = 32 exactly would be two tiles
-    assert chunk_multiplier(4, (10, 16), 1024) == 31
-    # The least there is
-    assert chunk_multiplier(1, (100, 64), 10) == chunk_multiplier(100, (100, 64), 10) == 1
+@pytest.mark.parametrize(
+    ("dtype", "backend"), [(torch.bfloat16, "torch"), (torch.bfloat16, "liger"), (torch.float32, "liger")]
+)
+def test_of_several_largest_logits_the_first_counts(backend, dtype):
+    """As in TRL. In float32 the torch head lets each of them count: its logits are not rounded to the same value."""
+    hidden, weight, targets = torch.zeros(4, 2, dtype=dtype), torch.ones(3, 2, dtype=dtype), torch.tensor([0, 1, 2, 0])
+    weight[0] = -1
+    hidden[3] = -1
+    # Rows of three equal logits, and one whose first is the largest
+    output = Head(backend)(hidden, weight, None, targets, statistics=("is_top1",))
+    assert output.is_top1.tolist() == [True, False, False, True]
+
+
+@pytest.mark.parametrize("backend", ["torch", "liger"])
+def test_a_token_that_cannot_be_sampled(backend):
+    """Logits of minus infinity, which a bias may bring about: 1/4 and 3/4 remain."""
+    hidden, weight = torch.ones(1, 1), torch.tensor([[0.0], [0.0], [math.log(3)]])
+    bias = torch.tensor([0.0, -math.inf, 0.0])
+    output = Head(backend)(hidden, weight, bias, torch.tensor([2]), statistics=("entropy", "log_sum_sq_probs"))
+    assert output.log_probs.exp().item() == pytest.approx(3 / 4, rel=1e-5)
+    assert output.entropy.item() == pytest.approx(math.log(4) - 0.75 * math.log(3), rel=1e-5)
+    assert output.log_sum_sq_probs.exp().item() == pytest.approx(10 / 16, rel=1e-5)
 
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["full", "frozen"])
@@ -170,3 +185,15 @@ def test_gradients_have_the_dtype_of_their_tensors(dtype, frozen):
             Head()(hidden, weight, None, targets).log_probs.sum().backward()
         assert hidden.grad.dtype == of_hidden
         assert frozen or weight.grad.dtype == of_weight
+
+
+def test_warps_are_those_that_liger_launches_with(monkeypatch):
+    half, single, on_cpu = (
+        SimpleNamespace(is_cuda=is_cuda, device="cuda:1", element_size=lambda size=size: size)
+        for is_cuda, size in ((True, 2), (True, 4), (False, 2))
+    )
+    for capability, expected in (((9, 0), [32, 32, 32]), ((10, 0), [8, 32, 32]), ((12, 0), [8, 32, 32])):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", {"cuda:1": capability}.__getitem__)
+        assert [liger_head._warps(tile) for tile in (half, single, on_cpu)] == expected
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert liger_head._warps(half) == 16

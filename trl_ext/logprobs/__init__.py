@@ -1,7 +1,8 @@
 """
 Token log-probabilities and their sums, the hot path. Knows nothing of losses.
 
-- `head.py`: from hidden states to log-probabilities; `torch_head.py` and `liger_head.py` compute its tiles
+- `head.py`: from hidden states to log-probabilities; `torch_head.py` and `liger_head.py` compute its tiles (`memory.py`:
+  how large they are; `products.py`: matrix products; `statistics_kernel.py`: what Liger's kernel does not know)
 - `shared_prefix.py`: one row for a prompt and all of its completions, by masks or, through `varlen.py`, without; `sharing.py` decides
   where that is exact and pays
 - `sequence.py`: from tokens to completions

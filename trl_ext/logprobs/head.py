@@ -1,21 +1,23 @@
 """
 Log-probabilities of target tokens from hidden states, without the logits of all of them at once.
 
-The projection through `lm_head` runs on tiles of tokens sized to a memory budget. What is kept for the backward depends
-on what needs a gradient, so that as few matrix products run as the case allows:
+The projection through `lm_head` runs on tiles of tokens sized to the memory there is. A backend turns a tile into
+log-probabilities and, in place, into their gradient `G`; what is kept of it for the backward depends on what needs a
+gradient, so that as few matrix products run as the case allows:
 
 | what needs a gradient | forward | backward | products |
 | --- | --- | --- | --- |
 | nothing (reference, evaluation) | logits | - | 1 |
-| hidden states (LoRA, a frozen head) | logits, one gradient row per token | rows times the upstream gradient | 2 |
-| head too, all logits fit three tiles | logits, probabilities kept | two products | 3 |
+| hidden states (LoRA, a frozen head) | logits, one row of `G W` per token | rows times the upstream gradient | 2 |
+| head too, and memory for all tiles | logits, `G` kept | two products | 3 |
 | head too | logits | logits again, two products | 4 |
 
-The second line is exact for every loss: `d log p_t / d h_t` depends on token `t` alone, so its row can be formed before
-the upstream gradient is known.
+Statistics take no further product. The second line is exact for every loss: `d log p_t / d h_t` depends on token `t`
+alone, so its row can be formed before the upstream gradient is known. For the same reason `G` is never multiplied by the
+upstream gradient `u`, which goes into the small tensors: `u (G W)` for the hidden states and `G^T (u h)` for the weight.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -24,16 +26,15 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from . import liger_head, torch_head
+from .memory import Plan, free_and_room, plan_for_budget, plan_for_memory
+from .products import add_product, product, statistics_dtype
 
 
 BACKENDS = {"torch": torch_head, "liger": liger_head}
 
-# MiB for a tile of logits. On a CPU a tile that stays near the cache is the fastest; on a GPU this is what TRL's head
-# allots too (4096 x 32768 in bfloat16), and 880 rows of a vocabulary of 152k.
+# MiB for a tile of logits. On a CPU a tile that stays near the cache is the fastest. Other devices have this where they do
+# not say how much of their memory is free.
 DEFAULT_MEMORY_MB = {"cpu": 32, "default": 256}
-
-# A head that is trained runs three products instead of four if all probabilities are kept: worth this many tiles' memory
-KEEP_TILES = 3
 
 STATISTICS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 
@@ -85,8 +86,9 @@ class Head:
         backend (`str`, *optional*, defaults to `"torch"`):
             `"torch"`, or `"liger"` for Liger's Triton cross-entropy.
         memory_mb (`float`, *optional*):
-            MiB for one tile of logits. Defaults to 256 on accelerators and 32 on a CPU. Where the head is trained and all
-            logits fit in three tiles, they are kept and not computed twice.
+            MiB for one tile of logits. Where the head is trained and all logits fit in three tiles, they are kept and not
+            computed twice. Defaults to 32 on a CPU. A GPU is asked by default: a tile has up to 4096 tokens and takes at
+            most a quarter of the free memory, and all tiles are kept where that does not raise the peak of the run.
     """
 
     backend: str = "torch"
@@ -119,26 +121,31 @@ class Head:
             gather (`Callable`, *optional*):
                 Context manager that makes sharded parameters whole, entered again in the backward.
         """
-        module = BACKENDS[self.backend]
-        if not module.can(transform) or not hidden.shape[0]:
-            module = torch_head
         dtype = compute_dtype(hidden)
-        rows = self.tile_rows(hidden, weight.shape[0], module.bytes_per_logit(dtype))
-        arguments = (targets, transform, statistics, module, rows, dtype, gather)
+        module = BACKENDS[self.backend]
+        if not module.can(transform, dtype) or not hidden.shape[0]:
+            module = torch_head
+        plan = self.plan(hidden, weight, module.bytes_per_logit(dtype))
+        arguments = (targets, transform, statistics, module, plan, dtype, gather)
         if torch.is_grad_enabled() and any(
             tensor is not None and tensor.requires_grad for tensor in (hidden, weight, bias)
         ):
             return TokenLogProbs(*_TokenLogProbs.apply(hidden, weight, bias, *arguments))
-        outputs, _ = module.forward(
-            hidden.to(dtype), weight.to(dtype), cast(bias, dtype), targets, transform, statistics, rows
+        outputs, _ = _forward(
+            module, hidden.to(dtype), weight.to(dtype), cast(bias, dtype), targets, transform, statistics, plan.rows
         )
-        return TokenLogProbs(*outputs)
+        return outputs
 
-    def tile_rows(self, hidden: torch.Tensor, vocabulary: int, bytes_per_logit: int) -> int:
-        """Tokens per tile, at least 1."""
-        budget = self.memory_mb or DEFAULT_MEMORY_MB.get(hidden.device.type, DEFAULT_MEMORY_MB["default"])
-        rows = int(budget * 2**20 / (vocabulary * bytes_per_logit))
-        return max(1, min(rows, hidden.shape[0]))
+    def plan(self, hidden: torch.Tensor, weight: torch.Tensor, bytes_per_logit: int) -> Plan:
+        """Tokens per tile, and whether a head that is trained keeps all tiles."""
+        tokens, vocabulary = hidden.shape[0], weight.shape[0]
+        memory = None if self.memory_mb else free_and_room(hidden.device)
+        if memory is None:
+            budget = self.memory_mb or DEFAULT_MEMORY_MB.get(hidden.device.type, DEFAULT_MEMORY_MB["default"])
+            return plan_for_budget(budget, tokens, vocabulary, bytes_per_logit)
+        free, room = memory
+        # In the backward the gradient of the weight stands beside what is kept
+        return plan_for_memory(free, room - weight.nbytes, tokens, vocabulary, bytes_per_logit)
 
 
 def compute_dtype(hidden: torch.Tensor) -> torch.dtype:
@@ -151,38 +158,113 @@ def cast(tensor: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None
     return None if tensor is None else tensor.to(dtype)
 
 
+def _tiles(tokens: int, rows: int) -> Iterator[slice]:
+    return (slice(start, min(start + rows, tokens)) for start in range(0, tokens, rows))
+
+
+def _forward(
+    module, hidden, weight, bias, targets, transform, statistics, rows, keep=False, gradient_rows=None
+) -> tuple[TokenLogProbs, torch.Tensor | None]:
+    """
+    Values of all tokens, and where `keep` is set the `(N, V)` gradient that [`torch_head.forward_tile`] describes.
+    `gradient_rows` `(N, H)` are filled with that gradient times the weight.
+    """
+    tokens, vocabulary = hidden.shape[0], weight.shape[0]
+    if keep and transform.softcap is None:  # the derivative of a soft cap may take a second tile
+        rows = max(tokens, 1)
+    wide = statistics_dtype(hidden.dtype)
+    new = {"device": hidden.device, "dtype": wide}
+    empty = {name: torch.empty(tokens, **new) for name in ("log_probs", *statistics) if name != "is_top1"}
+    if "is_top1" in statistics:
+        empty["is_top1"] = torch.empty(tokens, device=hidden.device, dtype=torch.bool)
+    outputs = filled = TokenLogProbs(**empty)
+    if outputs.mean_logits is not None and transform.softcap is None:
+        # The mean of the logits is the logit of the mean row: no pass over the tile
+        mean_row, mean_bias = weight.mean(dim=0, dtype=wide), 0.0 if bias is None else bias.mean(dtype=wide)
+        filled = outputs._replace(mean_logits=None)
+    buffer = hidden.new_empty(tokens if keep else min(rows, tokens), vocabulary, dtype=module.tile_dtype(hidden.dtype))
+    for here in _tiles(tokens, rows):
+        tile = buffer[here] if keep else buffer[: here.stop - here.start]
+        inputs = (hidden[here], weight, bias, targets[here], transform)
+        fields = TokenLogProbs(*(None if field is None else field[here] for field in filled))
+        module.forward_tile(tile, *inputs, fields, gradient=keep or gradient_rows is not None)
+        if filled is not outputs:
+            outputs.mean_logits[here] = (hidden[here].to(wide) @ mean_row + mean_bias) * transform.factor
+        if gradient_rows is not None:
+            product(tile, weight, out=gradient_rows[here])
+    return outputs, buffer if keep else None
+
+
+def _backward(upstream, module, hidden, weight, bias, targets, log_probs, kept, transform, rows, needs, weight_dtype):
+    """Gradients of hidden states, weight and bias, each `None` where `needs` is false."""
+    tokens, vocabulary = hidden.shape[0], weight.shape[0]
+    dtype, wide, tile_dtype = hidden.dtype, statistics_dtype(hidden.dtype), module.tile_dtype(hidden.dtype)
+    if kept is not None:
+        rows = max(tokens, 1)
+    # One product sums inside in float32, so its result can be written as it is wanted
+    direct = rows >= tokens and dtype == tile_dtype == weight_dtype != torch.float16
+    new = torch.empty if tokens else torch.zeros
+    grad_hidden = new(hidden.shape, device=hidden.device, dtype=wide) if needs[0] else None
+    grad_weight = new(weight.shape, device=hidden.device, dtype=dtype if direct else wide) if needs[1] else None
+    grad_bias = new(bias.shape, device=hidden.device, dtype=wide) if needs[2] else None
+    factors = upstream.to(wide).unsqueeze(1) * -transform.factor
+    shares, largest = factors, None
+    if dtype == torch.float16:
+        # Small factors times hidden states would underflow
+        largest = factors.abs().amax().clamp_min(torch.finfo(wide).tiny) if tokens else factors.new_ones(())
+        shares = factors / largest
+    buffer = hidden.new_empty(min(rows, tokens), vocabulary, dtype=tile_dtype) if kept is None else kept
+    for here in _tiles(tokens, rows):
+        tile, first = buffer[: here.stop - here.start], here.start == 0
+        if kept is None:
+            module.gradient_tile(tile, hidden[here], weight, bias, targets[here], transform, log_probs[here])
+        if needs[0]:
+            product(tile, weight, out=grad_hidden[here])
+        if needs[1]:
+            add_product(grad_weight, tile, (hidden[here] * shares[here]).to(tile_dtype), dtype, first)
+        if needs[2]:
+            add_product(grad_bias.unsqueeze(1), tile, shares[here].to(tile_dtype), dtype, first)
+    if needs[0]:
+        grad_hidden.mul_(factors)
+    if largest is not None:
+        for gradient in (grad_weight, grad_bias):
+            if gradient is not None:
+                gradient.mul_(largest)
+    return grad_hidden, grad_weight, grad_bias
+
+
 class _TokenLogProbs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, transform, statistics, module, rows, dtype, gather):
+    def forward(ctx, hidden, weight, bias, targets, transform, statistics, module, plan, dtype, gather):
         ctx.set_materialize_grads(False)
         ctx.gradient_rows = not any(ctx.needs_input_grad[1:3])
-        keep = not ctx.gradient_rows and hidden.shape[0] <= KEEP_TILES * rows and module.can_keep(transform)
-        if keep:
-            rows = max(hidden.shape[0], 1)
         # In the forward and not in the backward: the rows need no upstream gradient
         gradient_rows = None
         if ctx.gradient_rows:
-            gradient_rows = torch.empty(hidden.shape, device=hidden.device, dtype=torch_head.statistics_dtype(dtype))
+            # Rounded to half precision they would bring the gradient further from float64 than TRL's
+            gradient_rows = torch.empty(hidden.shape, device=hidden.device, dtype=statistics_dtype(dtype))
         with torch.autocast(hidden.device.type, enabled=False):
-            outputs, saved = module.forward(
+            outputs, kept = _forward(
+                module,
                 hidden.to(dtype),
                 weight.to(dtype),
                 cast(bias, dtype),
                 targets,
                 transform,
                 statistics,
-                rows,
+                plan.rows,
+                keep=plan.keep and not ctx.gradient_rows,
                 gradient_rows=gradient_rows,
-                keep=keep,
             )
+        ctx.transform, ctx.dtype = transform, dtype
         if ctx.gradient_rows:
             ctx.save_for_backward(gradient_rows)
             ctx.dtype = hidden.dtype
         else:
-            ctx.save_for_backward(hidden, weight, bias, targets, saved)
-            ctx.module, ctx.transform, ctx.rows, ctx.dtype, ctx.gather = module, transform, rows, dtype, gather
+            ctx.save_for_backward(hidden, weight, bias, targets, outputs.log_probs, kept)
+            ctx.module, ctx.rows, ctx.gather = module, plan.rows, gather
         ctx.mark_non_differentiable(*(output for output in outputs[1:] if output is not None))
-        return outputs
+        return tuple(outputs)
 
     @staticmethod
     @once_differentiable
@@ -192,20 +274,24 @@ class _TokenLogProbs(torch.autograd.Function):
             return (None, None, None, *rest)
         if ctx.gradient_rows:
             (gradient_rows,) = ctx.saved_tensors
-            return ((gradient_rows * upstream.unsqueeze(1)).to(ctx.dtype), None, None, *rest)
-        hidden, weight, bias, targets, saved = ctx.saved_tensors
+            factors = upstream.unsqueeze(1) * -ctx.transform.factor
+            return ((gradient_rows * factors).to(ctx.dtype), None, None, *rest)
+        hidden, weight, bias, targets, log_probs, kept = ctx.saved_tensors
         parameters = [parameter for parameter in (weight, bias) if parameter is not None]
         with ctx.gather(*parameters), torch.autocast(hidden.device.type, enabled=False):
-            gradients = ctx.module.backward(
+            gradients = _backward(
                 upstream,
+                ctx.module,
                 hidden.to(ctx.dtype),
                 weight.to(ctx.dtype),
                 cast(bias, ctx.dtype),
                 targets,
-                saved,
+                log_probs,
+                kept,
                 ctx.transform,
                 ctx.rows,
                 ctx.needs_input_grad[:3],
+                weight.dtype,
             )
         gradients = [
             None if gradient is None else gradient.to(tensor.dtype)

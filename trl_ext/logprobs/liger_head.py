@@ -1,134 +1,138 @@
-"""The head through Liger's Triton cross-entropy: one kernel a tile from logits to loss and, in place, their gradient."""
+"""The head through Liger's Triton cross-entropy: one kernel from a tile of logits to loss and, in place, its gradient."""
 
 import inspect
 
 import torch
 
-from . import torch_head
+from .products import project
 
 
-# Arguments of Liger's function by name
-OPTIONS = (
-    "bias",
+# What the kernel is launched with besides tensors, their strides and what a tile decides
+CONSTANTS = {
+    "weight_ptr": None,
+    "z_loss_ptr": None,
+    "predicted_tokens_ptr": None,
+    "predicted_tokens_stride": 0,
+    "n_non_ignore": 1,
+    "sum_non_ignore_weight": 1,
+    "weight_sum": 1,
+    "ignore_index": -100,  # is not among the targets
+    "lse_square_scale": 0.0,
+    "label_smoothing": 0.0,
+    "reduction": "none",
+    "RETURN_Z_LOSS": False,
+    "RETURN_PREDICTED_TOKENS": False,
+    "HAS_WEIGHT": False,
+}
+ARGUMENTS = (
+    *CONSTANTS,
+    "X_ptr",
+    "X_stride",
+    "Y_ptr",
+    "Y_stride",
+    "loss_ptr",
+    "loss_stride",
+    "token_accuracy_ptr",
+    "token_accuracy_stride",
+    "n_cols",
     "softcap",
-    "reduction",
-    "chunk_mem_const",
-    "return_token_accuracy",
-    "token_grad_output",
-    "compute_gradients",
-    "weight_requires_grad",
-    "accum_dtype",
+    "RETURN_TOKEN_ACCURACY",
+    "HAS_SOFTCAPPING",
+    "HAS_GRADIENTS",
+    "BLOCK_SIZE",
 )
 
 
-def can(transform) -> bool:
-    """Liger's kernel has no temperature outside a soft cap."""
-    return transform.softcap is None or transform.temperature == 1.0
+def can(transform, dtype: torch.dtype) -> bool:
+    """Liger's kernel has no temperature outside a soft cap, and computes in float32."""
+    return (transform.softcap is None or transform.temperature == 1.0) and dtype != torch.float64
 
 
-def can_keep(transform) -> bool:
-    return False  # the kernel overwrites the logits with a gradient that lacks the upstream factor
+def tile_dtype(dtype: torch.dtype) -> torch.dtype:
+    return dtype
 
 
 def bytes_per_logit(dtype: torch.dtype) -> int:
     return dtype.itemsize
 
 
-def forward(hidden, weight, bias, targets, transform, statistics, rows, gradient_rows=None, keep=False):
-    """As [`torch_head.forward`]; what the kernel does not know (entropy) takes another pass over tiles."""
-    scaled, scaled_bias, softcap = _scaled(hidden, bias, transform)
-    loss, _, accuracy, _, grad_hidden, _, _ = _liger(
-        scaled,
-        weight,
-        targets,
-        scaled_bias,
-        softcap,
-        rows,
-        return_token_accuracy="is_top1" in statistics,
-        compute_gradients=gradient_rows is not None,
-    )
-    if gradient_rows is not None:
-        torch.mul(grad_hidden, -transform.factor, out=gradient_rows)
-    log_probs = loss.neg_()
-    entropy = log_sum_sq = mean_logits = None
-    if "mean_logits" in statistics and softcap is None:
-        mean_bias = 0.0 if bias is None else bias.mean(dtype=torch.float32)
-        mean_logits = (hidden.float() @ weight.mean(dim=0, dtype=torch.float32) + mean_bias) * transform.factor
-    passed_over = {"entropy", "log_sum_sq_probs"} & set(statistics)
-    if "mean_logits" in statistics and mean_logits is None:
-        passed_over.add("mean_logits")
-    if passed_over:
-        tile = max(1, rows * bytes_per_logit(hidden.dtype) // torch_head.bytes_per_logit(hidden.dtype))
-        (_, entropy, log_sum_sq, capped_mean, _), _ = torch_head.forward(
-            hidden, weight, bias, targets, transform, tuple(passed_over), tile
+def forward_tile(tile, hidden, weight, bias, targets, transform, outputs, gradient: bool) -> None:
+    """As [`torch_head.forward_tile`]; what Liger's kernel does not know takes a pass over the tile and no further product."""
+    project(tile, hidden, weight, bias, transform.factor)
+    own = (outputs.entropy, outputs.log_sum_sq_probs, outputs.mean_logits)
+    if any(output is not None for output in own):
+        from .statistics_kernel import statistics
+
+        for output, values in zip(own, statistics(tile, transform.softcap), strict=True):
+            if output is not None:
+                output.copy_(values)
+    accuracy = None if outputs.is_top1 is None else torch.empty_like(outputs.log_probs)
+    _cross_entropy(tile, targets, transform.softcap, outputs.log_probs, accuracy, gradient)
+    outputs.log_probs.neg_()
+    if accuracy is not None:
+        outputs.is_top1.copy_(accuracy)
+
+
+def gradient_tile(tile, hidden, weight, bias, targets, transform, log_probs) -> None:
+    """As [`torch_head.gradient_tile`]."""
+    project(tile, hidden, weight, bias, transform.factor)
+    _cross_entropy(tile, targets, transform.softcap, torch.empty_like(log_probs), None, gradient=True)
+
+
+def why_not() -> str | None:
+    """What this file and the installed Liger's kernel do not have in common."""
+    try:
+        kernel, *_ = _liger()
+    except ImportError as error:
+        return f"has no cross-entropy kernel that can be imported ({error})"
+    while hasattr(kernel, "fn"):  # as Triton wraps it
+        kernel = kernel.fn
+    parameters = inspect.signature(kernel).parameters
+    missing = [name for name in ARGUMENTS if name not in parameters]
+    if missing:
+        return f"takes no {missing} in its cross-entropy kernel any more"
+    wanted = [
+        name for name, each in parameters.items() if name not in ARGUMENTS and each.default is inspect.Parameter.empty
+    ]
+    return f"wants {wanted} in its cross-entropy kernel too" if wanted else None
+
+
+def _liger():
+    """What is used of Liger; imported late, as Triton exists on Linux only."""
+    from liger_kernel.ops.cross_entropy import MAX_FUSED_SIZE, liger_cross_entropy_kernel
+    from liger_kernel.ops.utils import device_context
+
+    return liger_cross_entropy_kernel, MAX_FUSED_SIZE, device_context
+
+
+def _cross_entropy(tile, targets, softcap, loss, accuracy, gradient: bool) -> None:
+    """Fill `loss` and, if given, `accuracy`; where `gradient` is set, the tile becomes the gradient of the loss."""
+    kernel, largest_block, device_context = _liger()
+    tokens, vocabulary = tile.shape
+    with device_context(tile.device):
+        kernel[(tokens,)](
+            X_ptr=tile,
+            X_stride=tile.stride(0),
+            Y_ptr=targets,
+            Y_stride=targets.stride(0),
+            loss_ptr=loss,
+            loss_stride=loss.stride(0),
+            token_accuracy_ptr=accuracy,
+            token_accuracy_stride=0 if accuracy is None else accuracy.stride(0),
+            n_cols=vocabulary,
+            softcap=softcap,
+            RETURN_TOKEN_ACCURACY=accuracy is not None,
+            HAS_SOFTCAPPING=softcap is not None,
+            HAS_GRADIENTS=gradient,
+            BLOCK_SIZE=min(largest_block, 1 << (vocabulary - 1).bit_length()),
+            num_warps=_warps(tile),
+            **CONSTANTS,
         )
-        mean_logits = capped_mean if mean_logits is None else mean_logits
-    is_top1 = accuracy.bool() if accuracy is not None else None
-    return (log_probs, entropy, log_sum_sq, mean_logits, is_top1), log_probs
 
 
-def backward(upstream, hidden, weight, bias, targets, saved, transform, rows, needs):
-    """As [`torch_head.backward`]: Liger computes the logits again and takes the upstream gradient of each token in."""
-    scaled, scaled_bias, softcap = _scaled(hidden, bias, transform)
-    *_, grad_hidden, grad_weight, grad_bias = _liger(
-        scaled,
-        weight,
-        targets,
-        scaled_bias,
-        softcap,
-        rows,
-        token_grad_output=-upstream,
-        compute_gradients=True,
-        weight_requires_grad=needs[1],
-        accum_dtype=torch.float32,
-    )
-    if transform.factor != 1.0:
-        grad_hidden.mul_(transform.factor)
-        grad_bias = None if grad_bias is None else grad_bias * transform.factor
-    return grad_hidden if needs[0] else None, grad_weight, grad_bias if needs[2] else None
-
-
-def _scaled(hidden, bias, transform):
-    """Liger knows no scale: it goes into the hidden states and the bias."""
-    if transform.factor == 1.0:
-        return hidden, bias, transform.softcap
-    return hidden * transform.factor, None if bias is None else bias * transform.factor, transform.softcap
-
-
-def missing_options() -> list[str]:
-    """What this file asks of Liger's function and the installed one does not take."""
-    from liger_kernel.ops.fused_linear_cross_entropy import fused_linear_cross_entropy_forward
-
-    return [name for name in OPTIONS if name not in inspect.signature(fused_linear_cross_entropy_forward).parameters]
-
-
-def _liger(hidden, weight, targets, bias, softcap, rows, **options):
-    from liger_kernel.ops.fused_linear_cross_entropy import fused_linear_cross_entropy_forward
-
-    options = {"compute_gradients": False, "weight_requires_grad": False, **options}
-    return fused_linear_cross_entropy_forward(
-        hidden,
-        weight,
-        targets,
-        bias=bias,
-        softcap=softcap,
-        reduction="none",
-        chunk_mem_const=chunk_multiplier(rows, hidden.shape, weight.shape[0]),
-        **options,
-    )
-
-
-def chunk_multiplier(rows: int, shape: tuple[int, int], vocabulary: int) -> int:
-    """
-    Liger's `chunk_mem_const` for tiles of at most `rows` tokens.
-
-    Liger takes `next_power_of_2(ceil(tokens / ceil(V / (C H))))` tokens per tile, `C` being this number; it is at least 1,
-    so a tile is never smaller than the hidden states themselves.
-    """
-    tokens, width = shape
-    if rows >= tokens:
-        return max(1, -(-vocabulary // width))  # one tile
-    tile = 1 << (rows.bit_length() - 1)  # the power of 2 at or below
-    tiles = -(-tokens // tile)
-    # The largest C with ceil(V / (C H)) >= tiles
-    return max(1, -(-vocabulary // ((tiles - 1) * width)) - 1)
+def _warps(tile) -> int:
+    """As Liger launches this kernel on each device."""
+    if torch.version.hip:
+        return 16
+    blackwell = tile.is_cuda and torch.cuda.get_device_capability(tile.device)[0] >= 10
+    return 8 if blackwell and tile.element_size() == 2 else 32

@@ -2,169 +2,101 @@
 
 import torch
 
+from .products import project, statistics_dtype
 
-def can(transform) -> bool:
+
+def can(transform, dtype: torch.dtype) -> bool:
     return True
 
 
+def tile_dtype(dtype: torch.dtype) -> torch.dtype:
+    return statistics_dtype(dtype)
+
+
 def bytes_per_logit(dtype: torch.dtype) -> int:
-    wide = statistics_dtype(dtype)
+    """Of the tile, and in half precision of its copy that goes into products."""
+    wide = tile_dtype(dtype)
     return wide.itemsize + (0 if wide == dtype else dtype.itemsize)
 
 
-def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float32 for half precision, else the dtype itself."""
-    return torch.promote_types(dtype, torch.float32)
-
-
-def forward(hidden, weight, bias, targets, transform, statistics, rows, gradient_rows=None, keep=False):
+def forward_tile(tile, hidden, weight, bias, targets, transform, outputs, gradient: bool) -> None:
     """
-    Log-probabilities and statistics of `(N,)` targets; see [`Head`].
+    Log-probabilities and statistics of `n` tokens.
 
     Args:
-        gradient_rows (`torch.Tensor` of shape `(N, H)`, *optional*):
-            Filled with the gradient of each log-probability with respect to its hidden state.
-        keep (`bool`):
-            Whether to keep the probabilities for the backward; all tokens are one tile then.
-
-    Returns:
-        The fields of [`TokenLogProbs`] as a tuple, and what [`backward`] wants saved.
+        tile (`torch.Tensor` of shape `(n, V)`):
+            Memory to work in. Where `gradient` is set it holds afterwards `-d log p / d z`, with `z` being what the soft cap,
+            if there is one, is applied to: the caller multiplies by the linear part of the transform.
+        hidden (`torch.Tensor` of shape `(n, H)`):
+            Hidden states.
+        weight (`torch.Tensor` of shape `(V, H)`):
+            Weight of the head.
+        bias (`torch.Tensor` of shape `(V,)` or `None`):
+            Bias of the head.
+        targets (`torch.Tensor` of shape `(n,)`):
+            Token ids.
+        transform ([`Transform`]):
+            Scale, soft cap and temperature of the logits.
+        outputs ([`TokenLogProbs`]):
+            Tensors of shape `(n,)` to fill; `None` where a field is not asked for.
+        gradient (`bool`):
+            Whether the tile is turned into the gradient.
     """
-    tokens, vocabulary = hidden.shape[0], weight.shape[0]
-    wide = statistics_dtype(hidden.dtype)
-    new = {"device": hidden.device, "dtype": wide}
-    log_probs, log_z = torch.empty(tokens, **new), torch.empty(tokens, **new)
-    entropy = torch.empty(tokens, **new) if "entropy" in statistics else None
-    log_sum_sq = torch.empty(tokens, **new) if "log_sum_sq_probs" in statistics else None
-    mean_logits = torch.empty(tokens, **new) if "mean_logits" in statistics else None
-    is_top1 = torch.empty(tokens, device=hidden.device, dtype=torch.bool) if "is_top1" in statistics else None
-    mean_row = None
-    if mean_logits is not None and transform.softcap is None:
-        # The mean of the logits is the logit of the mean row: no pass over the tile
-        mean_row = weight.mean(dim=0, dtype=wide)
-        mean_bias = 0.0 if bias is None else bias.mean(dtype=wide)
-
-    buffer = torch.empty(min(rows, tokens), vocabulary, **new)
-    for start in range(0, tokens, rows):
-        here = slice(start, min(start + rows, tokens))
-        target = targets[here].unsqueeze(1)
-        z, slope = _logits(hidden[here], weight, bias, transform, buffer, slope=gradient_rows is not None)
-        if mean_row is not None:
-            mean_logits[here] = (hidden[here].to(wide) @ mean_row + mean_bias) * transform.factor
-        elif mean_logits is not None:
-            mean_logits[here] = z.mean(dim=1)
-        target_logit = z.gather(1, target)
-        largest = z.amax(dim=1, keepdim=True)
-        if is_top1 is not None:
-            is_top1[here] = (target_logit == largest).squeeze(1)
-        exponentials = z.sub_(largest).exp_()  # in the same memory
-        total = exponentials.sum(dim=1, keepdim=True)
-        log_z[here] = (largest + total.log()).squeeze(1)
-        log_probs[here] = target_logit.squeeze(1) - log_z[here]
-        if entropy is not None:
-            entropy[here] = torch.special.entr(exponentials / total).sum(dim=1)
-        if log_sum_sq is not None:
-            norm = torch.linalg.vector_norm(exponentials, dim=1)
-            log_sum_sq[here] = 2 * (norm.log() - total.squeeze(1).log())
-        if gradient_rows is not None:
-            # d log p_target / d z = onehot - p
-            gradient = exponentials.div_(total).neg_()
-            gradient.scatter_add_(1, target, torch.ones_like(target, dtype=wide))
-            _through_transform(gradient, slope, transform)
-            gradient_rows[here] = _product(gradient, weight)
-        elif keep:
-            exponentials.div_(total)
-    saved = buffer if keep else log_z
-    return (log_probs, entropy, log_sum_sq, mean_logits, is_top1), saved
-
-
-def backward(upstream, hidden, weight, bias, targets, saved, transform, rows, needs):
-    """
-    Gradients of hidden states, weight and bias, each `None` where `needs` is false.
-
-    Args:
-        upstream (`torch.Tensor` of shape `(N,)`):
-            Gradient with respect to each log-probability.
-        saved (`torch.Tensor`):
-            Probabilities of shape `(N, V)`, which are overwritten, or log-normalisers of shape `(N,)`.
-    """
-    tokens, vocabulary = hidden.shape[0], weight.shape[0]
-    wide = statistics_dtype(hidden.dtype)
-    new = {"device": hidden.device, "dtype": wide}
-    needs_hidden, needs_weight, needs_bias = needs
-    grad_hidden = torch.empty(hidden.shape, **new) if needs_hidden else None
-    grad_weight = torch.zeros(weight.shape, **new) if needs_weight else None
-    grad_bias = torch.zeros(bias.shape, **new) if needs_bias else None
-    upstream = upstream.to(wide).unsqueeze(1)
-    kept = saved.dim() == 2
-    buffer = saved if kept else torch.empty(min(rows, tokens), vocabulary, **new)
-    for start in range(0, tokens, rows):
-        here = slice(start, min(start + rows, tokens))
-        slope = None
-        if kept:
-            probabilities = buffer
-        else:
-            z, slope = _logits(hidden[here], weight, bias, transform, buffer, slope=True)
-            probabilities = z.sub_(saved[here].unsqueeze(1)).exp_()
-        gradient = probabilities.mul_(-upstream[here])
-        gradient.scatter_add_(1, targets[here].unsqueeze(1), upstream[here])
-        _through_transform(gradient, slope, transform)
-        if needs_hidden:
-            grad_hidden[here] = _product(gradient, weight)
-        if needs_weight:
-            _add_product(grad_weight, gradient.t(), hidden[here])
-        if needs_bias:
-            grad_bias += gradient.sum(dim=0)
-    return grad_hidden, grad_weight, grad_bias
-
-
-def can_keep(transform) -> bool:
-    """The derivative of a soft cap needs the logits, so the probabilities alone are not enough."""
-    return transform.softcap is None
-
-
-def _logits(hidden, weight, bias, transform, buffer, slope):
-    """A tile of transformed logits, in `buffer`, and where `slope` is set the derivative of the soft cap."""
-    z = buffer[: hidden.shape[0]]
-    if hidden.dtype == z.dtype:
-        torch.mm(hidden, weight.t(), out=z)
-    elif z.device.type == "cuda":
-        z = torch.mm(hidden, weight.t(), out_dtype=z.dtype)
+    slope = _logits(tile, hidden, weight, bias, transform, gradient)
+    target = targets.unsqueeze(1)
+    if outputs.mean_logits is not None:
+        outputs.mean_logits.copy_(tile.mean(dim=1))
+    target_logit = tile.gather(1, target)
+    if outputs.is_top1 is not None and hidden.dtype != tile.dtype:
+        # Logits that were rounded to half precision tie often, and the first of the largest counts
+        largest, first = tile.max(dim=1, keepdim=True)
+        outputs.is_top1.copy_((first == target).squeeze(1))
     else:
-        z.copy_(torch.mm(hidden, weight.t()))
-    if bias is not None:
-        z.add_(bias)
-    derivative = None
-    if transform.softcap is not None:
-        z.mul_(transform.scale / transform.softcap).tanh_()
-        if slope:
-            derivative = 1 - z * z
-        z.mul_(transform.softcap / transform.temperature)
-    elif transform.factor != 1.0:
-        z.mul_(transform.factor)
-    return z, derivative
+        largest = tile.amax(dim=1, keepdim=True)  # several times as fast as the maximum with its place
+        if outputs.is_top1 is not None:
+            outputs.is_top1.copy_((target_logit == largest).squeeze(1))
+    tile.sub_(largest)
+    weighted = None
+    if outputs.entropy is None:
+        tile.exp_()
+    else:
+        exponentials = tile.clamp_(min=-1e4).exp()  # logits of -inf count as nothing
+        weighted = tile.mul_(exponentials).sum(dim=1)
+        tile.copy_(exponentials)
+        del exponentials
+    total = tile.sum(dim=1, keepdim=True)
+    log_total = total.log()
+    outputs.log_probs.copy_((target_logit - (largest + log_total)).squeeze(1))
+    if weighted is not None:
+        outputs.entropy.copy_(log_total.squeeze(1) - weighted / total.squeeze(1))
+    if outputs.log_sum_sq_probs is not None:
+        norm = torch.linalg.vector_norm(tile, dim=1)
+        outputs.log_sum_sq_probs.copy_(2 * (norm.log() - log_total.squeeze(1)))
+    if gradient:
+        _less_one_hot(tile.div_(total), target, slope)
 
 
-def _through_transform(gradient, slope, transform) -> None:
-    """From the gradient of the transformed logits to that of the product, in place."""
+def gradient_tile(tile, hidden, weight, bias, targets, transform, log_probs) -> None:
+    """The gradient as [`forward_tile`] leaves it in the tile, computed again from the log-probabilities of the targets."""
+    slope = _logits(tile, hidden, weight, bias, transform, slope=True)
+    target = targets.unsqueeze(1)
+    log_z = tile.gather(1, target) - log_probs.unsqueeze(1)
+    _less_one_hot(tile.sub_(log_z).exp_(), target, slope)
+
+
+def _logits(tile, hidden, weight, bias, transform, slope: bool):
+    """Fill the tile with transformed logits; where `slope` is set, return the derivative of the soft cap, if there is one."""
+    if transform.softcap is None:
+        project(tile, hidden, weight, bias, transform.factor)
+        return None
+    project(tile, hidden, weight, bias, transform.scale / transform.softcap)
+    tile.tanh_()
+    derivative = 1 - tile * tile if slope else None
+    tile.mul_(transform.softcap / transform.temperature)
+    return derivative
+
+
+def _less_one_hot(probabilities, target, slope) -> None:
+    probabilities.scatter_add_(1, target, torch.full_like(target, -1, dtype=probabilities.dtype))
     if slope is not None:
-        gradient.mul_(slope)
-    if transform.factor != 1.0:
-        gradient.mul_(transform.factor)
-
-
-def _product(gradient, other):
-    """`gradient @ other`, accumulated in the dtype of `gradient`, at least float32."""
-    if other.dtype == gradient.dtype:
-        return torch.mm(gradient, other)
-    if gradient.device.type == "cuda":
-        return torch.mm(gradient.to(other.dtype), other, out_dtype=gradient.dtype)
-    return torch.mm(gradient, other.to(gradient.dtype))
-
-
-def _add_product(total, gradient, other) -> None:
-    """`total += gradient @ other`, without rounding the product to half precision first."""
-    if other.dtype != gradient.dtype and gradient.device.type == "cuda":
-        torch.addmm(total, gradient.to(other.dtype), other, out_dtype=total.dtype, out=total)
-    else:
-        total.addmm_(gradient, other.to(total.dtype))
+        probabilities.mul_(slope)

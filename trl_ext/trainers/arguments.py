@@ -25,8 +25,9 @@ class LossArguments:
             other devices; `"trl"`, TRL's fused head, with which a run on TRL's loss types is TRL's to the last bit; or
             `"auto"`, the fastest for the device: Liger on a GPU, torch elsewhere.
         logprob_memory_mb (`float`, *optional*):
-            MiB of memory for one tile of logits. Larger tiles are faster up to a point; 256 on a GPU and 32 on a CPU
-            by default. Where the head is trained and all logits fit in three tiles, they are kept and not computed twice.
+            MiB of memory for one tile of logits. Where the head is trained and all logits fit in three tiles, they are
+            kept and not computed twice. By default 32 on a CPU, while a GPU is asked: a tile has up to 4096 tokens and
+            takes at most a quarter of the free memory, and logits are kept where that does not raise the peak of the run.
         share_prefix (`str` or `bool`, *optional*, defaults to `"auto"`):
             Whether a prompt runs through the model once for all of its completions: `True`, `False`, or `"auto"`, where
             that is exact for the model and costs less. On a GPU rows have no padding then. A few rows of the first batch are
@@ -51,7 +52,10 @@ class LossArguments:
     )
     logprob_memory_mb: float | None = field(
         default=None,
-        metadata={"help": "MiB of memory for one tile of logits; 256 on a GPU and 32 on a CPU by default."},
+        metadata={
+            "help": "MiB of memory for one tile of logits; by default 32 on a CPU, and up to 4096 tokens in at most "
+            "a quarter of the free memory on a GPU."
+        },
     )
     share_prefix: str = field(
         default="auto",

@@ -25,8 +25,8 @@ from trl_ext.trainers.trl_seam import fused_forward, head_in_place, map_rows
 logger = get_logger(__name__)
 
 LOGPROB_BACKENDS = ("auto", "liger", "torch", "trl")
-# Before 0.8.2 `reduction="none"` gives wrong gradients of the head; `chunk_mem_const`, which sizes tiles, came with 0.8.3
-_LIGER = Version("0.8.3")
+# Before 0.8.4 the kernel counts the padding of its last block as logits where there is a soft cap
+_LIGER = Version("0.8.4")
 
 
 @dataclass
@@ -227,8 +227,8 @@ def _why_no_liger() -> str | None:
         return "liger-kernel is not installed"
     if version < _LIGER:
         return f"liger-kernel {version} is older than {_LIGER}, which the head needs"
-    missing = liger_head.missing_options()
-    return f"liger-kernel {version} takes no {missing} in its fused cross-entropy any more" if missing else None
+    reason = liger_head.why_not()
+    return f"liger-kernel {version} {reason}" if reason else None
 
 
 def statistics_of_step(trainer: Trainer) -> tuple[str, ...] | None:
