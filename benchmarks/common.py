@@ -1,17 +1,20 @@
-"""What the benchmarks share: models, lengths, interleaved timing, memory in a process of its own, tables, CSV, plots."""
+"""What the benchmarks share: models, interleaved timing, memory in a process of its own, tables, CSV, plots."""
 
+import argparse
 import csv
+import functools
 import importlib.metadata
 import json
 import os
 import platform
-import random
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -23,13 +26,10 @@ SIZES = {
     "12m": (256, 4, 768, 4, 2, 64, True),
     "26m": (384, 8, 1152, 6, 3, 64, True),
     "0.6b": (1024, 28, 3072, 16, 8, 128, True),  # Qwen3-0.6B; its vocabulary is 151936
+    "8b": (4096, 32, 14336, 32, 8, 128, False),  # Llama-3.1-8B; its vocabulary is 128256
 }
 
-# Medians of tokens (prompt, completion); lengths are log-normal around them. Prompt over completion follows the table
-# of Wang and Hegde (2024), https://arxiv.org/abs/2410.20305; the medians themselves are rounded.
-PROFILES = {"ultrafeedback": (130, 310), "hh": (120, 60), "tldr": (350, 32)}
-
-SOURCES = ("torch", "transformers", "trl", "liger-kernel", "trl-ext")
+SOURCES = ("torch", "triton", "transformers", "trl", "liger-kernel")
 
 
 def model(size: str, vocabulary: int, seed: int, dtype: torch.dtype, device: str):
@@ -51,7 +51,8 @@ def model(size: str, vocabulary: int, seed: int, dtype: torch.dtype, device: str
         pad_token_id=0,
         eos_token_id=1,
     )
-    return Qwen3ForCausalLM(config).to(device=device, dtype=dtype)
+    with torch.device(device):  # eight billion random numbers take minutes on a CPU
+        return Qwen3ForCausalLM(config).to(dtype=dtype)
 
 
 def tokenizer():
@@ -65,25 +66,6 @@ def tokenizer():
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", padding_side="left"
     )
-
-
-class Lengths:
-    """Draws prompt and completion lengths: uniform within `completion` and 20% of `prompt`, or by a profile."""
-
-    def __init__(self, prompt: int, completion: tuple[int, int], profile: str | None, seed: int = 0):
-        self.random = random.Random(seed)
-        self.range, self.profile = (prompt, completion), profile
-
-    def prompt(self) -> int:
-        if self.profile:
-            return self._log_normal(PROFILES[self.profile][0])
-        return max(1, int(self.range[0] * self.random.uniform(0.8, 1.2)))
-
-    def completion(self) -> int:
-        return self._log_normal(PROFILES[self.profile][1]) if self.profile else self.random.randint(*self.range[1])
-
-    def _log_normal(self, median: int) -> int:
-        return min(4096, max(4, round(median * self.random.lognormvariate(0, 0.6))))
 
 
 def interleaved(paths: dict[str, Callable[[], float]], steps: int, progress: str) -> dict[str, list[float]]:
@@ -112,9 +94,36 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
+def compilations() -> int:
+    """Graphs that Dynamo has compiled in this process."""
+    dynamo = sys.modules.get("torch._dynamo.utils")  # not imported: nothing was compiled
+    return 0 if dynamo is None else dynamo.counters["stats"]["unique_graphs"]
+
+
+def host_syncs(function: Callable[[], object], device: str) -> int | None:
+    """How often a call makes the host wait for a GPU; `None` on a CPU, where `host_syncs.py` counts."""
+    if not device.startswith("cuda"):
+        return None
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            function()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return sum("called a synchronizing CUDA operation" in str(each.message) for each in caught)
+
+
 def ratio(peer: list[float], own: list[float]) -> float:
     """How many times faster than the peer: the median over rounds."""
     return statistics.median(a / b for a, b in zip(peer, own, strict=True))
+
+
+def reset_peak(device: str) -> None:
+    """From here on, a GPU's peak is counted anew. That of a CPU is the whole process's."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
 
 
 def peak_mb(device: str) -> float:
@@ -128,6 +137,14 @@ def peak_mb(device: str) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
+def peak_of(function: Callable[[], object], device: str) -> dict[str, float]:
+    """Peak memory in MiB of a call, and what was there before it."""
+    reset_peak(device)
+    before = peak_mb(device)
+    function()
+    return {"before_mb": before, "peak_mb": peak_mb(device)}
+
+
 def in_own_process(script: str, arguments: list[str]) -> dict:
     """The last line that the script prints, as JSON."""
     result = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, check=False)
@@ -136,16 +153,29 @@ def in_own_process(script: str, arguments: list[str]) -> dict:
     return json.loads(result.stdout.strip().splitlines()[-1])
 
 
+@functools.cache
 def provenance(device: str) -> dict[str, str]:
-    """Device and versions, for each row."""
+    """Device and versions, for each row; `kind` says that it was measured there."""
+    from trl_ext.version import __version__
+
+    versions = {**{package: _version(package) for package in SOURCES}, "trl-ext": __version__}
+    return {"kind": "measured", "device": _device(device), "driver": _driver(device), **versions}
+
+
+def _device(device: str) -> str:
     if device.startswith("cuda"):
-        name = torch.cuda.get_device_name()
-    else:
-        cpu = Path("/proc/cpuinfo")
-        lines = cpu.read_text().splitlines() if cpu.exists() else []
-        names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-        name = f"{names[0] if names else platform.processor() or 'CPU'}, {torch.get_num_threads()} threads"
-    return {"device": name, **{package: _version(package) for package in SOURCES}}
+        return torch.cuda.get_device_name()
+    cpu = Path("/proc/cpuinfo")
+    lines = cpu.read_text().splitlines() if cpu.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor() or 'CPU'}, {torch.get_num_threads()} threads"
+
+
+def _driver(device: str) -> str:
+    if not device.startswith("cuda") or not shutil.which("nvidia-smi"):
+        return "-"
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip().split("\n")[0] or "-"
 
 
 def _version(package: str) -> str:
@@ -156,10 +186,12 @@ def _version(package: str) -> str:
 
 
 def distance(value: Iterable[torch.Tensor], reference: Iterable[torch.Tensor]) -> float:
-    """Relative distance of two lists of tensors, in the Euclidean norm."""
-    pairs = [(a.double(), b.double()) for a, b in zip(value, reference, strict=True)]
-    norm = sum(b.square().sum() for _, b in pairs).sqrt()
-    return (sum((a - b).square().sum() for a, b in pairs).sqrt() / norm).item()
+    """Relative distance of two lists of tensors, in the Euclidean norm; one tensor at a time is made wide."""
+    difference = norm = 0.0
+    for own, other in zip(value, reference, strict=True):
+        difference += (own.double() - other.double()).square().sum()
+        norm += other.double().square().sum()
+    return (difference / norm).sqrt().item()
 
 
 def table(rows: list[dict], columns: dict[str, str], title: str) -> None:
@@ -180,6 +212,18 @@ def _cell(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.1e}" if 0 < abs(value) < 1e-3 else f"{value:.2f}" if abs(value) < 100 else f"{value:.0f}"
     return "" if value is None else str(value)
+
+
+def scaled(args: argparse.Namespace, flags: list[str]) -> Iterator[list[str]]:
+    """Sets the axis of `--scale` to each of its values in turn, and gives the flags that say so; once, where there is none."""
+    if not args.scale:
+        yield flags
+        return
+    axis, *values = args.scale
+    at = flags.index("--scale")
+    for value in values:
+        setattr(args, axis, int(value))
+        yield [*flags[:at], *flags[at + 1 + len(args.scale) :], f"--{axis}", value]
 
 
 def write(rows: list[dict], path: str | os.PathLike) -> None:
