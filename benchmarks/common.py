@@ -202,7 +202,7 @@ def table(rows: list[dict], columns: dict[str, str], title: str) -> None:
     shown = Table(title=title)
     there = [column for column in columns if any(row.get(column) is not None for row in rows)]
     for column in there:
-        shown.add_column(columns[column], justify="right" if column != "path" else "left", no_wrap=True)
+        shown.add_column(columns[column], justify="right" if column != "path" else "left", no_wrap=column != "notes")
     for row in rows:
         shown.add_row(*(_cell(row.get(column)) for column in there))
     Console(width=None if sys.stdout.isatty() else 150).print(shown)
@@ -226,15 +226,17 @@ def scaled(args: argparse.Namespace, flags: list[str]) -> Iterator[list[str]]:
         yield [*flags[:at], *flags[at + 1 + len(args.scale) :], f"--{axis}", value]
 
 
-def write(rows: list[dict], path: str | os.PathLike) -> None:
-    """Write rows as CSV, with all columns that any has."""
+def write(rows: list[dict], path: str | os.PathLike, say: bool = True) -> None:
+    """Write rows as CSV, with all columns that any has; what was there stays until all of it is written."""
     columns = list(dict.fromkeys(column for row in rows for column in row))
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", newline="") as file:
+    with open(f"{path}.part", "w", newline="") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)
-    print(f"Written to {path}")
+    os.replace(f"{path}.part", path)
+    if say:
+        print(f"Written to {path}")
 
 
 def plot(rows: list[dict], path: str, axis: str | None, title: str) -> None:

@@ -139,6 +139,13 @@ def plain_rows(batch: list[Prompt], every_position: bool = False) -> Work:
     return Work(rows * width, rows * width**2, scored)
 
 
+def unpadded_rows(batch: list[Prompt]) -> Work:
+    """What TRL would run without padding and without a mask: which part of a difference is padding, which is shared prompts."""
+    lengths = [len(prompt) + len(completion) for prompt, completions in batch for completion in completions]
+    seen = sum(length * (length + 1) // 2 for length in lengths)
+    return Work(sum(lengths), seen, plain_rows(batch).scored)
+
+
 def shared_prompts(batch: list[Prompt]) -> Work:
     """Ours on a GPU: each prompt once without its last token, then for each completion that token and all of its own but the last."""
     tokens = seen = scored = 0
