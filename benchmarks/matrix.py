@@ -21,9 +21,9 @@ class Case:
 # Model, flags of its size, whether a LoRA is trained
 MODELS = {
     "0.6b full": ("--size", "0.6b", "--vocab", "151936", "--steps", "8"),
-    "8b LoRA": ("--size", "8b", "--vocab", "128256", "--steps", "4", "--batches", "2", "--lora"),
+    "8b LoRA": ("--size", "8b", "--vocab", "128256", "--steps", "3", "--batches", "2", "--lora"),
     "0.6b LoRA": ("--size", "0.6b", "--vocab", "151936", "--steps", "8", "--lora"),
-    "8b full": ("--size", "8b", "--vocab", "128256", "--steps", "4", "--batches", "2"),
+    "8b full": ("--size", "8b", "--vocab", "128256", "--steps", "3", "--batches", "2"),
 }
 LENGTHS = {
     "ultrafeedback": ("--profile", "ultrafeedback", "--pairs", "8"),
