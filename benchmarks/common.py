@@ -16,6 +16,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -28,6 +29,8 @@ SIZES = {
     "0.6b": (1024, 28, 3072, 16, 8, 128, True),  # Qwen3-0.6B; its vocabulary is 151936
     "8b": (4096, 32, 14336, 32, 8, 128, False),  # Llama-3.1-8B; its vocabulary is 128256
 }
+
+Key = TypeVar("Key")
 
 SOURCES = ("torch", "triton", "transformers", "trl", "liger-kernel")
 
@@ -68,16 +71,39 @@ def tokenizer():
     )
 
 
-def interleaved(paths: dict[str, Callable[[], float]], steps: int, progress: str) -> dict[str, list[float]]:
+def interleaved(paths: dict[Key, Callable[[], float]], steps: int, progress: str) -> dict[Key, list[float]]:
     """Seconds of each path: all of them in turn, `steps` times, beginning with another each time; one round warms up."""
     from tqdm import tqdm
 
-    seconds: dict[str, list[float]] = {name: [] for name in paths}
+    seconds: dict[Key, list[float]] = {name: [] for name in paths}
     names = list(paths)
     for step in tqdm(range(steps + 1), desc=progress, unit="round", leave=False):
         for name in names[step % len(names) :] + names[: step % len(names)]:
             seconds[name].append(paths[name]())
     return {name: values[1:] for name, values in seconds.items()}
+
+
+def in_blocks(
+    paths: dict[Key, Callable[[], float]],
+    warm_ups: dict[Key, Callable[[], object]],
+    steps: int,
+    device: str,
+    progress: str,
+) -> tuple[dict[Key, list[float]], dict[Key, dict[str, float]]]:
+    """
+    Seconds of each path, one path after the other, and its memory. So it is on a GPU, where ours keeps or drops logits by what the
+    allocator's peak has been: it has to be its own.
+    """
+    from tqdm import tqdm
+
+    seconds, memory = {}, {}
+    for name in tqdm(paths, desc=progress, unit="path", leave=False):
+        reset_peak(device)
+        before = peak_mb(device)
+        warm_ups[name]()
+        seconds[name] = [paths[name]() for _ in range(steps)]
+        memory[name] = {"before_mb": before, "peak_mb": peak_mb(device)}
+    return seconds, memory
 
 
 def timed(function: Callable[[], object], device: str) -> float:
@@ -123,6 +149,7 @@ def reset_peak(device: str) -> None:
     """From here on, a GPU's peak is counted anew. That of a CPU is the whole process's."""
     if device.startswith("cuda"):
         torch.cuda.synchronize()
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
 
 

@@ -26,6 +26,7 @@ import roofline
 import torch
 from common import (
     distance,
+    in_blocks,
     in_own_process,
     interleaved,
     peak_of,
@@ -75,8 +76,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--memory",
         choices=["process", "allocator", "none"],
         default="process",
-        help="of each path in a process of its own; the allocator's peak in this one (a GPU: quicker); or not at all",
+        help="of each path in a process of its own; the allocator's peak during its block (a GPU: quicker); or not at all",
     )
+    parser.add_argument("--blocks", action="store_true", help="time one path after the other, as on a GPU")
     parser.add_argument("--memory-mb", type=float, help="budget of our tiles")
     parser.add_argument("--rounds", type=int, default=9, help="rounds that count")
     parser.add_argument("--threads", type=int, help="CPU threads; torch's own choice by default")
@@ -93,6 +95,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error("--paths includes trl and products: the others are compared with them")
     if args.memory == "allocator" and args.device == "cpu":
         parser.error("--memory allocator needs a GPU; the peak of a CPU is that of a process: --memory process")
+    args.blocks |= args.device != "cpu"
+    if args.model_only and args.statistics:
+        parser.error("--model-only has no model of --statistics")
     args.rates = roofline.rates(parser, args)
     return args
 
@@ -153,15 +158,22 @@ def measure(args: argparse.Namespace, flags: list[str]) -> list[dict]:
     """One row per path and mode."""
     problem = Problem(args)
     calls = {(path, mode): problem.call(path, mode) for path in args.paths for mode in args.modes}
-    seconds = interleaved(
-        {key: lambda call=call: timed(call, args.device) for key, call in calls.items()}, args.rounds, "rounds"
-    )
+    timers = {key: lambda call=call: timed(call, args.device) for key, call in calls.items()}
+    blocks = {}
+    if args.blocks:
+        # Twice: what the first call has needed decides what the second keeps
+        warm_ups = {key: lambda call=call: (call(), call()) for key, call in calls.items()}
+        seconds, blocks = in_blocks(timers, warm_ups, args.rounds, args.device, "paths")
+    else:
+        seconds = interleaved(timers, args.rounds, "rounds")
     rows = []
     for mode in args.modes:
         values, gradients = problem.run("logits", mode, torch.float64)
         for path in args.paths:
             own = problem.run(path, mode) if path != "products" else None
-            memory = memory_of(problem, path, mode, args, flags)
+            memory = blocks.get((path, mode))
+            if args.memory == "process":
+                memory = in_own_process(__file__, [*flags, "--measure-memory", path, mode])
             rows.append(
                 {
                     "path": path,
@@ -172,7 +184,7 @@ def measure(args: argparse.Namespace, flags: list[str]) -> list[dict]:
                     "speed": ratio(seconds["trl", mode], seconds[path, mode]),
                     "floor": ratio(seconds[path, mode], seconds["products", mode]),
                     "over_full": ratio(seconds[path, "full"], seconds[path, mode]) if "full" in args.modes else None,
-                    **memory,
+                    **(memory_columns(**memory) if args.memory != "none" else {}),
                     "value_error": distance([own[0]], [values]) if own else None,
                     "gradient_error": distance(own[1], gradients) if own and gradients else None,
                     **provenance(args.device),
@@ -181,17 +193,8 @@ def measure(args: argparse.Namespace, flags: list[str]) -> list[dict]:
     return rows
 
 
-def memory_of(problem: Problem, path: str, mode: str, args: argparse.Namespace, flags: list[str]) -> dict[str, float]:
-    """Peak memory, and what the call adds to what was there."""
-    if args.memory == "none":
-        return {}
-    here = args.memory == "allocator"
-    found = (
-        peak_of(problem.call(path, mode), args.device)
-        if here
-        else in_own_process(__file__, [*flags, "--measure-memory", path, mode])
-    )
-    return {"peak_mb": found["peak_mb"], "added_mb": found["peak_mb"] - found["before_mb"]}
+def memory_columns(before_mb: float, peak_mb: float) -> dict[str, float]:
+    return {"peak_mb": peak_mb, "added_mb": peak_mb - before_mb}
 
 
 def model_rows(args: argparse.Namespace) -> list[dict]:
@@ -199,15 +202,17 @@ def model_rows(args: argparse.Namespace) -> list[dict]:
     shape, width = roofline.Shape.of_head(args.hidden, args.vocab), getattr(torch, args.dtype).itemsize
     rows = []
     for mode in args.modes:
-        stages = {path: roofline.head(shape, args.tokens, path, mode, width) for path in ("trl", "ours", "products")}
-        predicted = {path: roofline.predicted([each], args.rates) for path, each in stages.items()}
+        paths = {path: roofline.head(shape, args.tokens, path, mode, width) for path in ("trl", "ours", "products")}
+        if mode == "full":
+            paths["ours, kept"] = roofline.head(shape, args.tokens, "ours", mode, width, kept=True)
+        predicted = {path: roofline.predicted([each], args.rates) for path, each in paths.items()}
         rows += roofline.compared(
             [
                 {
                     "path": path,
                     "mode": mode,
                     **{key: getattr(args, key) for key in SETTING},
-                    "products": roofline.head_products(path, mode, args.tokens),
+                    "products": roofline.head_products(*path.split(", "), mode=mode),
                     **each,
                     "floor": each["milliseconds"] / predicted["products"]["milliseconds"],
                 }

@@ -33,7 +33,8 @@ LENGTHS = {
     # The later `--batches` counts
     "prompts of 4096": ("--prompt", "4096", "--completion", "64", "512", "--pairs", "4", "--batches", "2"),
 }
-HEADS = {"H=1024 V=151936": ("1024", "151936"), "H=4096 V=128256": ("4096", "128256")}
+# Hidden size, vocabulary, and MiB of a tile of 4,096 tokens, three of which are kept
+HEADS = {"H=1024 V=151936": ("1024", "151936", "1200"), "H=4096 V=128256": ("4096", "128256", "1010")}
 
 
 def gpu() -> list[Case]:
@@ -41,10 +42,13 @@ def gpu() -> list[Case]:
     same = ("--device", "cuda", "--dtype", "bfloat16")
     quick = (*same, "--memory", "allocator")
     cases = [Case("tests", "tests marked gpu")]
-    for (name, (hidden, vocab)), statistics in itertools.product(HEADS.items(), (False, True)):
-        flags = ("--tokens", "8192", "--hidden", hidden, "--vocab", vocab, "--modes", "full", "frozen", "reference")
-        more = ("--statistics",) if statistics else ()
-        cases.append(Case("logprobs", name + (", statistics" if statistics else ""), (*quick, *flags, *more)))
+    for name, (hidden, vocab, tile) in HEADS.items():
+        head = (*quick, "--tokens", "8192", "--hidden", hidden, "--vocab", vocab)
+        modes = ("--modes", "full", "frozen", "reference")
+        kept = ("--modes", "full", "--paths", "trl", "liger", "products", "--memory-mb", tile)
+        cases.append(Case("logprobs", name, (*head, *modes)))
+        cases.append(Case("logprobs", f"{name}, logits kept", (*head, *kept)))
+        cases.append(Case("logprobs", f"{name}, statistics", (*head, *modes, "--statistics")))
     for (lengths, ours), completions, (size, flags) in itertools.product(LENGTHS.items(), (2, 8), MODELS.items()):
         name = f"{size}, {lengths}, K={completions}"
         more = ("--paths", "trl", "ours", "--num_generations", str(completions))
@@ -85,8 +89,9 @@ def dry_run() -> list[Case]:
         "ours",
         "--memory",
         "none",
+        "--blocks",
     )
-    head = ("--tokens", "16", "--hidden", "8", "--vocab", "300", "--rounds", "1", "--memory", "none")
+    head = ("--tokens", "16", "--hidden", "8", "--vocab", "300", "--rounds", "1", "--memory", "none", "--blocks")
     return [
         Case("tests", "tests marked gpu"),
         Case("logprobs", "tiny", head),

@@ -5,7 +5,7 @@ import tempfile
 
 import torch
 import trl
-from common import compilations, host_syncs, model, peak_mb, reset_peak, timed, tokenizer
+from common import compilations, host_syncs, model, timed, tokenizer
 from datasets import Dataset
 from lengths import groups, pairs, sampled
 
@@ -83,7 +83,7 @@ class Path:
     """A trainer on the shared models, its batches and its steps."""
 
     def __init__(self, name: str, args: argparse.Namespace, models: Models):
-        self.device, self.recompilations, self.peak_mb, self.turn = args.device, 0, 0.0, 0
+        self.device, self.recompilations, self.turn = args.device, 0, 0
         ours = name.startswith("ours")
         options = {"logprob_memory_mb": args.memory_mb, "share_prefix": name == "ours" and "auto"} if ours else {}
         text = {"prompt": "a ", "chosen": "b", "rejected": "c"}
@@ -142,9 +142,7 @@ class Path:
         """Of a step in which nothing was compiled; one with a compilation is counted and taken again."""
         for _ in range(ATTEMPTS):
             before = compilations()
-            reset_peak(self.device)
             seconds = timed(self.step, self.device)
-            self.peak_mb = max(self.peak_mb, peak_mb(self.device))
             if not (new := compilations() - before):
                 return seconds
             self.recompilations += new

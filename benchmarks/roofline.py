@@ -18,10 +18,8 @@ from common import SIZES
 from lengths import Prompt
 
 
-# Tokens per tile of logits, and how many tiles ours keeps where the head is trained, instead of computing them twice
-TILE, KEPT_TILES = 4096, 3
-# TRL's tile has this many entries of the vocabulary
-TRL_COLUMNS = 32768
+# Tokens per tile of logits; TRL's has no more than this many entries of the vocabulary
+TILE, TRL_COLUMNS = 4096, 32768
 
 Stages = dict[str, tuple[float, float]]  # operations and bytes
 
@@ -35,7 +33,7 @@ class Rates:
     name: str
 
     def __str__(self) -> str:
-        return f"{self.tflops:g} TFLOP/s and {self.terabytes:g} TB/s, as an {self.name} has"
+        return f"{self.tflops:g} TFLOP/s and {self.terabytes:g} TB/s ({self.name})"
 
     def milliseconds(self, operations: float, moved: float) -> float:
         return 1e3 * max(operations / (self.tflops * 1e12), moved / (self.terabytes * 1e12))
@@ -167,29 +165,31 @@ def shared_rows(batch: list[Prompt]) -> Work:
     return Work(len(rooms) * needs[0], len(rooms) * needs[0] ** 2, shared_prompts(batch).scored)
 
 
-def head_products(path: str, mode: str, scored: int) -> int:
-    """Matrix products of the head, forward and backward; `mode` is full, frozen or reference."""
+def head_products(path: str, kept: str = "", *, mode: str) -> int:
+    """Matrix products of the head, forward and backward; `mode` is full, frozen or reference. Kept logits are not computed again."""
     if mode == "reference":
         return 1
     bare = 3 if mode == "full" else 2
-    if path == "trl":
-        return bare + 1  # logits again in the backward
-    return bare if mode == "frozen" or path == "products" or scored <= KEPT_TILES * TILE else bare + 1
+    again = path == "trl" or (path == "ours" and mode == "full" and not kept)
+    return bare + again
 
 
-def head(shape: Shape, scored: int, path: str, mode: str, width: int = 2) -> Stages:
+def head(shape: Shape, scored: int, path: str, mode: str, width: int = 2, kept: bool = False) -> Stages:
     """The head alone. Logits `(scored, V)` are written by a product, then read by kernels and by the other products."""
-    products, logits = head_products(path, mode, scored), scored * shape.vocab * width
-    operations = products * 2 * scored * shape.hidden * shape.vocab
-    moved = products * (shape.vocab * shape.hidden * width + scored * shape.hidden * width + logits)
-    # Over the logits, after the product: TRL reads; backward, reads and writes a gradient. Ours reads for the sum, and with a gradient reads
-    # and writes once more; kept logits are read and written again when the upstream gradient is known.
-    trl_passes = {"reference": 1, "frozen": 3, "full": 3}[mode]
-    our_passes = {"reference": 1, "frozen": 3, "full": 5 if products == 3 else 4}[mode]
-    passes = {"trl": trl_passes, "products": 0}.get(path, our_passes)
-    # The weight's gradient is read and written in float32 for each tile of tokens
-    sums = 2 * 4 * shape.vocab * shape.hidden * -(-scored // TILE) if mode == "full" and path != "products" else 0
-    return {"head: products": (operations, moved), "head: kernels": (0, passes * logits + sums)}
+    weights, logits = shape.vocab * shape.hidden, scored * shape.vocab * width
+    products, tiles = head_products(path, "kept" * kept, mode=mode), -(-scored // TILE)
+    operations = 2 * products * scored * weights
+    moved = products * (weights * width + scored * shape.hidden * width + logits)
+    # Kernels pass over the logits: TRL's read, and in the backward read and write. Ours read for the sum and, for a gradient, read and
+    # write once more; where the logits are computed again, the first time has no gradient.
+    passes = (
+        {"reference": 1, "frozen": 3, "full": 3 if path == "trl" or kept else 4}[mode] if path != "products" else 0
+    )
+    # The weight's gradient is summed in float32 over tiles, and rounded; TRL begins with zeros. Of kept logits it is one product.
+    sums = (
+        {"trl": 4 + 8 * tiles + 6, "ours": 0 if kept else 8 * tiles + 2, "products": 0}[path] if mode == "full" else 0
+    )
+    return {"head: products": (operations, moved), "head: kernels": (0, passes * logits + sums * weights)}
 
 
 def step(shape: Shape, work: Work, path: str, lora: bool, checkpointing: bool = True, width: int = 2) -> Stages:
@@ -203,7 +203,8 @@ def step(shape: Shape, work: Work, path: str, lora: bool, checkpointing: bool = 
     attention = (forwards + 2.5) * 4 * shape.layers * shape.inner * work.seen
     attention_bytes = (forwards + 2) * layer_tokens * (shape.qkv + shape.inner) * width
     other_bytes = (forwards + 2) * layer_tokens * shape.other_values * width
-    policy = head(shape, work.scored, path, "frozen" if lora else "full", width)
+    kept = path == "ours" and not lora and keeps(shape, work, width)
+    policy = head(shape, work.scored, path, "frozen" if lora else "full", width, kept)
     reference = head(shape, work.scored, path, "reference", width)
     # Gradients are written and read; weights and two moments are read and written
     optimizer = 0 if lora else 8 * shape.parameters * width
@@ -216,19 +217,34 @@ def step(shape: Shape, work: Work, path: str, lora: bool, checkpointing: bool = 
     }
 
 
-def peak_gb(shape: Shape, work: Work, path: str, lora: bool, width: int = 2) -> float:
-    """Peak memory with checkpointing: what always stands, then the larger of the head's backward and a layer's."""
-    weights = shape.parameters * width * (1 if lora else 2)  # policy; reference
-    moments = 0 if lora else 2 * shape.parameters * width
-    gradients = 0 if lora else shape.parameters * width
+def at_head(shape: Shape, work: Work, path: str, lora: bool, width: int, kept: bool = False) -> float:
+    """Bytes in the head's backward beyond what stands always: checkpoints, logits, the weight's gradient, the hidden states'."""
+    rows, columns = min(work.scored, TILE), min(shape.vocab, TRL_COLUMNS) if path == "trl" else shape.vocab
     checkpoints = work.tokens * shape.layers * shape.hidden * width
-    kept = not lora and path != "trl" and work.scored <= KEPT_TILES * TILE
-    rows, columns = min(work.scored, TILE), TRL_COLUMNS if path == "trl" else shape.vocab
-    tile = (work.scored if kept else rows) * columns * width
-    weight_gradient = 0 if lora else 4 * shape.vocab * shape.hidden
-    at_head = checkpoints + tile + weight_gradient + 4 * work.scored * shape.hidden
-    at_layers = checkpoints / 2 + gradients / 2 + work.tokens * shape.saved_values * width
-    return (weights + moments + max(at_head, at_layers, gradients)) / 1e9
+    logits = (work.scored if kept else rows) * columns * width
+    weight = 0 if lora else shape.vocab * shape.hidden * (width if kept else 4)
+    return checkpoints + logits + weight + 4 * work.scored * shape.hidden
+
+
+def at_layers(shape: Shape, work: Work, lora: bool, width: int) -> float:
+    """The same in the backward of the layers: half way, and at its end, when all gradients are there."""
+    checkpoints = work.tokens * shape.layers * shape.hidden * width
+    gradients = 0 if lora else shape.parameters * width
+    return max(checkpoints / 2 + gradients / 2 + work.tokens * shape.saved_values * width, gradients)
+
+
+def keeps(shape: Shape, work: Work, width: int) -> bool:
+    """Whether ours keeps the logits of a trained head: where they and the weight's gradient raise no peak of the run."""
+    peak = max(at_head(shape, work, "ours", False, width), at_layers(shape, work, False, width))
+    room = peak - work.tokens * shape.layers * shape.hidden * width
+    return work.scored * shape.vocab * width <= room - shape.vocab * shape.hidden * width
+
+
+def peak_gb(shape: Shape, work: Work, path: str, lora: bool, width: int = 2) -> float:
+    """Peak memory with checkpointing: policy, reference and moments, which stand always, then the larger of the two above."""
+    always = shape.parameters * width * (1 if lora else 2 + 2)
+    kept = path == "ours" and not lora and keeps(shape, work, width)
+    return (always + max(at_head(shape, work, path, lora, width, kept), at_layers(shape, work, lora, width))) / 1e9
 
 
 def predicted(stages: list[Stages], rates: Rates) -> dict[str, float | str]:

@@ -32,6 +32,7 @@ import torch
 from common import (
     SIZES,
     distance,
+    in_blocks,
     in_own_process,
     interleaved,
     peak_mb,
@@ -95,7 +96,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--memory",
         choices=["process", "allocator", "none"],
         default="process",
-        help="of each path in a process of its own; the allocator's peak during its timed steps (a GPU: quicker); or not at all",
+        help="of each path in a process of its own; the allocator's peak during its block (a GPU: quicker); or not at all",
+    )
+    parser.add_argument(
+        "--blocks",
+        action="store_true",
+        help="time one path after the other, each warmed up on all batches, as on a GPU",
     )
     parser.add_argument("--memory-mb", type=float, help="`logprob_memory_mb` of our paths")
     parser.add_argument("--exact", action="store_true", help="compare gradients with a float64 model too")
@@ -122,6 +128,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error("--paths begins with trl: the others are compared with it")
     if args.memory == "allocator" and args.device == "cpu":
         parser.error("--memory allocator needs a GPU; the peak of a CPU is that of a process: --memory process")
+    args.blocks |= args.device != "cpu"
     args.rates = roofline.rates(parser, args)
     return args
 
@@ -131,20 +138,22 @@ def measure(args: argparse.Namespace, flags: list[str]) -> list[dict]:
     models = Models(args)
     paths = {name: Path(name, args, models) for name in args.paths}
     agreement = agreements(paths, args)
-    if args.device != "cpu":
-        for path in paths.values():
-            path.warm_up()
-    seconds = interleaved({name: path.seconds for name, path in paths.items()}, args.steps, "steps")
+    steps, memory = {name: path.seconds for name, path in paths.items()}, {}
+    if args.blocks:
+        warm_ups = {name: path.warm_up for name, path in paths.items()}
+        seconds, memory = in_blocks(steps, warm_ups, args.steps, args.device, "paths")
+    else:
+        seconds = interleaved(steps, args.steps, "steps")
     gpu = {}
     if args.device != "cpu":
         gpu = {
             name: {"host_syncs": path.host_syncs(), "recompilations": path.recompilations}
             for name, path in paths.items()
         }
-    memory = {name: path.peak_mb for name, path in paths.items()} if args.memory == "allocator" else {}
     del models, paths
     if args.memory == "process":
-        memory = {name: in_own_process(__file__, [*flags, "--measure-memory", name])["peak_mb"] for name in args.paths}
+        memory = {name: in_own_process(__file__, [*flags, "--measure-memory", name]) for name in args.paths}
+    peaks = {name: each["peak_mb"] for name, each in memory.items()} if args.memory != "none" else {}
     mean_tokens = statistics.mean(map(tokens, sampled(args)))
     return [
         {
@@ -154,7 +163,7 @@ def measure(args: argparse.Namespace, flags: list[str]) -> list[dict]:
             "seconds_max": max(seconds[name]),
             "tokens_per_s": mean_tokens / statistics.median(seconds[name]),
             "speed": ratio(seconds["trl"], seconds[name]),
-            **({"peak_mb": memory[name], "memory": memory[name] / memory["trl"]} if memory else {}),
+            **({"peak_mb": peaks[name], "memory": peaks[name] / peaks["trl"]} if peaks else {}),
             **agreement[name],
             **gpu.get(name, {}),
             **provenance(args.device),

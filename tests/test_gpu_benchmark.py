@@ -35,9 +35,9 @@ def rows(out, part):
         return list(csv.DictReader(file))
 
 
-TINY = ["--tokens", "8", "--hidden", "8", "--vocab", "50", "--rounds", "1", "--memory", "none"]
+TINY = ["--tokens", "8", "--hidden", "8", "--vocab", "50", "--rounds", "1", "--memory", "none", "--blocks"]
 STEP = ["--size", "tiny", "--pairs", "2", "--prompt", "9", "--completion", "4", "6", "--steps", "1", "--memory", "none",
-        "--paths", "trl", "ours"]  # fmt: skip
+        "--paths", "trl", "ours", "--blocks"]  # fmt: skip
 
 
 @pytest.mark.slow  # three calls, two of which load the libraries
@@ -146,7 +146,7 @@ def test_every_case_of_the_matrix_is_understood(module):
     assert settings == {
         (s, lora, at, k) for s in ("0.6b", "8b") for lora in (True, False) for at in lengths for k in (2, 8)
     }
-    assert len({(case.part, case.name) for case in cases}) == len(cases) == 1 + 4 + 40 + 2
+    assert len({(case.part, case.name) for case in cases}) == len(cases) == 1 + 6 + 40 + 2
 
 
 @pytest.mark.parametrize(
@@ -224,3 +224,27 @@ def test_wheels_are_those_of_the_constraints(module, tmp_path, monkeypatch, caps
     monkeypatch.setattr(sys, "argv", [*flags, "--limit", "0.5"])
     with pytest.raises(SystemExit, match=r"more than 0.5 MiB"):
         wheels.main()
+
+
+def test_blocks_have_their_own_peak(module, monkeypatch):
+    """Ours asks the allocator what a run has needed before: what another path has needed is not to count."""
+    common = module("common")
+    peak, log = [0.0], []
+    monkeypatch.setattr(common, "reset_peak", lambda device: peak.__setitem__(0, 5.0))
+    monkeypatch.setattr(common, "peak_mb", lambda device: peak[0])
+
+    def needs(name, amount, seconds):
+        log.append((name, seconds, peak[0]))
+        peak[0] = max(peak[0], amount)
+        return seconds
+
+    seconds, memory = common.in_blocks(
+        {"trl": lambda: needs("trl", 90.0, 3.0), "ours": lambda: needs("ours", 40.0, 1.0)},
+        {"trl": lambda: needs("trl", 100.0, 9.0), "ours": lambda: needs("ours", 50.0, 9.0)},
+        2,
+        "cuda",
+        "paths",
+    )
+    assert seconds == {"trl": [3.0, 3.0], "ours": [1.0, 1.0]}  # warm-ups are not counted
+    assert log[3] == ("ours", 9.0, 5.0)
+    assert memory == {"trl": {"before_mb": 5.0, "peak_mb": 100.0}, "ours": {"before_mb": 5.0, "peak_mb": 50.0}}

@@ -51,13 +51,13 @@ def test_trls_step_by_hand(roofline, shape):
         "layers: elementwise": (0, 17600),
         # 4 products and the reference's, 2 x 3 x 4 x 10 each; of 40 weights, 12 hidden values and 30 logits each
         "head: products": (1200, 820),
-        # 3 + 1 passes over 30 logits; 40 float32 sums read and written
-        "head: kernels": (0, 560),
+        # 3 + 1 passes over 30 logits of 2 bytes; 40 float32 sums: zeros, read and written, read and rounded
+        "head: kernels": (0, 4 * 60 + 40 * (4 + 8 + 6)),
         "optimizer": (0, 8 * 368 * 2),
     }
     rates = roofline.Rates(1e-6, 1e-6, "toy")  # a million of each per second
     found = roofline.predicted([stages], rates)
-    assert found["milliseconds"] == pytest.approx(28.8 + 8.8 + 17.6 + 1.2 + 0.56 + 5.888)
+    assert found["milliseconds"] == pytest.approx(28.8 + 8.8 + 17.6 + 1.2 + 0.96 + 5.888)
     assert found["bound"] == "layers: products, operations (46%)"
     assert found["tera_operations"] == pytest.approx(38800e-12)
 
@@ -75,22 +75,36 @@ def test_our_lora_step_by_hand(roofline, shape):
 
 
 @pytest.mark.parametrize(
-    ("path", "mode", "tokens", "products"),
+    ("path", "mode", "kept", "products", "passes", "sums"),
     [
-        ("trl", "full", 8192, 4), ("trl", "frozen", 8192, 3), ("trl", "reference", 8192, 1),
-        ("ours", "full", 3 * 4096, 3), ("ours", "full", 3 * 4096 + 1, 4), ("ours", "frozen", 10**6, 2),
-        ("products", "full", 10**6, 3), ("products", "frozen", 8192, 2),
+        ("trl", "full", "", 4, 3, 4 + 3 * 8 + 6), ("trl", "frozen", "", 3, 3, 0), ("trl", "reference", "", 1, 1, 0),
+        ("ours", "full", "", 4, 4, 3 * 8 + 2), ("ours", "full", "kept", 3, 3, 0), ("ours", "frozen", "", 2, 3, 0),
+        ("ours", "reference", "", 1, 1, 0), ("products", "full", "", 3, 0, 0), ("products", "frozen", "", 2, 0, 0),
     ],
 )  # fmt: skip
-def test_products_of_the_head(path, mode, tokens, products, roofline):
-    assert roofline.head_products(path, mode, tokens) == products
+def test_head(path, mode, kept, products, passes, sums, roofline, shape):
+    tokens = 2 * 4096 + 1  # three tiles
+    assert roofline.head_products(path, kept, mode=mode) == products
+    stages = roofline.head(shape, tokens, path, mode, kept=bool(kept))
+    assert stages["head: products"] == (products * 2 * tokens * 40, products * (80 + tokens * 8 + tokens * 20))
+    assert stages["head: kernels"] == (0, passes * tokens * 20 + sums * 40)
 
 
 def test_peak_memory_by_hand(roofline, shape):
-    # Policy and reference 2 x 736 bytes, moments 1472; at the head 10 x 2 x 4 x 2 of checkpoints, 3 x 32768 columns of a tile,
-    # 160 of the weight's gradient and 48 of the hidden states'
-    trl = 1472 + 1472 + 160 + 3 * 32768 * 2 + 160 + 48
-    assert roofline.peak_gb(shape, roofline.plain_rows(BATCH), "trl", lora=False) == pytest.approx(trl / 1e9)
+    # Policy and reference 2 x 736 bytes, moments 1472. TRL's head: 10 x 2 x 4 x 2 of checkpoints, 3 x 10 logits of 2 bytes, 160 of the
+    # weight's gradient, 48 of the hidden states'. Its layers: 80 + 368 half way and 10 tokens of (32 + 24 + 32) values
+    trl = roofline.plain_rows(BATCH)
+    assert roofline.at_head(shape, trl, "trl", False, 2) == 160 + 60 + 160 + 48
+    assert roofline.at_layers(shape, trl, False, 2) == 80 + 368 + 1760
+    assert roofline.peak_gb(shape, trl, "trl", lora=False) == pytest.approx((4 * 736 + 2208) / 1e9)
+    assert roofline.peak_gb(shape, trl, "trl", lora=True) == pytest.approx((736 + 80 + 1760) / 1e9)
+    # Ours, half the tokens: 40 + 368 + 880. Beside the checkpoints, 80, there is room for 60 of logits and 80 of the weight's gradient
+    ours = roofline.shared_prompts(BATCH)
+    assert roofline.keeps(shape, ours, 2) and roofline.peak_gb(shape, ours, "ours", lora=False) == pytest.approx(
+        (4 * 736 + 1288) / 1e9
+    )
+    # Not for 100,000 tokens of 20 bytes, where a tile of 4,096 and 1.6 MB of hidden states set the peak
+    assert not roofline.keeps(shape, roofline.Work(tokens=5, seen=13, scored=100_000), 2)
 
 
 def test_a_prediction_is_marked(roofline, tmp_path, monkeypatch, capsys):
@@ -106,7 +120,7 @@ def test_a_prediction_is_marked(roofline, tmp_path, monkeypatch, capsys):
         rows = list(csv.DictReader(file))
     assert [row["path"] for row in rows] == ["trl", "trl, unpadded", "ours"]
     assert {row["kind"] for row in rows} == {"model"}
-    assert {row["assumed"] for row in rows} == {"790 TFLOP/s and 4.3 TB/s, as an H200 has"}
+    assert {row["assumed"] for row in rows} == {"790 TFLOP/s and 4.3 TB/s (H200)"}
     assert not {"device", "seconds", "torch"} & set(rows[0])
 
 
