@@ -41,7 +41,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no case after this many")
-    parser.add_argument("--case-minutes", type=float, default=6, help="give a case up after this many")
+    parser.add_argument("--case-minutes", type=float, default=8, help="give a case up after this many")
     parser.add_argument("--out", type=Path, help="folder of the results; benchmarks/results by default")
     parser.add_argument("--again", action="store_true", help="run the cases that failed anew")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: tiny sizes, a dry run")
@@ -162,7 +162,8 @@ def serve(connection) -> None:
         try:
             answer = (run(script, list(flags)), None)
         except BaseException as error:  # argparse exits
-            traceback.print_exc()
+            if script != "provenance":
+                traceback.print_exc()
             answer = ([], f"{type(error).__name__}: {error}".strip())
         connection.send(answer)
         free()
