@@ -1,6 +1,7 @@
 """The command for a day with a GPU, as far as a CPU can say: it runs, goes on, survives what fails, and says what it did."""
 
 import csv
+import gc
 import importlib
 import json
 import os
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import Qwen3ForCausalLM
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -224,6 +226,17 @@ def test_wheels_are_those_of_the_constraints(module, tmp_path, monkeypatch, caps
     monkeypatch.setattr(sys, "argv", [*flags, "--limit", "0.5"])
     with pytest.raises(SystemExit, match=r"more than 0.5 MiB"):
         wheels.main()
+
+
+@pytest.mark.parametrize("more", [[], ["--lora", "--num_generations", "4"]])
+def test_a_case_leaves_no_model_behind(more, module):
+    """The next one runs in the same process, and two models of 8 billion do not fit."""
+    throughput = module("throughput")
+    flags = [*STEP, "--vocab", "50", *more]
+    rows = throughput.results(throughput.parse(flags), flags)
+    assert [row["path"] for row in rows] == ["trl", "ours"] and all(row["seconds"] > 0 for row in rows)
+    gc.collect()
+    assert not [each for each in gc.get_objects() if isinstance(each, Qwen3ForCausalLM)]
 
 
 def test_blocks_have_their_own_peak(module, monkeypatch):
