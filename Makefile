@@ -6,7 +6,7 @@ PYTHON ?= $(shell for name in python3 python3.14 python3.13 python3.12 python3.1
 BIN := .venv/bin
 WORKERS ?= 2
 
-.PHONY: help demo test test-gpu mutants lint format clean
+.PHONY: help demo test test-gpu bench-gpu wheels mutants lint format clean
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -27,6 +27,12 @@ test: .venv/ready  ## run the tests
 
 test-gpu: .venv/ready  ## run the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+bench-gpu: .venv/ready  ## on a GPU: its tests, then TRL and ours side by side. ARGS="--minutes 9 --parts tests logprobs"
+	$(BIN)/python benchmarks/gpu.py $(ARGS)
+
+wheels: .venv/ready  ## download what a GPU machine without network lacks. ARGS="--python 3.12"
+	$(BIN)/python benchmarks/wheels.py $(ARGS)
 
 mutants: .venv/ready  ## put faults into the code: which does no test notice? ROOM=losses SAMPLE=200
 	$(BIN)/python tests/mutants.py $(ROOM) $(if $(SAMPLE),--sample $(SAMPLE)) --workers $(WORKERS) $(ARGS)

@@ -1,18 +1,22 @@
-"""What the benchmarks share: models, lengths, interleaved timing, memory in a process of its own, tables, CSV, plots."""
+"""What the benchmarks share: models, interleaved timing, memory in a process of its own, tables, CSV, plots."""
 
+import argparse
 import csv
+import functools
 import importlib.metadata
 import json
 import os
 import platform
-import random
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -23,13 +27,12 @@ SIZES = {
     "12m": (256, 4, 768, 4, 2, 64, True),
     "26m": (384, 8, 1152, 6, 3, 64, True),
     "0.6b": (1024, 28, 3072, 16, 8, 128, True),  # Qwen3-0.6B; its vocabulary is 151936
+    "8b": (4096, 32, 14336, 32, 8, 128, False),  # Llama-3.1-8B; its vocabulary is 128256
 }
 
-# Medians of tokens (prompt, completion); lengths are log-normal around them. Prompt over completion follows the table
-# of Wang and Hegde (2024), https://arxiv.org/abs/2410.20305; the medians themselves are rounded.
-PROFILES = {"ultrafeedback": (130, 310), "hh": (120, 60), "tldr": (350, 32)}
+Key = TypeVar("Key")
 
-SOURCES = ("torch", "transformers", "trl", "liger-kernel", "trl-ext")
+SOURCES = ("torch", "triton", "transformers", "trl", "liger-kernel")
 
 
 def model(size: str, vocabulary: int, seed: int, dtype: torch.dtype, device: str):
@@ -51,7 +54,8 @@ def model(size: str, vocabulary: int, seed: int, dtype: torch.dtype, device: str
         pad_token_id=0,
         eos_token_id=1,
     )
-    return Qwen3ForCausalLM(config).to(device=device, dtype=dtype)
+    with torch.device(device):  # eight billion random numbers take minutes on a CPU
+        return Qwen3ForCausalLM(config).to(dtype=dtype)
 
 
 def tokenizer():
@@ -67,35 +71,39 @@ def tokenizer():
     )
 
 
-class Lengths:
-    """Draws prompt and completion lengths: uniform within `completion` and 20% of `prompt`, or by a profile."""
-
-    def __init__(self, prompt: int, completion: tuple[int, int], profile: str | None, seed: int = 0):
-        self.random = random.Random(seed)
-        self.range, self.profile = (prompt, completion), profile
-
-    def prompt(self) -> int:
-        if self.profile:
-            return self._log_normal(PROFILES[self.profile][0])
-        return max(1, int(self.range[0] * self.random.uniform(0.8, 1.2)))
-
-    def completion(self) -> int:
-        return self._log_normal(PROFILES[self.profile][1]) if self.profile else self.random.randint(*self.range[1])
-
-    def _log_normal(self, median: int) -> int:
-        return min(4096, max(4, round(median * self.random.lognormvariate(0, 0.6))))
-
-
-def interleaved(paths: dict[str, Callable[[], float]], steps: int, progress: str) -> dict[str, list[float]]:
+def interleaved(paths: dict[Key, Callable[[], float]], steps: int, progress: str) -> dict[Key, list[float]]:
     """Seconds of each path: all of them in turn, `steps` times, beginning with another each time; one round warms up."""
     from tqdm import tqdm
 
-    seconds: dict[str, list[float]] = {name: [] for name in paths}
+    seconds: dict[Key, list[float]] = {name: [] for name in paths}
     names = list(paths)
     for step in tqdm(range(steps + 1), desc=progress, unit="round", leave=False):
         for name in names[step % len(names) :] + names[: step % len(names)]:
             seconds[name].append(paths[name]())
     return {name: values[1:] for name, values in seconds.items()}
+
+
+def in_blocks(
+    paths: dict[Key, Callable[[], float]],
+    warm_ups: dict[Key, Callable[[], object]],
+    steps: int,
+    device: str,
+    progress: str,
+) -> tuple[dict[Key, list[float]], dict[Key, dict[str, float]]]:
+    """
+    Seconds of each path, one path after the other, and its memory. So it is on a GPU, where ours keeps or drops logits by what the
+    allocator's peak has been: it has to be its own.
+    """
+    from tqdm import tqdm
+
+    seconds, memory = {}, {}
+    for name in tqdm(paths, desc=progress, unit="path", leave=False):
+        reset_peak(device)
+        before = peak_mb(device)
+        warm_ups[name]()
+        seconds[name] = [paths[name]() for _ in range(steps)]
+        memory[name] = {"before_mb": before, "peak_mb": peak_mb(device)}
+    return seconds, memory
 
 
 def timed(function: Callable[[], object], device: str) -> float:
@@ -112,9 +120,37 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
+def compilations() -> int:
+    """Graphs that Dynamo has compiled in this process."""
+    dynamo = sys.modules.get("torch._dynamo.utils")  # not imported: nothing was compiled
+    return 0 if dynamo is None else dynamo.counters["stats"]["unique_graphs"]
+
+
+def host_syncs(function: Callable[[], object], device: str) -> int | None:
+    """How often a call makes the host wait for a GPU; `None` on a CPU, where `host_syncs.py` counts."""
+    if not device.startswith("cuda"):
+        return None
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            function()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return sum("called a synchronizing CUDA operation" in str(each.message) for each in caught)
+
+
 def ratio(peer: list[float], own: list[float]) -> float:
     """How many times faster than the peer: the median over rounds."""
     return statistics.median(a / b for a, b in zip(peer, own, strict=True))
+
+
+def reset_peak(device: str) -> None:
+    """From here on, a GPU's peak is counted anew. That of a CPU is the whole process's."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
 
 
 def peak_mb(device: str) -> float:
@@ -128,6 +164,14 @@ def peak_mb(device: str) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
+def peak_of(function: Callable[[], object], device: str) -> dict[str, float]:
+    """Peak memory in MiB of a call, and what was there before it."""
+    reset_peak(device)
+    before = peak_mb(device)
+    function()
+    return {"before_mb": before, "peak_mb": peak_mb(device)}
+
+
 def in_own_process(script: str, arguments: list[str]) -> dict:
     """The last line that the script prints, as JSON."""
     result = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, check=False)
@@ -136,16 +180,29 @@ def in_own_process(script: str, arguments: list[str]) -> dict:
     return json.loads(result.stdout.strip().splitlines()[-1])
 
 
+@functools.cache
 def provenance(device: str) -> dict[str, str]:
-    """Device and versions, for each row."""
+    """Device and versions, for each row; `kind` says that it was measured there."""
+    from trl_ext.version import __version__
+
+    versions = {**{package: _version(package) for package in SOURCES}, "trl-ext": __version__}
+    return {"kind": "measured", "device": _device(device), "driver": _driver(device), **versions}
+
+
+def _device(device: str) -> str:
     if device.startswith("cuda"):
-        name = torch.cuda.get_device_name()
-    else:
-        cpu = Path("/proc/cpuinfo")
-        lines = cpu.read_text().splitlines() if cpu.exists() else []
-        names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-        name = f"{names[0] if names else platform.processor() or 'CPU'}, {torch.get_num_threads()} threads"
-    return {"device": name, **{package: _version(package) for package in SOURCES}}
+        return torch.cuda.get_device_name()
+    cpu = Path("/proc/cpuinfo")
+    lines = cpu.read_text().splitlines() if cpu.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor() or 'CPU'}, {torch.get_num_threads()} threads"
+
+
+def _driver(device: str) -> str:
+    if not device.startswith("cuda") or not shutil.which("nvidia-smi"):
+        return "-"
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip().split("\n")[0] or "-"
 
 
 def _version(package: str) -> str:
@@ -156,10 +213,12 @@ def _version(package: str) -> str:
 
 
 def distance(value: Iterable[torch.Tensor], reference: Iterable[torch.Tensor]) -> float:
-    """Relative distance of two lists of tensors, in the Euclidean norm."""
-    pairs = [(a.double(), b.double()) for a, b in zip(value, reference, strict=True)]
-    norm = sum(b.square().sum() for _, b in pairs).sqrt()
-    return (sum((a - b).square().sum() for a, b in pairs).sqrt() / norm).item()
+    """Relative distance of two lists of tensors, in the Euclidean norm; one tensor at a time is made wide."""
+    difference = norm = 0.0
+    for own, other in zip(value, reference, strict=True):
+        difference += (own.double() - other.double()).square().sum()
+        norm += other.double().square().sum()
+    return (difference / norm).sqrt().item()
 
 
 def table(rows: list[dict], columns: dict[str, str], title: str) -> None:
@@ -170,7 +229,7 @@ def table(rows: list[dict], columns: dict[str, str], title: str) -> None:
     shown = Table(title=title)
     there = [column for column in columns if any(row.get(column) is not None for row in rows)]
     for column in there:
-        shown.add_column(columns[column], justify="right" if column != "path" else "left", no_wrap=True)
+        shown.add_column(columns[column], justify="right" if column != "path" else "left", no_wrap=column != "notes")
     for row in rows:
         shown.add_row(*(_cell(row.get(column)) for column in there))
     Console(width=None if sys.stdout.isatty() else 150).print(shown)
@@ -182,15 +241,29 @@ def _cell(value: object) -> str:
     return "" if value is None else str(value)
 
 
-def write(rows: list[dict], path: str | os.PathLike) -> None:
-    """Write rows as CSV, with all columns that any has."""
+def scaled(args: argparse.Namespace, flags: list[str]) -> Iterator[list[str]]:
+    """Sets the axis of `--scale` to each of its values in turn, and gives the flags that say so; once, where there is none."""
+    if not args.scale:
+        yield flags
+        return
+    axis, *values = args.scale
+    at = flags.index("--scale")
+    for value in values:
+        setattr(args, axis, int(value))
+        yield [*flags[:at], *flags[at + 1 + len(args.scale) :], f"--{axis}", value]
+
+
+def write(rows: list[dict], path: str | os.PathLike, say: bool = True) -> None:
+    """Write rows as CSV, with all columns that any has; what was there stays until all of it is written."""
     columns = list(dict.fromkeys(column for row in rows for column in row))
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", newline="") as file:
+    with open(f"{path}.part", "w", newline="") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)
-    print(f"Written to {path}")
+    os.replace(f"{path}.part", path)
+    if say:
+        print(f"Written to {path}")
 
 
 def plot(rows: list[dict], path: str, axis: str | None, title: str) -> None:

@@ -22,24 +22,41 @@ import statistics
 import sys
 from collections.abc import Callable
 
+import roofline
 import torch
-from common import distance, in_own_process, interleaved, peak_mb, plot, provenance, ratio, table, timed, write
+from common import (
+    distance,
+    in_blocks,
+    in_own_process,
+    interleaved,
+    peak_of,
+    plot,
+    provenance,
+    ratio,
+    scaled,
+    table,
+    timed,
+    write,
+)
 from trl.trainer import utils
 
 from trl_ext.logprobs import Head
 
 
+SETTING = ("tokens", "hidden", "vocab", "dtype", "statistics")
 PATHS = ("trl", "liger", "torch", "logits", "products")
 COLUMNS = {
     "path": "path",
     "mode": "head",
     "milliseconds": "ms",
+    "products": "products",
     "speed": "speed,\nTRL = 1",
     "floor": "time,\nproducts = 1",
     "over_full": "speed,\ntrained = 1",
     "added_mb": "added\nMiB",
     "value_error": "values vs\nfloat64",
     "gradient_error": "gradient vs\nfloat64",
+    "bound": "most of it",
 }
 
 
@@ -55,6 +72,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--frozen", dest="modes", action="store_const", const=["frozen"], help="only a frozen head")
     parser.add_argument("--reference", dest="modes", action="store_const", const=["reference"], help="no gradient")
     parser.add_argument("--statistics", action="store_true", help="entropy, mean logits and accuracy too")
+    parser.add_argument(
+        "--memory",
+        choices=["process", "allocator", "none"],
+        default="process",
+        help="of each path in a process of its own; the allocator's peak during its block (a GPU: quicker); or not at all",
+    )
+    parser.add_argument("--blocks", action="store_true", help="time one path after the other, as on a GPU")
     parser.add_argument("--memory-mb", type=float, help="budget of our tiles")
     parser.add_argument("--rounds", type=int, default=9, help="rounds that count")
     parser.add_argument("--threads", type=int, help="CPU threads; torch's own choice by default")
@@ -62,12 +86,19 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--csv", help="write the rows here")
     parser.add_argument("--plot", help="draw a plot here")
     parser.add_argument("--measure-memory", nargs=2, metavar=("PATH", "MODE"), help=argparse.SUPPRESS)
+    roofline.add_options(parser)
     args = parser.parse_args(arguments)
     if args.scale and (args.scale[0] not in ("tokens", "hidden", "vocab") or len(args.scale) < 2):
         parser.error("--scale takes tokens, hidden or vocab, then values: --scale vocab 16000 64000")
     args.paths = args.paths or [path for path in PATHS if path != "liger" or args.device != "cpu"]
     if not {"trl", "products"} <= set(args.paths):
         parser.error("--paths includes trl and products: the others are compared with them")
+    if args.memory == "allocator" and args.device == "cpu":
+        parser.error("--memory allocator needs a GPU; the peak of a CPU is that of a process: --memory process")
+    args.blocks |= args.device != "cpu"
+    if args.model_only and args.statistics:
+        parser.error("--model-only has no model of --statistics")
+    args.rates = roofline.rates(parser, args)
     return args
 
 
@@ -106,7 +137,9 @@ class Problem:
             return lambda h, w: utils._ChunkedLogProbFunction.apply(
                 h, w, None, self.targets, 1.0, chunk, None, 1.0, ("log_probs", *self.statistics)
             )[0]
-        return lambda h, w: utils.selective_log_softmax((h @ w.T).to(self.upstream.dtype), self.targets)
+        return lambda h, w: utils.selective_log_softmax(
+            (h @ w.T).to(torch.promote_types(h.dtype, torch.float32)), self.targets
+        )
 
     def products(self, mode: str) -> None:
         """In tiles of 1024 tokens, so that memory is not what is measured."""
@@ -122,30 +155,36 @@ class Problem:
 
 
 def measure(args: argparse.Namespace, flags: list[str]) -> list[dict]:
-    """One row a path and mode."""
+    """One row per path and mode."""
     problem = Problem(args)
     calls = {(path, mode): problem.call(path, mode) for path in args.paths for mode in args.modes}
-    seconds = interleaved(
-        {key: lambda call=call: timed(call, args.device) for key, call in calls.items()}, args.rounds, "rounds"
-    )
+    timers = {key: lambda call=call: timed(call, args.device) for key, call in calls.items()}
+    blocks = {}
+    if args.blocks:
+        # Twice: what the first call has needed decides what the second keeps
+        warm_ups = {key: lambda call=call: (call(), call()) for key, call in calls.items()}
+        seconds, blocks = in_blocks(timers, warm_ups, args.rounds, args.device, "paths")
+    else:
+        seconds = interleaved(timers, args.rounds, "rounds")
     rows = []
     for mode in args.modes:
         values, gradients = problem.run("logits", mode, torch.float64)
         for path in args.paths:
             own = problem.run(path, mode) if path != "products" else None
-            memory = in_own_process(__file__, [*flags, "--measure-memory", path, mode])
+            memory = blocks.get((path, mode))
+            if args.memory == "process":
+                memory = in_own_process(__file__, [*flags, "--measure-memory", path, mode])
             rows.append(
                 {
                     "path": path,
                     "mode": mode,
-                    **{key: getattr(args, key) for key in ("tokens", "hidden", "vocab", "dtype", "statistics")},
+                    **{key: getattr(args, key) for key in SETTING},
                     "seconds": statistics.median(seconds[path, mode]),
                     "milliseconds": 1000 * statistics.median(seconds[path, mode]),
                     "speed": ratio(seconds["trl", mode], seconds[path, mode]),
                     "floor": ratio(seconds[path, mode], seconds["products", mode]),
                     "over_full": ratio(seconds[path, "full"], seconds[path, mode]) if "full" in args.modes else None,
-                    "peak_mb": memory["peak_mb"],
-                    "added_mb": memory["peak_mb"] - memory["before_mb"],
+                    **(memory_columns(**memory) if args.memory != "none" else {}),
                     "value_error": distance([own[0]], [values]) if own else None,
                     "gradient_error": distance(own[1], gradients) if own and gradients else None,
                     **provenance(args.device),
@@ -154,33 +193,62 @@ def measure(args: argparse.Namespace, flags: list[str]) -> list[dict]:
     return rows
 
 
-def main() -> None:
-    args = parse()
+def memory_columns(before_mb: float, peak_mb: float) -> dict[str, float]:
+    return {"peak_mb": peak_mb, "added_mb": peak_mb - before_mb}
+
+
+def model_rows(args: argparse.Namespace) -> list[dict]:
+    """What the roofline model says of TRL's head, ours and the bare products."""
+    shape, width = roofline.Shape.of_head(args.hidden, args.vocab), getattr(torch, args.dtype).itemsize
+    rows = []
+    for mode in args.modes:
+        paths = {path: roofline.head(shape, args.tokens, path, mode, width) for path in ("trl", "ours", "products")}
+        if mode == "full":
+            paths["ours, kept"] = roofline.head(shape, args.tokens, "ours", mode, width, kept=True)
+        predicted = {path: roofline.predicted([each], args.rates) for path, each in paths.items()}
+        rows += roofline.compared(
+            [
+                {
+                    "path": path,
+                    "mode": mode,
+                    **{key: getattr(args, key) for key in SETTING},
+                    "products": roofline.head_products(*path.split(", "), mode=mode),
+                    **each,
+                    "floor": each["milliseconds"] / predicted["products"]["milliseconds"],
+                }
+                for path, each in predicted.items()
+            ],
+            args.rates,
+        )
+    return rows
+
+
+def results(args: argparse.Namespace, flags: list[str]) -> list[dict]:
+    """All rows that the flags ask for."""
     if args.threads:
         torch.set_num_threads(args.threads)
+    return [
+        row for each in scaled(args, flags) for row in (model_rows(args) if args.model_only else measure(args, each))
+    ]
+
+
+def main() -> None:
+    args = parse()
     if args.measure_memory:
         problem = Problem(args)
-        before = peak_mb(args.device)
-        problem.call(*args.measure_memory)()
-        print(json.dumps({"before_mb": before, "peak_mb": peak_mb(args.device)}))
+        print(json.dumps(peak_of(problem.call(*args.measure_memory), args.device)))
         return
-    axis, *values = args.scale or [None, None]
-    results = []
-    for value in values:
-        flags = sys.argv[1:]
-        if axis:
-            setattr(args, axis, int(value))
-            at = flags.index("--scale")
-            flags = flags[:at] + flags[at + 1 + len(args.scale) :] + [f"--{axis}", value]
-        results += measure(args, flags)
+    axis = args.scale[0] if args.scale else None
+    rows = results(args, sys.argv[1:])
     size = f"{args.tokens} tokens, hidden size {args.hidden}, vocabulary {args.vocab}, {args.dtype}"
     columns = {"path": COLUMNS["path"], **({axis: axis} if axis else {}), **COLUMNS}
-    table(results, columns, f"Token log-probabilities: {size}; {results[0]['device']}")
+    where = roofline.title(args.rates) if args.model_only else rows[0]["device"]
+    table(rows, columns, f"Token log-probabilities: {size}; {where}")
     if args.csv:
-        write(results, args.csv)
+        write(rows, args.csv)
     if args.plot:
-        shown = [{**row, "path": f"{row['path']} ({row['mode']})"} for row in results]
-        plot(shown, args.plot, axis, f"Token log-probabilities: {args.dtype}, {results[0]['device']}")
+        shown = [{**row, "path": f"{row['path']} ({row['mode']})"} for row in rows]
+        plot(shown, args.plot, axis, f"Token log-probabilities: {args.dtype}, {where}")
 
 
 if __name__ == "__main__":

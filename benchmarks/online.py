@@ -35,7 +35,7 @@ from common import (
     in_own_process,
     interleaved,
     model,
-    peak_mb,
+    peak_of,
     plot,
     provenance,
     ratio,
@@ -72,7 +72,7 @@ COLUMNS = {
 }
 
 
-def parse() -> argparse.Namespace:
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="12m", help="shape of the model")
     parser.add_argument("--vocab", type=int, default=32000, help="entries of the vocabulary")
@@ -88,7 +88,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--csv", help="write the rows here")
     parser.add_argument("--plot", help="draw a plot here")
     parser.add_argument("--measure-memory", metavar="PATH", help=argparse.SUPPRESS)
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 def word_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
@@ -204,7 +204,7 @@ class Path:
         return loss.item(), gradients
 
 
-def measure(args: argparse.Namespace) -> list[dict]:
+def measure(args: argparse.Namespace, flags: list[str]) -> list[dict]:
     paths = {name: Path(name, args) for name in PATHS}
     seconds = interleaved(
         {name: lambda path=path: timed(path.step, args.device) for name, path in paths.items()}, args.steps, "steps"
@@ -215,7 +215,7 @@ def measure(args: argparse.Namespace) -> list[dict]:
         for name in PATHS
     }
     fresh = {name: Path(name, args).learn_from_given() for name in PATHS}
-    memory = {name: in_own_process(__file__, [*sys.argv[1:], "--measure-memory", name]) for name in PATHS}
+    memory = {name: in_own_process(__file__, [*flags, "--measure-memory", name]) for name in PATHS}
     added = {name: values["peak_mb"] - values["before_mb"] for name, values in memory.items()}
     return [
         {
@@ -244,21 +244,29 @@ def measure(args: argparse.Namespace) -> list[dict]:
     ]
 
 
-def main() -> None:
-    args = parse()
+def results(args: argparse.Namespace, flags: list[str]) -> list[dict]:
+    """The rows that the flags ask for."""
     datasets.disable_progress_bars()
     set_verbosity_error()
     warnings.filterwarnings("ignore", category=FutureWarning)
     if args.threads:
         torch.set_num_threads(args.threads)
+    return measure(args, flags)
+
+
+def main() -> None:
+    args = parse()
     if args.measure_memory:
+        set_verbosity_error()
         path = Path(args.measure_memory, args)
-        before = peak_mb(args.device)
-        for _ in range(2):
-            path.learn_from_given()
-        print(json.dumps({"before_mb": before, "peak_mb": peak_mb(args.device)}))
+
+        def learn() -> None:
+            for _ in range(2):
+                path.learn_from_given()
+
+        print(json.dumps(peak_of(learn, args.device)))
         return
-    rows = measure(args)
+    rows = results(args, sys.argv[1:])
     what = f"{args.size}{' LoRA' if args.lora else ''}, {args.dtype}, {args.new_tokens} new tokens"
     table(rows, COLUMNS, f"An online step: {what}; {rows[0]['device']}")
     if args.csv:

@@ -20,7 +20,6 @@ import json
 import os
 import statistics
 import sys
-import tempfile
 import warnings
 
 
@@ -28,35 +27,33 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import datasets
+import roofline
 import torch
-import trl
 from common import (
-    PROFILES,
     SIZES,
-    Lengths,
     distance,
+    in_blocks,
     in_own_process,
     interleaved,
-    model,
     peak_mb,
     plot,
     provenance,
     ratio,
+    reset_peak,
+    scaled,
     table,
-    timed,
-    tokenizer,
     write,
 )
-from datasets import Dataset
+from lengths import PROFILES, sampled, tokens
+from paths import PATHS, Models, Path
 from transformers.utils.logging import set_verbosity_error
 
-import trl_ext
 
-
-PATHS = ("trl", "liger", "logits", "ours", "ours-plain")
+SETTING = ("size", "vocab", "prompt", "completion", "profile", "pairs", "num_generations", "lora", "dtype")
 COLUMNS = {
     "path": "path",
     "seconds": "seconds\nper step",
+    "milliseconds": "predicted\nms",
     "tokens_per_s": "tokens/s",
     "speed": "speed,\nTRL = 1",
     "peak_mb": "peak\nMiB",
@@ -64,6 +61,9 @@ COLUMNS = {
     "loss_difference": "loss\nvs TRL",
     "gradient_difference": "gradient\nvs TRL",
     "gradient_error": "gradient\nvs float64",
+    "host_syncs": "waits of\nthe host",
+    "recompilations": "recom-\npilations",
+    "bound": "most of it",
 }
 
 
@@ -89,8 +89,20 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--steps", type=int, default=7, help="rounds that count")
+    parser.add_argument("--batches", type=int, default=4, help="batches that the steps go through in turn")
     parser.add_argument("--threads", type=int, help="CPU threads; torch's own choice by default")
     parser.add_argument("--no-checkpointing", action="store_true", help="train without gradient checkpointing")
+    parser.add_argument(
+        "--memory",
+        choices=["process", "allocator", "none"],
+        default="process",
+        help="of each path in a process of its own; the allocator's peak during its block (a GPU: quicker); or not at all",
+    )
+    parser.add_argument(
+        "--blocks",
+        action="store_true",
+        help="time one path after the other, each warmed up on all batches, as on a GPU",
+    )
     parser.add_argument("--memory-mb", type=float, help="`logprob_memory_mb` of our paths")
     parser.add_argument("--exact", action="store_true", help="compare gradients with a float64 model too")
     parser.add_argument(
@@ -102,6 +114,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--csv", help="write the rows here")
     parser.add_argument("--plot", help="draw a plot here")
     parser.add_argument("--measure-memory", metavar="PATH", help=argparse.SUPPRESS)
+    roofline.add_options(parser)
     args = parser.parse_args(arguments)
     if args.scale and (args.scale[0] not in ("prompt", "vocab", "pairs", "num_generations") or len(args.scale) < 2):
         parser.error("--scale takes prompt, vocab, pairs or num_generations, then values: --scale prompt 50 200 800")
@@ -113,256 +126,140 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error("--num_generations takes an even number, and --pairs a multiple of half of it")
     if args.paths[0] != "trl":
         parser.error("--paths begins with trl: the others are compared with it")
+    if args.memory == "allocator" and args.device == "cpu":
+        parser.error("--memory allocator needs a GPU; the peak of a CPU is that of a process: --memory process")
+    args.blocks |= args.device != "cpu"
+    args.rates = roofline.rates(parser, args)
     return args
 
 
-class LogitsTrainer(trl.DPOTrainer):
-    """TRL's trainer with logits of all tokens, as before it had a fused head."""
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        def log_probs(network):
-            logits = network(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
-            token = trl.trainer.utils.selective_log_softmax(logits.logits[:, :-1], inputs["input_ids"][:, 1:])
-            return (token * inputs["completion_mask"][:, 1:]).sum(1)
-
-        with torch.no_grad():
-            reference = self.with_reference(log_probs)
-        chosen, rejected = (log_probs(model) - reference).chunk(2)
-        return -torch.nn.functional.logsigmoid(self.beta * (chosen - rejected)).mean()
-
-    def with_reference(self, function):
-        if self.ref_model is not None:
-            return function(self.ref_model)
-        with self.model.disable_adapter():
-            return function(self.model)
-
-
-class LigerTrainer(LogitsTrainer):
-    """TRL's trainer with Liger's chunked DPO loss, which projects the hidden states itself."""
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
-
-        def hidden(network):
-            # The decoder of the wrapped model: these are single-process runs
-            base = network.get_base_model() if hasattr(network, "get_base_model") else network
-            return base.model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
-
-        labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)[:, 1:]
-        with torch.no_grad():
-            reference = self.with_reference(hidden).last_hidden_state[:, :-1]
-        head = model.get_output_embeddings().weight
-        ref_head = head if self.ref_model is None else self.ref_model.get_output_embeddings().weight
-        loss = LigerFusedLinearDPOLoss(beta=self.beta, compiled=self.args.device.type != "cpu")
-        states = hidden(model).last_hidden_state[:, :-1]
-        return loss(head, states, labels, ref_input=reference, ref_weight=ref_head.detach())[0]
-
-
-TRAINERS = {"trl": trl.DPOTrainer, "liger": LigerTrainer, "logits": LogitsTrainer}
-
-
-class Path:
-    """A trainer, its batches and its steps."""
-
-    def __init__(self, name: str, args: argparse.Namespace, dtype: torch.dtype | None = None):
-        from peft import LoraConfig
-
-        self.args = args
-        dtype = dtype or getattr(torch, args.dtype)
-        ours = name.startswith("ours")
-        options = {"logprob_memory_mb": args.memory_mb, "share_prefix": name == "ours" and "auto"} if ours else {}
-        text = {"prompt": "a ", "chosen": "b", "rejected": "c"}
-        grouped = ours and args.num_generations > 2
-        if grouped:
-            options["loss_type"] = "anchored"
-            text = {"prompt": "a ", "completions": ["b", "c", "b"], "scores": [2.0, 1.0, 0.0]}
-        config = (trl_ext if ours else trl).DPOConfig(
-            output_dir=tempfile.mkdtemp(),
-            per_device_train_batch_size=args.pairs // (args.num_generations // 2 if grouped else 1),
-            report_to="none",
-            bf16=False,
-            use_cpu=args.device == "cpu",
-            logging_steps=10**6,
-            max_length=None,
-            gradient_checkpointing=not args.no_checkpointing,
-            disable_tqdm=True,
-            dataloader_pin_memory=False,
-            **options,
-        )
-        torch.manual_seed(0)
-        self.trainer = (trl_ext.DPOTrainer if ours else TRAINERS[name])(
-            model=model(args.size, args.vocab, 0, dtype, args.device),
-            ref_model=None if args.lora else model(args.size, args.vocab, 1, dtype, args.device),
-            args=config,
-            processing_class=tokenizer(),
-            train_dataset=Dataset.from_list([text]),
-            peft_config=LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
-            if args.lora
-            else None,
-        )
-        if args.lora:
-            self.trainer.model.to(dtype=dtype)
-        self.trainer.train_dataset = (
-            groups(args) if grouped else rows(args)
-        )  # token ids as they are, past the tokenizer
-        self.trainer.create_optimizer()
-        if config.gradient_checkpointing:  # which transformers turns on in `train()`
-            self.trainer.model.gradient_checkpointing_enable(config.gradient_checkpointing_kwargs)
-        self.trainer.model.train()
-        self.trainer.current_gradient_accumulation_steps = 1
-        self.examples: list[list[dict]] = []
-        self.collate, self.trainer.data_collator = self.trainer.data_collator, self.collate_and_keep
-        self.batches = [self.trainer._prepare_inputs(batch) for batch in self.trainer.get_train_dataloader()]
-        self.turn = 0
-
-    def collate_and_keep(self, examples: list[dict]) -> dict:
-        self.examples.append(examples)
-        return self.collate(examples)
-
-    def step(self) -> None:
-        examples = self.examples[self.turn % len(self.examples)]
-        self.turn += 1
-        # Padding and layout are part of the step: without workers, a run waits for them
-        self.trainer.training_step(self.trainer.model, self.trainer._prepare_inputs(self.collate(examples)))
-        self.trainer.optimizer.step()
-        self.trainer.model.zero_grad()
-
-    def gradients(self) -> tuple[float, list[torch.Tensor]]:
-        """Loss and gradients of the first batch, at the weights of the start."""
-        loss = self.trainer.training_step(self.trainer.model, self.batches[0])
-        gradients = [
-            parameter.grad.clone() for parameter in self.trainer.model.parameters() if parameter.grad is not None
-        ]
-        self.trainer.model.zero_grad()
-        return loss.item(), gradients
-
-
-def sampled(args: argparse.Namespace) -> list[tuple[list[int], list[list[int]]]]:
-    """Token ids of prompts with K completions each, for four batches."""
-    lengths = Lengths(args.prompt, tuple(args.completion), args.profile)
-
-    def ids(count: int) -> list[int]:
-        return [lengths.random.randrange(6, args.vocab) for _ in range(count)]
-
-    prompts = 4 * args.pairs // (args.num_generations // 2)
-    return [
-        (ids(lengths.prompt()), [ids(lengths.completion()) for _ in range(args.num_generations)])
-        for _ in range(prompts)
-    ]
-
-
-def rows(args: argparse.Namespace) -> Dataset:
-    """As pairs."""
-    return Dataset.from_list(
-        [
-            {"prompt_ids": prompt, "chosen_ids": completions[k], "rejected_ids": completions[k + 1]}
-            for prompt, completions in sampled(args)
-            for k in range(0, args.num_generations, 2)
-        ]
-    )
-
-
-def groups(args: argparse.Namespace) -> Dataset:
-    """As whole groups."""
-    return Dataset.from_list(
-        [
-            {
-                "prompt_ids": prompt,
-                "chosen_ids": completions[0],
-                "rejected_ids": completions[1],
-                "score_chosen": 1.0,
-                "score_rejected": 0.0,
-                "further_pairs": [
-                    {"prompt_ids": prompt, "chosen_ids": completions[k], "rejected_ids": completions[k + 1]}
-                    for k in range(2, args.num_generations, 2)
-                ],
-                "group_scores": [1.0, 0.0, *[0.5] * (args.num_generations - 2)],
-            }
-            for prompt, completions in sampled(args)
-        ]
-    )
-
-
 def measure(args: argparse.Namespace, flags: list[str]) -> list[dict]:
-    """One row a path."""
-    paths = {name: Path(name, args) for name in args.paths}
-    agreement = {name: path.gradients() for name, path in paths.items()}
-    exact = Path("logits", args, torch.float64).gradients() if args.exact else None
-    seconds = interleaved(
-        {name: lambda path=path: timed(path.step, args.device) for name, path in paths.items()}, args.steps, "steps"
-    )
-    tokens = statistics.mean(int(batch["attention_mask"].sum()) for batch in paths["trl"].batches)
-    del paths
-    memory = {name: in_own_process(__file__, [*flags, "--measure-memory", name])["peak_mb"] for name in args.paths}
-    theirs = agreement["trl"]
+    """One row per path."""
+    models = Models(args)
+    paths = {name: Path(name, args, models) for name in args.paths}
+    agreement = agreements(paths, args)
+    steps, memory = {name: path.seconds for name, path in paths.items()}, {}
+    if args.blocks:
+        warm_ups = {name: path.warm_up for name, path in paths.items()}
+        seconds, memory = in_blocks(steps, warm_ups, args.steps, args.device, "paths")
+    else:
+        seconds = interleaved(steps, args.steps, "steps")
+    gpu = {}
+    if args.device != "cpu":
+        gpu = {
+            name: {"host_syncs": path.host_syncs(), "recompilations": path.recompilations}
+            for name, path in paths.items()
+        }
+    del models, paths
+    if args.memory == "process":
+        memory = {name: in_own_process(__file__, [*flags, "--measure-memory", name]) for name in args.paths}
+    peaks = {name: each["peak_mb"] for name, each in memory.items()} if args.memory != "none" else {}
+    mean_tokens = statistics.mean(map(tokens, sampled(args)))
     return [
         {
-            "path": name,
-            **{
-                key: getattr(args, key)
-                for key in (
-                    "size",
-                    "vocab",
-                    "prompt",
-                    "completion",
-                    "profile",
-                    "pairs",
-                    "num_generations",
-                    "lora",
-                    "dtype",
-                )
-            },
-            "checkpointing": not args.no_checkpointing,
+            **setting(name, args),
             "seconds": statistics.median(seconds[name]),
             "seconds_min": min(seconds[name]),
             "seconds_max": max(seconds[name]),
-            "tokens_per_s": tokens / statistics.median(seconds[name]),
+            "tokens_per_s": mean_tokens / statistics.median(seconds[name]),
             "speed": ratio(seconds["trl"], seconds[name]),
-            "peak_mb": memory[name],
-            "memory": memory[name] / memory["trl"],
-            "loss_difference": abs(agreement[name][0] - theirs[0]) / abs(theirs[0])
-            if args.num_generations == 2
-            else None,
-            "gradient_difference": distance(agreement[name][1], theirs[1]) if args.num_generations == 2 else None,
-            "gradient_error": distance(agreement[name][1], exact[1]) if exact else None,
+            **({"peak_mb": peaks[name], "memory": peaks[name] / peaks["trl"]} if peaks else {}),
+            **agreement[name],
+            **gpu.get(name, {}),
             **provenance(args.device),
         }
         for name in args.paths
     ]
 
 
-def main() -> None:
-    args = parse()
+def agreements(paths: dict[str, Path], args: argparse.Namespace) -> dict[str, dict]:
+    """How far loss and gradients of each path are from TRL's, and the gradients from those of a float64 model."""
+    if args.num_generations > 2 and not args.exact:
+        return {name: {} for name in paths}  # losses differ
+    exact = Path("logits", args, Models(args, torch.float64)).gradients()[1] if args.exact else None
+    theirs = paths["trl"].gradients()
+    found = {}
+    for name, path in paths.items():
+        loss, gradients = theirs if name == "trl" else path.gradients()
+        same_loss = args.num_generations == 2
+        found[name] = {
+            "loss_difference": abs(loss - theirs[0]) / abs(theirs[0]) if same_loss else None,
+            "gradient_difference": distance(gradients, theirs[1]) if same_loss else None,
+            "gradient_error": distance(gradients, exact) if exact else None,
+        }
+        del gradients
+    return found
+
+
+def model_rows(args: argparse.Namespace) -> list[dict]:
+    """What the roofline model says of TRL's path, of TRL's if it padded nothing, and of ours, with the lengths that a measurement has."""
+    shape, width = roofline.Shape.of(args.size, args.vocab), getattr(torch, args.dtype).itemsize
+    on_cpu = (
+        args.device == "cpu"
+    )  # only of the model's own check: there TRL scores every position, and ours pads its shared rows
+    work = {
+        "trl": [roofline.plain_rows(batch, every_position=on_cpu) for batch in sampled(args)],
+        "trl, unpadded": [roofline.unpadded_rows(batch) for batch in sampled(args)],
+        "ours": [(roofline.shared_rows if on_cpu else roofline.shared_prompts)(batch) for batch in sampled(args)],
+    }
+    rows = []
+    for name, batches in work.items():
+        stages = [
+            roofline.step(shape, each, name.split(",")[0], args.lora, not args.no_checkpointing, width)
+            for each in batches
+        ]
+        rows.append(
+            {
+                **setting(name, args),
+                "tokens": statistics.mean(each.tokens for each in batches),
+                "scored_tokens": statistics.mean(each.scored for each in batches),
+                **roofline.predicted(stages, args.rates),
+                "peak_mb": max(roofline.peak_gb(shape, each, name.split(",")[0], args.lora, width) for each in batches)
+                * 1e9
+                / 2**20,
+            }
+        )
+    return roofline.compared(rows, args.rates)
+
+
+def setting(name: str, args: argparse.Namespace) -> dict:
+    return {"path": name, **{key: getattr(args, key) for key in SETTING}, "checkpointing": not args.no_checkpointing}
+
+
+def results(args: argparse.Namespace, flags: list[str]) -> list[dict]:
+    """All rows that the flags ask for."""
     datasets.disable_progress_bars()
     set_verbosity_error()
     warnings.filterwarnings("ignore", category=FutureWarning)
     if args.threads:
         torch.set_num_threads(args.threads)
+    return [
+        row for each in scaled(args, flags) for row in (model_rows(args) if args.model_only else measure(args, each))
+    ]
+
+
+def main() -> None:
+    args = parse()
     if args.measure_memory:
-        path = Path(args.measure_memory, args)
-        for _ in path.batches:
-            path.step()
+        set_verbosity_error()
+        path = Path(args.measure_memory, args, Models(args))
+        reset_peak(args.device)
+        path.warm_up()
         print(json.dumps({"peak_mb": peak_mb(args.device)}))
         return
-    axis, *values = args.scale or [None, None]
-    results = []
-    for value in values:
-        flags = sys.argv[1:]
-        if axis:
-            setattr(args, axis, int(value))
-            at = flags.index("--scale")
-            flags = flags[:at] + flags[at + 1 + len(args.scale) :] + [f"--{axis}", value]
-        results += measure(args, flags)
+    axis = args.scale[0] if args.scale else None
+    rows = results(args, sys.argv[1:])
     what = f"{args.size}{' LoRA' if args.lora else ''}, {args.dtype}"
     lengths = (
         args.profile or f"prompts of {args.prompt}, completions of {args.completion[0]}-{args.completion[1]} tokens"
     )
     columns = {"path": COLUMNS["path"], **({axis: axis} if axis else {}), **COLUMNS}
-    table(results, columns, f"A DPO step: {what}; {lengths}; {results[0]['device']}")
+    where = roofline.title(args.rates) if args.model_only else rows[0]["device"]
+    table(rows, columns, f"A DPO step: {what}; {lengths}; {where}")
     if args.csv:
-        write(results, args.csv)
+        write(rows, args.csv)
     if args.plot:
-        plot(results, args.plot, axis, f"A DPO step: {what}")
+        plot(rows, args.plot, axis, f"A DPO step: {what}{', ' + where if args.model_only else ''}")
 
 
 if __name__ == "__main__":

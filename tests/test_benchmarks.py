@@ -60,16 +60,22 @@ def test_throughput(tmp_path):
 
 @pytest.mark.parametrize("axis", [["pairs", "2", "4"], ["num_generations", "2", "4"]])
 def test_throughput_scaled(axis, tmp_path):
-    rows = run("throughput", tmp_path, *TINY, "--paths", "trl", "ours", "--scale", *axis)
+    rows = run("throughput", tmp_path, *TINY, "--memory", "none", "--paths", "trl", "ours", "--scale", *axis)
     assert [row[axis[0]] for row in rows] == [axis[1], axis[1], axis[2], axis[2]]
+    # On one model in turn: each path's own forward and reference, whoever was built last
+    assert all(float(row["gradient_difference"]) < 1e-4 for row in rows if row["num_generations"] == "2")
 
 
 def test_logprobs(tmp_path):
-    rows = run("logprobs", tmp_path, "--tokens", "16", "--hidden", "8", "--vocab", "300", "--rounds", "2")
+    size = ["--tokens", "16", "--hidden", "8", "--vocab", "300", "--rounds", "2"]
+    rows = run("logprobs", tmp_path, *size, "--memory", "none")
     assert {(row["path"], row["mode"]) for row in rows} >= {("torch", "full"), ("torch", "frozen"), ("trl", "full")}
     for row in rows:
         if row["path"] != "products":
             assert float(row["value_error"]) < 1e-5 and float(row["gradient_error"]) < 1e-5
+    rows = run("logprobs", tmp_path, *size, "--reference", "--paths", "trl", "products")
+    assert [row["path"] for row in rows] == ["trl", "products"]
+    assert all(float(row["peak_mb"]) > 0 and float(row["added_mb"]) >= 0 for row in rows)
 
 
 def test_online(tmp_path):
