@@ -243,13 +243,14 @@ class DPOTrainer(WithTerms, trl.DPOTrainer):
         if not terms.losses and scorer.head is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         rows, plan = self._table(inputs)
-        # One forward for all rows, through the wrapped model
-        statistics = None if scorer.head is None else statistics_of_step(self)
-        outputs = scorer(model, rows, statistics, router_logits=self.aux_loss_enabled)
+        # The reference first: what the policy keeps for its backward is not in memory yet
         ref_token_logps = None
         if self._needs_reference and rows.ref_logps is None:
             reference = self.model if self.ref_model is None else self.ref_model
             ref_token_logps = self._reference_token_logps(reference, rows)
+        # One forward for all rows, through the wrapped model
+        statistics = None if scorer.head is None else statistics_of_step(self)
+        outputs = scorer(model, rows, statistics, router_logits=self.aux_loss_enabled)
         scored = scorer.scored(rows, outputs.log_probs, ref_token_logps, terms.reads, self.ld_alpha)
 
         # TRL's method is given the rows of its pairs, which come first. It adds its own loss types, the auxiliary loss and all of

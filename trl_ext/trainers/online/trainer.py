@@ -275,11 +275,12 @@ class OnlineDPOTrainer(Generation, Evaluation, WithTerms, TRLOnlineDPOTrainer):
             rows = dataclasses.replace(rows, layout=layout)
         rows, plan = from_batch(send_to_device(to_batch(rows, plan), self.accelerator.device))
 
-        token_logps = scorer(model, rows, statistics=()).log_probs
+        # The reference first: what the policy keeps for its backward is not in memory yet
         ref_token_logps = None
         if self._needs_reference:
             with torch.no_grad(), self._reference() as reference, self.accelerator.autocast():
                 ref_token_logps = scorer(reference, rows, statistics=()).log_probs
+        token_logps = scorer(model, rows, statistics=()).log_probs
         scored = scorer.scored(rows, token_logps, ref_token_logps, terms.reads)
         if "behaviour_logps" in terms.reads:  # the policy that has just sampled
             scored = dataclasses.replace(scored, behaviour_logps=scored.logps.detach())
