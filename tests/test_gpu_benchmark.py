@@ -148,7 +148,7 @@ def test_every_case_of_the_matrix_is_understood(module):
     assert settings == {
         (s, lora, at, k) for s in ("0.6b", "8b") for lora in (True, False) for at in lengths for k in (2, 8)
     }
-    assert len({(case.part, case.name) for case in cases}) == len(cases) == 1 + 6 + 40 + 2
+    assert len({(case.part, case.name) for case in cases}) == len(cases) == 1 + 8 + 40 + 2
 
 
 @pytest.mark.parametrize(
