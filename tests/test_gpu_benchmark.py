@@ -56,7 +56,7 @@ def test_a_dry_run(tmp_path):
         )
     )
     out = tmp_path / "out"
-    flags = ["--matrix", cases, "--tests", "tests/logprobs/test_shared_prefix.py"]
+    flags = ["--matrix", cases, "--tests", "tests/logprobs/test_varlen.py"]
 
     nothing = call(out, *flags, "--minutes", "0")
     assert nothing.returncode == 0, nothing.stderr[-2000:]
