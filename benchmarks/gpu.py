@@ -267,11 +267,7 @@ def main(arguments: list[str] | None = None) -> None:
     if args.model_only:
         results = Results(args.out, f"model_{args.rates_of.lower()}")
         results.rows = {part: [] for part in PARTS}
-        left = [
-            case
-            for case in args.cases
-            if case.part in ("tests", "online") or {"--statistics", "--memory-mb"} & {*case.flags}
-        ]
+        left = [case for case in args.cases if case.part in ("tests", "online") or "--statistics" in case.flags]
         for case in tqdm([case for case in args.cases if case not in left], unit="case"):
             results.add(case, predict(case, args))
     else:

@@ -41,6 +41,7 @@ from common import (
 from trl.trainer import utils
 
 from trl_ext.logprobs import Head
+from trl_ext.logprobs.memory import KEEP_TILES
 
 
 SETTING = ("tokens", "hidden", "vocab", "dtype", "statistics")
@@ -200,10 +201,15 @@ def memory_columns(before_mb: float, peak_mb: float) -> dict[str, float]:
 def model_rows(args: argparse.Namespace) -> list[dict]:
     """What the roofline model says of TRL's head, ours and the bare products."""
     shape, width = roofline.Shape.of_head(args.hidden, args.vocab), getattr(torch, args.dtype).itemsize
+    budget = args.memory_mb * 2**20 if args.memory_mb else roofline.LEAST
+    tile = min(roofline.TILE, int(budget / (args.vocab * width)))
     rows = []
     for mode in args.modes:
-        paths = {path: roofline.head(shape, args.tokens, path, mode, width) for path in ("trl", "ours", "products")}
-        if mode == "full":
+        paths = {
+            path: roofline.head(shape, args.tokens, path, mode, width, rows=tile if path == "ours" else roofline.TILE)
+            for path in ("trl", "ours", "products")
+        }
+        if mode == "full" and args.memory_mb and args.tokens <= KEEP_TILES * tile:
             paths["ours, kept"] = roofline.head(shape, args.tokens, "ours", mode, width, kept=True)
         predicted = {path: roofline.predicted([each], args.rates) for path, each in paths.items()}
         rows += roofline.compared(

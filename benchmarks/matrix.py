@@ -44,10 +44,13 @@ def gpu() -> list[Case]:
     cases = [Case("tests", "tests marked gpu")]
     for name, (hidden, vocab, tile) in HEADS.items():
         head = (*quick, "--tokens", "8192", "--hidden", hidden, "--vocab", vocab)
-        modes = ("--modes", "full", "frozen", "reference")
-        kept = ("--modes", "full", "--paths", "trl", "liger", "products", "--memory-mb", tile)
+        modes = ("--modes", "full", "frozen", "reference", "--memory-mb", tile)
+        # A head alone has no step around it whose memory it could use: tiles of 256 MiB
+        alone = ("--modes", "full", "frozen", "--paths", "trl", "liger", "products")
+        twice = ("--modes", "full", "--paths", "trl", "liger", "products", "--memory-mb", tile, "--tokens", "16384")
         cases.append(Case("logprobs", name, (*head, *modes)))
-        cases.append(Case("logprobs", f"{name}, logits kept", (*head, *kept)))
+        cases.append(Case("logprobs", f"{name}, 16384 tokens, logits computed twice", (*head, *twice)))
+        cases.append(Case("logprobs", f"{name}, tiles of 256 MiB", (*head, *alone)))
         cases.append(Case("logprobs", f"{name}, statistics", (*head, *modes, "--statistics")))
     for (lengths, ours), completions, (size, flags) in itertools.product(LENGTHS.items(), (2, 8), MODELS.items()):
         name = f"{size}, {lengths}, K={completions}"

@@ -20,6 +20,8 @@ from lengths import Prompt
 
 # Tokens per tile of logits; TRL's has no more than this many entries of the vocabulary
 TILE, TRL_COLUMNS = 4096, 32768
+# Bytes of a tile of ours where the run has no room for more
+LEAST = 2**28
 
 Stages = dict[str, tuple[float, float]]  # operations and bytes
 
@@ -174,10 +176,13 @@ def head_products(path: str, kept: str = "", *, mode: str) -> int:
     return bare + again
 
 
-def head(shape: Shape, scored: int, path: str, mode: str, width: int = 2, kept: bool = False) -> Stages:
-    """The head alone. Logits `(scored, V)` are written by a product, then read by kernels and by the other products."""
+def head(
+    shape: Shape, scored: int, path: str, mode: str, width: int = 2, kept: bool = False, rows: int = TILE
+) -> Stages:
+    """The head alone, in tiles of so many rows. Logits `(scored, V)` are written by a product, then read by kernels and by the other
+    products."""
     weights, logits = shape.vocab * shape.hidden, scored * shape.vocab * width
-    products, tiles = head_products(path, "kept" * kept, mode=mode), -(-scored // TILE)
+    products, tiles = head_products(path, "kept" * kept, mode=mode), -(-scored // rows)
     operations = 2 * products * scored * weights
     moved = products * (weights * width + scored * shape.hidden * width + logits)
     # Kernels pass over the logits: TRL's read, and in the backward read and write. Ours read for the sum and, for a gradient, read and
@@ -204,7 +209,8 @@ def step(shape: Shape, work: Work, path: str, lora: bool, checkpointing: bool = 
     attention_bytes = (forwards + 2) * layer_tokens * (shape.qkv + shape.inner) * width
     other_bytes = (forwards + 2) * layer_tokens * shape.other_values * width
     kept = path == "ours" and not lora and keeps(shape, work, width)
-    policy = head(shape, work.scored, path, "frozen" if lora else "full", width, kept)
+    rows = tile_rows(shape, work, lora, width) if path == "ours" else TILE
+    policy = head(shape, work.scored, path, "frozen" if lora else "full", width, kept, rows)
     reference = head(shape, work.scored, path, "reference", width)
     # Gradients are written and read; weights and two moments are read and written
     optimizer = 0 if lora else 8 * shape.parameters * width
@@ -219,7 +225,8 @@ def step(shape: Shape, work: Work, path: str, lora: bool, checkpointing: bool = 
 
 def at_head(shape: Shape, work: Work, path: str, lora: bool, width: int, kept: bool = False) -> float:
     """Bytes in the head's backward beyond what stands always: checkpoints, logits, the weight's gradient, the hidden states'."""
-    rows, columns = min(work.scored, TILE), min(shape.vocab, TRL_COLUMNS) if path == "trl" else shape.vocab
+    rows = min(work.scored, TILE if path == "trl" else tile_rows(shape, work, lora, width))
+    columns = min(shape.vocab, TRL_COLUMNS) if path == "trl" else shape.vocab
     checkpoints = work.tokens * shape.layers * shape.hidden * width
     logits = (work.scored if kept else rows) * columns * width
     weight = 0 if lora else shape.vocab * shape.hidden * (width if kept else 4)
@@ -233,11 +240,23 @@ def at_layers(shape: Shape, work: Work, lora: bool, width: int) -> float:
     return max(checkpoints / 2 + gradients / 2 + work.tokens * shape.saved_values * width, gradients)
 
 
+def room(shape: Shape, work: Work, lora: bool, width: int) -> float:
+    """Bytes that the backward of the layers needs later, less what stands at the head: checkpoints, and the head's own gradients."""
+    own = work.tokens * shape.layers * shape.hidden * width + 4 * work.scored * shape.hidden
+    return at_layers(shape, work, lora, width) - own - (0 if lora else 4 * shape.vocab * shape.hidden)
+
+
+def tile_rows(shape: Shape, work: Work, lora: bool, width: int) -> int:
+    """Tokens per tile of ours, from the second step on: what raises no peak, and `LEAST` bytes whatever they do to it."""
+    rows = TILE
+    while rows > 1 and rows * shape.vocab * width > max(LEAST, room(shape, work, lora, width)):
+        rows //= 2
+    return rows
+
+
 def keeps(shape: Shape, work: Work, width: int) -> bool:
-    """Whether ours keeps the logits of a trained head: where they and the weight's gradient raise no peak of the run."""
-    peak = max(at_head(shape, work, "ours", False, width), at_layers(shape, work, False, width))
-    room = peak - work.tokens * shape.layers * shape.hidden * width
-    return work.scored * shape.vocab * width <= room - shape.vocab * shape.hidden * width
+    """Whether ours keeps the logits of a trained head: where that raises no peak of the run."""
+    return work.scored * shape.vocab * width <= room(shape, work, False, width)
 
 
 def peak_gb(shape: Shape, work: Work, path: str, lora: bool, width: int = 2) -> float:

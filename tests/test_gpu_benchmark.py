@@ -56,7 +56,7 @@ def test_a_dry_run(tmp_path):
         )
     )
     out = tmp_path / "out"
-    flags = ["--matrix", cases, "--tests", "tests/logprobs/test_shared_prefix.py"]
+    flags = ["--matrix", cases, "--tests", "tests/logprobs/test_varlen.py"]
 
     nothing = call(out, *flags, "--minutes", "0")
     assert nothing.returncode == 0, nothing.stderr[-2000:]
@@ -148,7 +148,7 @@ def test_every_case_of_the_matrix_is_understood(module):
     assert settings == {
         (s, lora, at, k) for s in ("0.6b", "8b") for lora in (True, False) for at in lengths for k in (2, 8)
     }
-    assert len({(case.part, case.name) for case in cases}) == len(cases) == 1 + 6 + 40 + 2
+    assert len({(case.part, case.name) for case in cases}) == len(cases) == 1 + 8 + 40 + 2
 
 
 @pytest.mark.parametrize(

@@ -34,19 +34,23 @@ def test_a_budget_by_hand():
 
 
 @pytest.mark.parametrize(
-    ("free", "tokens", "rows"),
+    ("free", "room", "tokens", "rows"),
     [
-        (4 * GIB, 16_384, 4096),  # 4096 tokens of 2 ** 17 logits of 2 bytes: 1 GiB, a quarter
-        (4 * GIB - 1, 16_384, 2048),
-        (4 * GIB, 4095, 4095),
-        (2 * GIB, 3000, 1500),  # 750 MiB would be more than a quarter
-        (2**20, 16_384, 1),  # 256 KiB is a quarter, and one token
-        (0, 16_384, 1),
-        (4 * GIB, 0, 1),
+        # 4096 tokens of 2 ** 17 logits of 2 bytes: 1 GiB, a quarter
+        (4 * GIB, GIB, 16_384, 4096),
+        (4 * GIB - 1, GIB, 16_384, 2048),
+        (4 * GIB, GIB - 1, 16_384, 2048),  # the peak would rise by a byte
+        (4 * GIB, GIB, 4095, 4095),
+        (2 * GIB, GIB, 3000, 1500),  # 750 MiB would be more than a quarter
+        (80 * GIB, 0, 16_384, 1024),  # 256 MiB whatever the peak
+        (80 * GIB, -GIB, 16_384, 1024),
+        (2**20, GIB, 16_384, 1),  # 256 KiB is a quarter, and one token
+        (0, 0, 16_384, 1),
+        (4 * GIB, GIB, 0, 1),
     ],
 )
-def test_a_tile_takes_a_quarter_of_the_free_memory(free, tokens, rows):
-    assert plan_for_memory(free, 0, tokens, 2**17, 2).rows == rows
+def test_a_tile_raises_no_peak_and_takes_a_quarter_of_the_free_memory(free, room, tokens, rows):
+    assert plan_for_memory(free, room, tokens, 2**17, 2).rows == rows
 
 
 @pytest.mark.parametrize(
@@ -82,17 +86,22 @@ def test_counters_of_a_device(monkeypatch):
 
 def test_which_rule(monkeypatch):
     hidden, weight = torch.empty(5000, 1), torch.empty(2**15, 1)
-    assert Head().plan(hidden, weight, 4).rows == 256  # 32 MiB on a CPU
-    assert Head().plan(hidden.to("meta"), weight, 4).rows == 2048  # 256 elsewhere
-    assert Head(memory_mb=1).plan(hidden, weight, 4).rows == 8
-    assert Head().plan(hidden, torch.empty(2**14, 1), 4).rows == 512
-    # A device that says what it has: the gradient of the weight, 128 KiB, stands beside what is kept
+    assert Head().plan(hidden, weight, 4, True).rows == 256  # 32 MiB on a CPU
+    assert Head().plan(hidden.to("meta"), weight, 4, True).rows == 2048  # 256 elsewhere
+    assert Head(memory_mb=1).plan(hidden, weight, 4, True).rows == 8
+    assert Head().plan(hidden, torch.empty(2**14, 1), 4, True).rows == 512
+    # A device that says what it has: gradients in float32 stand beside what is kept, 20 kB and 128 KiB, the second of a trained head
     needed = 5000 * 2**15 * 4
-    monkeypatch.setattr(heads, "free_and_room", lambda device: (4 * GIB, needed + 2**17))
-    assert Head().plan(hidden, weight, 4) == Plan(4096, True)
-    monkeypatch.setattr(heads, "free_and_room", lambda device: (4 * GIB, needed + 2**17 - 1))
-    assert Head().plan(hidden, weight, 4) == Plan(4096, False)
-    assert Head(memory_mb=1).plan(hidden, weight, 4) == Plan(8, False)  # what was asked for
+    for trained, beside in ((True, 20_000 + 2**17), (False, 20_000)):
+        for missing in (0, 1):
+            monkeypatch.setattr(heads, "free_and_room", lambda device, n=needed + beside - missing: (4 * GIB, n))
+            assert Head().plan(hidden, weight, 4, trained) == Plan(4096, not missing)
+    assert Head(memory_mb=1).plan(hidden, weight, 4, True) == Plan(8, False)  # what was asked for
+    # A reference needs a tile alone
+    tile = 4096 * 2**15 * 4
+    monkeypatch.setattr(heads, "free_and_room", lambda device: (4 * GIB, tile + 20_000))
+    assert Head().plan(hidden, weight, 4, False).rows == 4096
+    assert Head().plan(hidden, weight, 4, True).rows == 2048
 
 
 @pytest.mark.parametrize("backend", ["torch", "liger"])

@@ -87,8 +87,8 @@ class Head:
             `"torch"`, or `"liger"` for Liger's Triton cross-entropy.
         memory_mb (`float`, *optional*):
             MiB for one tile of logits. Where the head is trained and all logits fit in three tiles, they are kept and not
-            computed twice. Defaults to 32 on a CPU. A GPU is asked by default: a tile has up to 4096 tokens and takes at
-            most a quarter of the free memory, and all tiles are kept where that does not raise the peak of the run.
+            computed twice. Defaults to 32 on a CPU. A GPU is asked by default: a tile has up to 4096 tokens, and all tiles are
+            kept, where that does not raise the peak of the run; 256 MiB and a quarter of the free memory bound a tile else.
     """
 
     backend: str = "torch"
@@ -125,7 +125,8 @@ class Head:
         module = BACKENDS[self.backend]
         if not module.can(transform, dtype) or not hidden.shape[0]:
             module = torch_head
-        plan = self.plan(hidden, weight, module.bytes_per_logit(dtype))
+        trained = torch.is_grad_enabled() and weight.requires_grad
+        plan = self.plan(hidden, weight, module.bytes_per_logit(dtype), trained)
         arguments = (targets, transform, statistics, module, plan, dtype, gather)
         if torch.is_grad_enabled() and any(
             tensor is not None and tensor.requires_grad for tensor in (hidden, weight, bias)
@@ -136,7 +137,7 @@ class Head:
         )
         return outputs
 
-    def plan(self, hidden: torch.Tensor, weight: torch.Tensor, bytes_per_logit: int) -> Plan:
+    def plan(self, hidden: torch.Tensor, weight: torch.Tensor, bytes_per_logit: int, trained: bool) -> Plan:
         """Tokens per tile, and whether a head that is trained keeps all tiles."""
         tokens, vocabulary = hidden.shape[0], weight.shape[0]
         memory = None if self.memory_mb else free_and_room(hidden.device)
@@ -144,8 +145,9 @@ class Head:
             budget = self.memory_mb or DEFAULT_MEMORY_MB.get(hidden.device.type, DEFAULT_MEMORY_MB["default"])
             return plan_for_budget(budget, tokens, vocabulary, bytes_per_logit)
         free, room = memory
-        # In the backward the gradient of the weight stands beside what is kept
-        return plan_for_memory(free, room - weight.nbytes, tokens, vocabulary, bytes_per_logit)
+        # In the backward the gradients of the hidden states and of the weight stand beside the tile, in float32
+        beside = 4 * (hidden.numel() + (weight.numel() if trained else 0))
+        return plan_for_memory(free, room - beside, tokens, vocabulary, bytes_per_logit)
 
 
 def compute_dtype(hidden: torch.Tensor) -> torch.dtype:

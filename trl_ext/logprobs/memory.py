@@ -11,6 +11,9 @@ KEEP_TILES = 3
 # Tokens after which a tile of an accelerator is large enough for its products to run at full speed
 TILE_TOKENS = 4096
 
+# Bytes that a tile of an accelerator may take whatever they do to the peak: what TRL's head takes, 4096 x 32768 in half precision
+LEAST = 2**28
+
 
 class Plan(NamedTuple):
     """
@@ -33,14 +36,15 @@ def plan_for_budget(budget_mb: float, tokens: int, vocabulary: int, bytes_per_lo
 
 def plan_for_memory(free: int, room: int, tokens: int, vocabulary: int, bytes_per_logit: int) -> Plan:
     """
-    A tile of [`TILE_TOKENS`] tokens, halved until it takes at most a quarter of the free memory; all tiles are kept where
-    that raises no peak and takes at most half of the free memory.
+    A tile of [`TILE_TOKENS`] tokens, halved until it raises no peak or takes no more than [`LEAST`], and at most a quarter of
+    the free memory; all tiles are kept where that raises no peak and takes at most half of the free memory.
 
     Args:
         free (`int`):
             Bytes that can still be allocated.
         room (`int`):
-            Bytes that the run has needed before and does not need now: in full fine-tuning, the memory of the gradients.
+            Bytes that the run has needed before, and that neither it nor the head's own gradients need now: in full fine-tuning the
+            memory of all gradients, else that of a layer's backward. In the first step there are none.
         tokens (`int`):
             Tokens to score.
         vocabulary (`int`):
@@ -50,7 +54,7 @@ def plan_for_memory(free: int, room: int, tokens: int, vocabulary: int, bytes_pe
     """
     per_token = vocabulary * bytes_per_logit
     rows = max(1, min(TILE_TOKENS, tokens))
-    while rows > 1 and rows * per_token > free // 4:
+    while rows > 1 and rows * per_token > min(free // 4, max(room, LEAST)):
         rows //= 2
     return Plan(rows, tokens * per_token <= min(room, free // 2))
 

@@ -26,8 +26,8 @@ class LossArguments:
             `"auto"`, the fastest for the device: Liger on a GPU, torch elsewhere.
         logprob_memory_mb (`float`, *optional*):
             MiB of memory for one tile of logits. Where the head is trained and all logits fit in three tiles, they are
-            kept and not computed twice. By default 32 on a CPU, while a GPU is asked: a tile has up to 4096 tokens and
-            takes at most a quarter of the free memory, and logits are kept where that does not raise the peak of the run.
+            kept and not computed twice. By default 32 on a CPU, while a GPU is asked: a tile has up to 4096 tokens, and
+            logits are kept, where that does not raise the peak of the run; 256 MiB bound a tile else.
         share_prefix (`str` or `bool`, *optional*, defaults to `"auto"`):
             Whether a prompt runs through the model once for all of its completions: `True`, `False`, or `"auto"`, where
             that is exact for the model and costs less. On a GPU rows have no padding then. A few rows of the first batch are
@@ -53,8 +53,8 @@ class LossArguments:
     logprob_memory_mb: float | None = field(
         default=None,
         metadata={
-            "help": "MiB of memory for one tile of logits; by default 32 on a CPU, and up to 4096 tokens in at most "
-            "a quarter of the free memory on a GPU."
+            "help": "MiB of memory for one tile of logits; by default 32 on a CPU, and on a GPU 4096 tokens where that "
+            "does not raise the peak of the run, else 256."
         },
     )
     share_prefix: str = field(
