@@ -33,7 +33,7 @@ def checked(name, dtype=torch.float32, unpadded=True, inputs=None, hidden_size=3
     add_fused_lm_head(model, outputs=("log_probs",))
     scorer = Scorer(Head())
     return why_differs(
-        lambda model, rows: scorer._forward(model, rows, ()).log_probs,
+        lambda model, rows: scorer.forward(model, rows, ()).log_probs,
         model,
         rows_of(inputs or batch(prompts=(30, 20), members=3), 2),
         Sharing(hidden_size, unpadded=unpadded),

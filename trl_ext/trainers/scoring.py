@@ -40,11 +40,13 @@ class Scorer:
         sharing ([`~trl_ext.logprobs.Sharing`] or `None`):
             Decides which batches are laid out in shared rows; `None` where none is. It becomes `None` when the first of them does
             not give what plain rows give.
+        checked (`set[tuple[int, bool]]`):
+            Models, by identity, that have been looked at in that way, and whether with gradients.
     """
 
     head: Head | None
     sharing: Sharing | None = None
-    _checked: set[tuple[int, bool]] = field(default_factory=set, init=False, repr=False, compare=False)
+    checked: set[tuple[int, bool]] = field(default_factory=set, init=False, repr=False, compare=False)
 
     def __call__(
         self,
@@ -74,18 +76,18 @@ class Scorer:
             self._check(model, rows)
         if self.sharing is None:
             rows = dataclasses.replace(rows, layout=None)
-        return self._forward(model, rows, statistics, router_logits)
+        return self.forward(model, rows, statistics, router_logits)
 
     def _check(self, model: Callable, rows: Rows) -> None:
         """Compare both layouts, once per model, and once more when gradients are first wanted."""
         key = id(extract_model_from_parallel(model))
-        if (key, True) in self._checked or (key, torch.is_grad_enabled()) in self._checked:
+        if (key, True) in self.checked or (key, torch.is_grad_enabled()) in self.checked:
             return
         # Where each process has a part of the parameters, all of them run the model equally often
         if rows.layout is None and not is_sharded(model):
             return
-        self._checked.add((key, torch.is_grad_enabled()))
-        reason = why_differs(lambda *args: self._forward(*args, statistics=()).log_probs, model, rows, self.sharing)
+        self.checked.add((key, torch.is_grad_enabled()))
+        reason = why_differs(lambda *args: self.forward(*args, statistics=()).log_probs, model, rows, self.sharing)
         if reason is None:
             return
         if self.sharing.always:
@@ -97,9 +99,10 @@ class Scorer:
         )
         self.sharing = None
 
-    def _forward(
+    def forward(
         self, model: Callable, rows: Rows, statistics: tuple[str, ...] | None, router_logits: bool = False
     ) -> FusedCausalLMOutput:
+        """One call of the model in the layout that the rows have, unchecked."""
         inputs, layout = rows.inputs, rows.layout
         head = contextlib.nullcontext() if self.head is None else head_in_place(self.head, statistics)
         if layout is None:
