@@ -16,7 +16,7 @@ from tests.online.runs import Scripted, online
 from tests.online.runs import batch as batch_of
 from trl_ext import DPOConfig, DPOTrainer
 from trl_ext.logprobs import Head, SharedPrefixLayout, Sharing, varlen
-from trl_ext.rows import Rows
+from trl_ext.rows import Rows, from_batch
 from trl_ext.trainers import scoring, self_check
 from trl_ext.trainers.scoring import Scorer
 from trl_ext.trainers.self_check import one_more_rounding, why_differs
@@ -284,6 +284,18 @@ def test_the_check_runs_once(tiny_model_dir, tmp_path, checks):
     ours(tiny_model_dir, tmp_path, max_steps=2, share_prefix=False).train()
     ours(tiny_model_dir, tmp_path, max_steps=2, logprob_backend="trl").train()
     assert checks == []
+
+
+def test_processes_that_share_parameters_go_on_alike(tiny_model_dir, tmp_path, monkeypatch, caplog):
+    """What one process finds holds for all of them, and one whose batch shares nothing takes part."""
+    asked = []
+    monkeypatch.setattr(scoring, "is_sharded", lambda model: True)
+    monkeypatch.setattr(scoring, "gather_object", lambda found: asked.append(found) or ["the other's reason", *found])
+    trainer = ours(tiny_model_dir, tmp_path)
+    rows, _ = from_batch(first_batch(trainer))
+    trainer._scorer(trainer.model, dataclasses.replace(rows, layout=None))
+    assert asked == [[None]] and trainer._scorer.sharing is None
+    assert "on the first batch, the other's reason." in caplog.text
 
 
 def test_nothing_is_left_behind(tiny_model_dir, tmp_path, checks):

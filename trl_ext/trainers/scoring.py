@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 from accelerate.logging import get_logger
-from accelerate.utils import extract_model_from_parallel
+from accelerate.utils import extract_model_from_parallel, gather_object
 from packaging.version import Version
 from peft import PeftModel
 from transformers import PreTrainedModel, Trainer, TrainingArguments
@@ -83,11 +83,14 @@ class Scorer:
         key = id(extract_model_from_parallel(model))
         if (key, True) in self.checked or (key, torch.is_grad_enabled()) in self.checked:
             return
-        # Where each process has a part of the parameters, all of them run the model equally often
-        if rows.layout is None and not is_sharded(model):
+        # Where each process has a part of the parameters, all of them run the model equally often, now and later
+        sharded = is_sharded(model)
+        if rows.layout is None and not sharded:
             return
         self.checked.add((key, torch.is_grad_enabled()))
         reason = why_differs(lambda *args: self.forward(*args, statistics=()).log_probs, model, rows, self.sharing)
+        if sharded:
+            reason = next((each for each in gather_object([reason]) if each is not None), None)
         if reason is None:
             return
         if self.sharing.always:
