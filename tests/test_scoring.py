@@ -83,15 +83,21 @@ def test_a_step_on_a_gpu(tiny_model_dir, tmp_path, caplog):
     batches = [trainer._prepare_inputs(batch) for batch in trainer.get_train_dataloader()]
     assert trainer._scorer.sharing.unpadded
     trainer.model.train()
+
+    def step(batch):
+        with trainer.accelerator.autocast():
+            loss = trainer.compute_loss(trainer.model, batch)
+        loss.backward()
+
     for batch in batches[:2]:
-        trainer.compute_loss(trainer.model, batch).backward()
+        step(batch)
     assert trainer._scorer.sharing is not None, caplog.text
     compiled = torch._dynamo.utils.counters["frames"]["total"]
     torch.cuda.set_sync_debug_mode("warn")
     try:
         with warnings.catch_warnings(record=True) as waits:
             warnings.simplefilter("always")
-            trainer.compute_loss(trainer.model, batches[2]).backward()
+            step(batches[2])
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch._dynamo.utils.counters["frames"]["total"] == compiled
