@@ -114,6 +114,25 @@ def test_unpadded_rows_reach_the_model(tiny_model_dir, tmp_path, unpadded):
     assert sum(shape[0] != 1 for shape in shapes) == 6 and sum(shape[0] == 1 for shape in shapes) > 10
 
 
+@pytest.mark.parametrize("options", [{}, {"precompute_ref_log_probs": True}, {"gradient_checkpointing": True}], ids=str)
+def test_float32_weights_attend_in_half_precision(options, tiny_model_dir, tmp_path, unpadded, monkeypatch):
+    """As the kernel needs it: under autocast in training, evaluation beside it, the reference and the first batch's check."""
+    from trl_ext.logprobs import varlen
+
+    seen, attend = [], varlen.attend
+    monkeypatch.setattr(varlen, "attend", lambda query, *rest: seen.append(query.dtype) or attend(query, *rest))
+    trainer = ours(tiny_model_dir, tmp_path, loss_type="offset", bf16=True, share_prefix=True, max_steps=2, **options)
+    assert trainer.model.dtype == torch.float32
+    trainer.train()
+    trainer.evaluate()
+    assert len(seen) > 20 and set(seen) == {torch.bfloat16}
+    # Before a training, transformers evaluates a model without autocast: that is exact too, one sequence after the other
+    seen.clear()
+    trainer = ours(tiny_model_dir, tmp_path, loss_type="offset", bf16=True, share_prefix=True, max_steps=2, **options)
+    trainer.evaluate()
+    assert torch.float32 in seen
+
+
 @pytest.mark.parametrize("loss_type", ["anchored", ["offset", "bias_variance"]])
 def test_a_run_in_unpadded_rows(loss_type, tiny_model_dir, tmp_path):
     """Groups, empty traces, precomputed references and checkpointing give what plain rows give."""
