@@ -114,7 +114,9 @@ def test_unpadded_rows_reach_the_model(tiny_model_dir, tmp_path, unpadded):
     assert sum(shape[0] != 1 for shape in shapes) == 6 and sum(shape[0] == 1 for shape in shapes) > 10
 
 
-@pytest.mark.parametrize("options", [{}, {"precompute_ref_log_probs": True}, {"gradient_checkpointing": True}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"precompute_ref_log_probs": True}, {"gradient_checkpointing": True}], ids=str
+)
 def test_float32_weights_attend_in_half_precision(options, tiny_model_dir, tmp_path, unpadded, monkeypatch):
     """As the kernel needs it: under autocast in training, evaluation beside it, the reference and the first batch's check."""
     from trl_ext.logprobs import varlen

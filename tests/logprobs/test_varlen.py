@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from trl.trainer.utils import add_fused_lm_head
@@ -186,6 +187,24 @@ def test_what_the_kernel_is_asked(window, served, kernel):
     output = attend(query, key, value, SequenceMask(SEQUENCES, window))
     torch.testing.assert_close(output, plain_attention(query, key, value, sees, 8**-0.5))
     assert kernel == [-1 if window is None else window - 1]
+
+
+@pytest.mark.parametrize("served", [2, 4])
+@pytest.mark.parametrize("window", [None, 3])
+def test_torchs_own_function_takes_the_call(window, served, monkeypatch):
+    """Forward and backward, with tensors that have shapes and no values: all of torch's function but the kernel."""
+    monkeypatch.setattr(varlen, "_kernel_takes", lambda query, value: True)
+    monkeypatch.setattr(varlen, "_one_by_one", None)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        query, key, value = (
+            torch.empty(1, heads, 12, 64, dtype=torch.bfloat16, requires_grad=True) for heads in (4, served, served)
+        )
+        fake = {name: each.clone() for name, each in vars(SEQUENCES).items() if isinstance(each, torch.Tensor)}
+        mask = SequenceMask(dataclasses.replace(SEQUENCES, **fake), window)
+        output, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](nn.Module(), query, key, value, mask, scaling=0.3)
+        assert output.shape == (1, 12, 4, 64) and output.dtype == torch.bfloat16
+        output.sum().backward()
+        assert [each.grad.shape for each in (query, key, value)] == [each.shape for each in (query, key, value)]
 
 
 def test_what_the_kernel_takes(monkeypatch):
