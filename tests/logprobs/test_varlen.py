@@ -189,15 +189,16 @@ def test_what_the_kernel_is_asked(window, served, kernel):
     assert kernel == [-1 if window is None else window - 1]
 
 
-@pytest.mark.parametrize("served", [2, 4])
+@pytest.mark.parametrize("key_heads", [2, 4])
 @pytest.mark.parametrize("window", [None, 3])
-def test_torchs_own_function_takes_the_call(window, served, monkeypatch):
+def test_torchs_own_function_takes_the_call(window, key_heads, monkeypatch):
     """Forward and backward, with tensors that have shapes and no values: all of torch's function but the kernel."""
     monkeypatch.setattr(varlen, "_kernel_takes", lambda query, value: True)
     monkeypatch.setattr(varlen, "_one_by_one", None)
     with FakeTensorMode(allow_non_fake_inputs=True):
         query, key, value = (
-            torch.empty(1, heads, 12, 64, dtype=torch.bfloat16, requires_grad=True) for heads in (4, served, served)
+            torch.empty(1, heads, 12, 64, dtype=torch.bfloat16, requires_grad=True)
+            for heads in (4, key_heads, key_heads)
         )
         fake = {name: each.clone() for name, each in vars(SEQUENCES).items() if isinstance(each, torch.Tensor)}
         mask = SequenceMask(dataclasses.replace(SEQUENCES, **fake), window)
