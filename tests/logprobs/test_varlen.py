@@ -38,7 +38,9 @@ def served():
 
 
 def tables(layout):
-    return [value.tolist() if isinstance(value, torch.Tensor) else value for value in vars(layout.sequences).values()]
+    keys, query_ends, key_ends, queries, seen = vars(layout.sequences).values()
+    assert (query_ends.diff().tolist(), key_ends.diff().tolist()) == (queries, seen)
+    return [*(value.tolist() for value in (keys, query_ends, key_ends)), max(queries), max(seen)]
 
 
 def unpadded(rows, prompts, width=None):
