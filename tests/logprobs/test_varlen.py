@@ -145,6 +145,18 @@ def test_attention(window, scale, served):
     torch.testing.assert_close(attend(query, key, value, SequenceMask(SEQUENCES, window), scale), expected)
 
 
+def test_what_is_added_by_hand():
+    """Two queries at the end of three keys and of four; kept by shape and dtype."""
+    mask, windowed = SequenceMask(SEQUENCES), SequenceMask(SEQUENCES, 2)
+    hidden = -torch.inf
+    like = torch.zeros(1)
+    assert mask.hidden(2, 3, like).tolist() == [[0, 0, hidden], [0, 0, 0]]
+    assert mask.hidden(2, 4, like).tolist() == [[0, 0, 0, hidden], [0, 0, 0, 0]]
+    assert windowed.hidden(2, 4, like).tolist() == [[hidden, 0, 0, hidden], [hidden, hidden, 0, 0]]
+    assert mask.hidden(2, 3, like) is mask.hidden(2, 3, like)
+    assert mask.hidden(2, 3, like.double()).dtype == torch.float64
+
+
 def flash(query, key, value, query_ends, key_ends, longest_query, longest_key, scale, window, kernel_calls):
     """FlashAttention's contract: queries stand at the end of their keys, and see `window` keys before their own."""
     assert query_ends.dtype == key_ends.dtype == torch.int32 and len(query_ends) == len(key_ends)
