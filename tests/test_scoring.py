@@ -233,7 +233,7 @@ def test_when_prompts_are_shared(fields, aux_loss, reason, tiny_model_dir, caplo
 
     for options in ({}, {"share_prefix": "auto"}):
         scorer, warned = built(**options)
-        assert scorer.sharing == (Sharing(32, always=False) if reason is None else None) and warned is (
+        assert scorer.sharing == (Sharing(32, unpadded=True) if reason is None else None) and warned is (
             reason is not None
         )
         assert (scorer.head.backend, scorer.head.memory_mb) == ("torch", 3.0)
@@ -241,11 +241,15 @@ def test_when_prompts_are_shared(fields, aux_loss, reason, tiny_model_dir, caplo
     assert scorer.sharing is None and not warned
     if reason is None:
         scorer, warned = built(share_prefix=True)
-        assert scorer.sharing == Sharing(32, always=True) and not warned
+        assert scorer.sharing == Sharing(32, always=True, unpadded=True) and not warned
     else:
         with pytest.raises(ValueError, match=f"would not be exact for this model: {reason}"):
             built(share_prefix=True)
-    assert not served and "dense mask" not in caplog.text
+    assert set(served) == ({"sdpa"} if reason is None else set()) and "dense mask" not in caplog.text
+    if reason is None:
+        model.config._attn_implementation = "eager"
+        scorer, warned = built()
+        assert scorer.sharing == Sharing(32) and not warned and "dense mask" not in caplog.text
 
 
 def model_of(attention="sdpa", dtype=torch.bfloat16, **options):
@@ -375,7 +379,7 @@ def test_shared_rows_that_cost_more():
     assert Sharing(14).layout(*batch).tokens.shape == (1, 20)
     assert Sharing(1, always=True).layout(*batch).tokens.shape == (1, 20)
     # 20 tokens in one row cost less than 22 in two, whatever the model, where no mask is as wide as the row
-    assert Sharing(1, unpadded=True).layout(*batch).sequences.longest_key == 10
+    assert Sharing(1, unpadded=True).layout(*batch).sequences.key_lengths == [10, 10]
     assert Sharing(13, unpadded=True, bounded=True).layout(*batch).tokens.shape == (1, 20)
     # A mask of 20 x 20 is larger than two of 11 x 11
     assert Sharing(14, bounded=True).layout(*batch) is None

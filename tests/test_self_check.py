@@ -217,9 +217,9 @@ def ours(model_dir, folder, **options):
 
 @pytest.fixture
 def wrong(monkeypatch):
-    """Shared rows whose completions see each other."""
-    sees = SharedPrefixLayout.sees
-    monkeypatch.setattr(SharedPrefixLayout, "sees", lambda *args: sees(*args) | True)
+    """Shared rows that attend wrongly."""
+    attend = varlen.attend
+    monkeypatch.setattr(varlen, "attend", lambda *args: attend(*args) * 1.1)
 
 
 @pytest.fixture

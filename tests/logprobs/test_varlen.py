@@ -38,7 +38,9 @@ def served():
 
 
 def tables(layout):
-    return [value.tolist() if isinstance(value, torch.Tensor) else value for value in vars(layout.sequences).values()]
+    keys, query_ends, key_ends, queries, seen = vars(layout.sequences).values()
+    assert (query_ends.diff().tolist(), key_ends.diff().tolist()) == (queries, seen)
+    return [*(value.tolist() for value in (keys, query_ends, key_ends)), max(queries), max(seen)]
 
 
 def unpadded(rows, prompts, width=None):
@@ -141,6 +143,18 @@ def test_attention(window, scale, served):
     sees = SEES if window is None else [seen[-window:] for seen in SEES]
     expected = plain_attention(query, key, value, sees, 8**-0.5 if scale is None else scale)
     torch.testing.assert_close(attend(query, key, value, SequenceMask(SEQUENCES, window), scale), expected)
+
+
+def test_what_is_added_by_hand():
+    """Two queries at the end of three keys and of four; kept by shape and dtype."""
+    mask, windowed = SequenceMask(SEQUENCES), SequenceMask(SEQUENCES, 2)
+    hidden = -torch.inf
+    like = torch.zeros(1)
+    assert mask.hidden(2, 3, like).tolist() == [[0, 0, hidden], [0, 0, 0]]
+    assert mask.hidden(2, 4, like).tolist() == [[0, 0, 0, hidden], [0, 0, 0, 0]]
+    assert windowed.hidden(2, 4, like).tolist() == [[hidden, 0, 0, hidden], [hidden, hidden, 0, 0]]
+    assert mask.hidden(2, 3, like) is mask.hidden(2, 3, like)
+    assert mask.hidden(2, 3, like.double()).dtype == torch.float64
 
 
 def flash(query, key, value, query_ends, key_ends, longest_query, longest_key, scale, window, kernel_calls):

@@ -197,7 +197,7 @@ def shared_prefix_layout(
                 if part:
                     slots[row, first:last] = place * length + np.arange(here.start, here.stop)
                     # The prompt's own tokens are asked for in the sequence of its first completion
-                    asking = last if part == 1 else last - first
+                    asking = int(last if part == 1 else last - first)
                     if asking:
                         queries.append(asking)
                         keys.append(np.r_[start : start + prefix, here])
@@ -213,4 +213,4 @@ def _sequences(keys: list[np.ndarray], queries: list[int], device: torch.device)
     lengths = [len(each) for each in keys]
     ends = (np.cumsum([0, *each], dtype=np.int32) for each in (queries, lengths))
     arrays = (np.concatenate(keys), *ends)
-    return Sequences(*(torch.from_numpy(array).to(device) for array in arrays), max(queries), max(lengths))
+    return Sequences(*(torch.from_numpy(array).to(device) for array in arrays), queries, lengths)

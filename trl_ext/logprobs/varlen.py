@@ -11,7 +11,7 @@ means what it means there.
 import functools
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -42,17 +42,17 @@ class Sequences:
             Where each sequence's queries begin, and where the last ones end; int32.
         key_ends (`torch.Tensor` of shape `(S + 1,)`):
             The same of keys.
-        longest_query (`int`):
-            Most queries of a sequence.
-        longest_key (`int`):
-            Most keys of a sequence.
+        query_lengths (`list[int]`):
+            Queries of each sequence, for the host.
+        key_lengths (`list[int]`):
+            Keys of each sequence.
     """
 
     keys: torch.Tensor
     query_ends: torch.Tensor
     key_ends: torch.Tensor
-    longest_query: int
-    longest_key: int
+    query_lengths: list[int]
+    key_lengths: list[int]
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,22 @@ class SequenceMask:
 
     sequences: Sequences
     window: int | None = None
+    added: dict[tuple, torch.Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def hidden(self, queries: int, keys: int, like: torch.Tensor) -> torch.Tensor:
+        """
+        What is added to the products of a sequence, `(queries, keys)`: -inf where a query does not see a key.
+
+        Kept for the other layers. SDPA on a CPU would make it of booleans in each call.
+        """
+        key = (queries, keys, like.dtype, like.device)
+        if key not in self.added:
+            places = torch.arange(keys, device=like.device)
+            behind = places[keys - queries :].unsqueeze(1) - places
+            unseen = (behind < 0) if self.window is None else (behind < 0) | (behind >= self.window)
+            zeros = torch.zeros(queries, keys, dtype=like.dtype, device=like.device)
+            self.added[key] = zeros.masked_fill(unseen, -torch.inf)
+        return self.added[key]
 
 
 def has_kernel() -> bool:
@@ -117,8 +133,8 @@ def _through_flash_attention(function: Callable) -> Callable:
         kwargs |= {
             "cu_seq_lens_q": sequences.query_ends,
             "cu_seq_lens_k": sequences.key_ends,
-            "max_length_q": sequences.longest_query,
-            "max_length_k": sequences.longest_key,
+            "max_length_q": max(sequences.query_lengths),
+            "max_length_k": max(sequences.key_lengths),
         }
         return function(module, query, key, value, None, *args, **kwargs)
 
@@ -158,8 +174,8 @@ def attend(
         value,
         sequences.query_ends,
         sequences.key_ends,
-        sequences.longest_query,
-        sequences.longest_key,
+        max(sequences.query_lengths),
+        max(sequences.key_lengths),
         scale=scale,
         window_size=(-1 if mask.window is None else mask.window - 1, 0),
         **options,
@@ -179,19 +195,16 @@ def _kernel_takes(query: torch.Tensor, value: torch.Tensor) -> bool:
 
 
 def _one_by_one(query, key, value, mask, scale):
-    """What the kernel computes, for every device and dtype: slower, and the ends of the sequences are fetched."""
+    """What the kernel computes, for every device and dtype."""
     sequences, outputs = mask.sequences, []
-    query_ends, key_ends = sequences.query_ends.tolist(), sequences.key_ends.tolist()
-    for first, last, first_key, last_key in zip(
-        query_ends[:-1], query_ends[1:], key_ends[:-1], key_ends[1:], strict=True
-    ):
-        parts = query[first:last], key[first_key:last_key], value[first_key:last_key]
-        places = torch.arange(last_key - first_key, device=query.device)
-        behind = places[first - last :].unsqueeze(1) - places
-        sees = (behind >= 0) if mask.window is None else (behind >= 0) & (behind < mask.window)
+    lengths = sequences.query_lengths, sequences.key_lengths
+    parts = (query.split(lengths[0]), key.split(lengths[1]), value.split(lengths[1]))
+    for queries, keys, *each in zip(*lengths, *parts, strict=True):
+        whole = queries == keys and (mask.window is None or queries <= mask.window)
         output = scaled_dot_product_attention(
-            *(part.transpose(0, 1).unsqueeze(0) for part in parts),
-            attn_mask=sees,
+            *(part.transpose(0, 1).unsqueeze(0) for part in each),
+            attn_mask=None if whole else mask.hidden(queries, keys, query),
+            is_causal=whole,
             scale=scale,
             enable_gqa=query.size(1) != key.size(1),
         )

@@ -30,7 +30,7 @@ class LossArguments:
             logits are kept, where that does not raise the peak of the run; 256 MiB bound a tile else.
         share_prefix (`str` or `bool`, *optional*, defaults to `"auto"`):
             Whether a prompt runs through the model once for all of its completions: `True`, `False`, or `"auto"`, where
-            that is exact for the model and costs less. On a GPU rows have no padding then. A few rows of the first batch are
+            that is exact for the model and costs less. Rows have no padding then. A few rows of the first batch are
             scored both ways, forward and backward: if more than rounding differs, `"auto"` goes on in plain rows, with a
             warning, and `True` stops. Not used with `logprob_backend="trl"`.
     """

@@ -22,8 +22,8 @@ def build_sharing(
     """
     How batches are laid out, which policy and reference both read; `None` for plain rows.
 
-    On a GPU attention takes the rows of a batch as sequences of any length, without padding, where FlashAttention can; else a
-    dense mask keeps completions apart. Arguments as in [`build_scorer`].
+    Attention takes the rows of a batch as sequences of any length, without padding, on a CPU and where FlashAttention can on a GPU;
+    else a dense mask keeps completions apart. Arguments as in [`build_scorer`].
 
     Raises:
         `ValueError`: If `share_prefix=True`, and it would not be exact.
