@@ -147,7 +147,7 @@ def unpadded_rows(batch: list[Prompt]) -> Work:
 
 
 def shared_prompts(batch: list[Prompt]) -> Work:
-    """Ours on a GPU: each prompt once without its last token, then for each completion that token and all of its own but the last."""
+    """Ours: each prompt once without its last token, then for each completion that token and all of its own but the last."""
     tokens = seen = scored = 0
     for prompt, completions in batch:
         prefix, lengths = len(prompt) - 1, [len(completion) for completion in completions]
@@ -155,16 +155,6 @@ def shared_prompts(batch: list[Prompt]) -> Work:
         seen += prefix * (prefix + 1) // 2 + sum(length * prefix + length * (length + 1) // 2 for length in lengths)
         scored += sum(lengths)
     return Work(tokens, seen, scored)
-
-
-def shared_rows(batch: list[Prompt]) -> Work:
-    """Ours on a CPU: the same in rows as long as the longest prompt needs, several prompts in a row where they fit, under a dense mask."""
-    needs = sorted((len(prompt) - 1 + sum(map(len, completions)) for prompt, completions in batch), reverse=True)
-    rooms: list[int] = []
-    for need in needs:
-        place = next((i for i, room in enumerate(rooms) if room >= need), len(rooms))
-        rooms[place : place + 1] = [(rooms[place] if place < len(rooms) else needs[0]) - need]
-    return Work(len(rooms) * needs[0], len(rooms) * needs[0] ** 2, shared_prompts(batch).scored)
 
 
 def head_products(path: str, kept: str = "", *, mode: str) -> int:

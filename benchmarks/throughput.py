@@ -194,13 +194,11 @@ def agreements(paths: dict[str, Path], args: argparse.Namespace) -> dict[str, di
 def model_rows(args: argparse.Namespace) -> list[dict]:
     """What the roofline model says of TRL's path, of TRL's if it padded nothing, and of ours, with the lengths that a measurement has."""
     shape, width = roofline.Shape.of(args.size, args.vocab), getattr(torch, args.dtype).itemsize
-    on_cpu = (
-        args.device == "cpu"
-    )  # only of the model's own check: there TRL scores every position, and ours pads its shared rows
+    on_cpu = args.device == "cpu"  # only of the model's own check: there TRL scores every position
     work = {
         "trl": [roofline.plain_rows(batch, every_position=on_cpu) for batch in sampled(args)],
         "trl, unpadded": [roofline.unpadded_rows(batch) for batch in sampled(args)],
-        "ours": [(roofline.shared_rows if on_cpu else roofline.shared_prompts)(batch) for batch in sampled(args)],
+        "ours": [roofline.shared_prompts(batch) for batch in sampled(args)],
     }
     rows = []
     for name, batches in work.items():

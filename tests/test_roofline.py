@@ -33,9 +33,6 @@ def test_what_each_path_runs(roofline):
     assert roofline.unpadded_rows(BATCH) == roofline.Work(tokens=9, seen=25, scored=3)
     # p0 p1 | p2 c0 | p2: the prefix's triangle of 3, then 2 * 2 + 3, then 1 * 2 + 1
     assert roofline.shared_prompts(BATCH) == roofline.Work(tokens=5, seen=13, scored=3)
-    # Prompts that need 5, 3 and 2 slots: two rows of 5
-    three = [*BATCH, ([7, 8], [[9], [9]]), ([7], [[9], [9]])]
-    assert roofline.shared_rows(three) == roofline.Work(tokens=10, seen=50, scored=7)
 
 
 def test_trls_step_by_hand(roofline, shape):
