@@ -183,7 +183,7 @@ def test_metrics_are_detached_scalars_or_one_value_per_row(name, kwargs):
     metrics = get_loss(name, **kwargs).metrics(batch)
     assert metrics
     for key, value in metrics.items():
-        assert value.shape == ((2,) if name == "bias_variance" else ()), key
+        assert value.shape == ((2,) if name in ("bias_variance", *dict(REFERENCE_FREE)) else ()), key
         assert not value.requires_grad, key
 
 
@@ -215,6 +215,14 @@ def test_without_a_reference(name, kwargs):
     alone = dataclasses.replace(batch, ref_chosen_logps=None, ref_rejected_logps=None)
     assert torch.equal(get_loss(name, **kwargs)(alone), values)
     assert get_loss(name, **kwargs).metrics(alone).keys() == get_loss(name, **kwargs).metrics(batch).keys()
+
+
+@pytest.mark.parametrize("name", dict(REFERENCE_FREE))
+def test_a_row_without_a_pair_has_no_value_per_token(name):
+    """Beside `bias_variance` a row may lack its traced pair, or one of its completions."""
+    batch = full([1.0] * 4, lengths=([5, 0, 5, 0], [5, 5, 0, 0]))
+    for key, value in get_loss(name).metrics(batch).items():
+        assert value.isnan().tolist() == [False, True, True, True], key
 
 
 @pytest.mark.parametrize(("name", "kwargs"), WITH_REFERENCE)

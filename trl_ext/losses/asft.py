@@ -19,6 +19,7 @@ import torch
 
 from .base import Loss, averages
 from .batch import PreferenceBatch
+from .bias_variance import present
 from .registry import register_loss
 
 
@@ -75,8 +76,9 @@ class ASFTLoss(Loss):
 
     def metrics(self, batch: PreferenceBatch) -> dict[str, float | torch.Tensor]:
         chosen, rejected = (average.detach() for average in averages(batch))
-        return {
-            "nll/mean": -chosen.mean(),
-            "log_odds/chosen": (chosen - log_complement(chosen)).mean(),
-            "log_odds/rejected": (rejected - log_complement(rejected)).mean(),
+        values = {
+            "nll/mean": -chosen,
+            "log_odds/chosen": chosen - log_complement(chosen),
+            "log_odds/rejected": rejected - log_complement(rejected),
         }
+        return {name: value.masked_fill(~present(batch), torch.nan) for name, value in values.items()}

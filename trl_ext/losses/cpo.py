@@ -18,6 +18,7 @@ import torch.nn.functional as F
 
 from .base import Loss, averages
 from .batch import PreferenceBatch
+from .bias_variance import present
 from .registry import register_loss
 
 
@@ -61,4 +62,4 @@ class CPOLoss(Loss):
         return preference - self.nll_weight * averages(batch)[0]
 
     def metrics(self, batch: PreferenceBatch) -> dict[str, float | torch.Tensor]:
-        return {"nll/mean": -averages(batch)[0].detach().mean()}
+        return {"nll/mean": -averages(batch)[0].detach().masked_fill(~present(batch), torch.nan)}

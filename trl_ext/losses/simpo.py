@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 from .base import Loss, averages
 from .batch import PreferenceBatch
+from .bias_variance import present
 from .registry import register_loss
 
 
@@ -57,7 +58,8 @@ class SimPOLoss(Loss):
 
     def metrics(self, batch: PreferenceBatch) -> dict[str, float | torch.Tensor]:
         chosen, rejected = (average.detach() for average in averages(batch))
-        return {
-            "per_token/margins": batch.beta * (chosen - rejected).mean(),
-            "per_token/accuracies": (chosen > rejected).float().mean(),
+        values = {
+            "per_token/margins": batch.beta * (chosen - rejected),
+            "per_token/accuracies": (chosen > rejected).float(),
         }
+        return {name: value.masked_fill(~present(batch), torch.nan) for name, value in values.items()}
