@@ -101,7 +101,7 @@ def preference_rows(rows: int = 8, seed: int = 0) -> list[dict]:
     """Plain preference rows of differing lengths, with what each of our losses reads; scores are win rates too."""
     import random
 
-    random_, initial = random.Random(seed), random.Random(seed + 1)
+    random_, initial, values = random.Random(seed), random.Random(seed + 1), random.Random(seed + 2)
 
     def text(low: int, high: int) -> str:
         return "".join(" " + random_.choice(WORDS) for _ in range(random_.randint(low, high)))
@@ -118,6 +118,8 @@ def preference_rows(rows: int = 8, seed: int = 0) -> list[dict]:
             "preference_prob": random_.random(),
             "initial_chosen_logps": -30.0 + 10 * initial.random(),
             "initial_rejected_logps": -30.0 + 10 * initial.random(),
+            "q_chosen": 2 * values.random() - 1,
+            "q_rejected": 2 * values.random() - 1,
         }
         for _ in range(rows)
     ]

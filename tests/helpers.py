@@ -39,6 +39,17 @@ OUR_LOSSES = (
     "length_regularized",
     "inpo",
     "sppo_soft",
+    "asft",
+    "cpo",
+    "eurus",
+    "simpo",
+    "step_apo",
+)
+# Those that read no reference: a run of them has none
+REFERENCE_FREE = (
+    "asft",
+    "cpo",
+    "simpo",
 )
 # What each of our losses logs
 LOSS_METRICS = {
@@ -49,11 +60,23 @@ LOSS_METRICS = {
     "length_regularized": {"length_gap/mean", "length_margin/mean"},
     "inpo": {"margin/mean"},
     "sppo_soft": {"target/chosen", "target/rejected"},
+    "asft": {"nll/mean", "log_odds/chosen", "log_odds/rejected"},
+    "cpo": {"nll/mean"},
+    "eurus": {"absolute/mean"},
+    "simpo": {"per_token/margins", "per_token/accuracies"},
+    "step_apo": {"offset/mean"},
 }
-# Of pairs, whatever the loss
+# Of pairs, whatever the loss; log-ratios where there is a reference
 SHARED_METRICS = {"lengths/chosen", "lengths/rejected", "logratios/chosen", "logratios/rejected"}
 
+
 TIMINGS = ("runtime", "per_second", "total_flos")
+
+
+def metrics_of(loss_type: str) -> set[str]:
+    """What a run of one of our losses logs beside TRL's metrics."""
+    without = {"logratios/chosen", "logratios/rejected"} if loss_type in REFERENCE_FREE else set()
+    return (LOSS_METRICS[loss_type] | SHARED_METRICS) - without
 
 
 def options(output_dir, **overrides) -> dict[str, Any]:

@@ -111,7 +111,18 @@ REPEATED = [
     "tests/test_dpo_trainer.py::test_half_precision_is_close_to_full",
     *(
         f"tests/test_dpo_trainer.py::{test}{loss}]"
-        for loss in ("anchored", "margin_adaptive", "length_regularized", "inpo", "sppo_soft")
+        for loss in (
+            "anchored",
+            "margin_adaptive",
+            "length_regularized",
+            "inpo",
+            "sppo_soft",
+            "asft",
+            "cpo",
+            "eurus",
+            "simpo",
+            "step_apo",
+        )
         for test in (
             "test_option_that_changes_no_number[precompute_ref_log_probs-",
             "test_option_that_changes_no_number[gradient_checkpointing-",

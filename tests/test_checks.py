@@ -5,14 +5,17 @@ import logging
 from types import SimpleNamespace
 
 import pytest
+from accelerate.logging import MultiProcessAdapter
 from datasets import Dataset
 from transformers import AutoTokenizer
 
 import trl_ext
 from tests.conftest import preference_rows
 from tests.helpers import assert_same_parameters, build, parameters
+from tests.online.runs import online
 from trl_ext.data.checks import check_tokenized, is_empty, warn_of_empty_completions
 from trl_ext.data.tokens import require_chat_template
+from trl_ext.losses import loss_class
 from trl_ext.losses.base import warn_once
 
 
@@ -192,6 +195,29 @@ def test_anchored_without_anything_to_anchor_is_plain_dpo(tiny_model_dir, tmp_pa
     assert not warned(plain, loss_type="anchored", loss_kwargs={"label_smoothing": 0.1})
     assert not warned(Dataset.from_list(preference_rows(4)), loss_type="anchored")
     assert not warned(plain, loss_type="length_regularized")
+
+
+def test_how_sure_a_formula_is_stands_in_the_log_once(tiny_model_dir, tmp_path, caplog):
+    """Of the losses in use that state it, whichever trainer has them."""
+
+    def said(trainer, **kwargs):
+        caplog.clear()
+        trainer(tiny_model_dir, tmp_path, **kwargs)
+        messages = [record.message.removeprefix("[RANK 0] ") for record in caplog.records]
+        return [message for message in messages if message.startswith("How sure")]
+
+    def offline(*args, **kwargs):
+        return build(trl_ext.DPOTrainer, trl_ext.DPOConfig, *args, **kwargs)
+
+    MultiProcessAdapter.warning_once.cache_clear()
+    messages = said(offline, loss_type=["asft", "offset", "sigmoid", "step_apo"])
+    assert messages == [
+        f"How sure the formula of {name!r} is: {loss_class(name).evidence}" for name in ("asft", "step_apo")
+    ]
+    assert said(offline, loss_type=["asft", "offset"]) == []
+    assert said(offline, loss_type=["cpo", "simpo"]) == []
+    (message,) = said(online, loss_type=["eurus", "asft"])
+    assert message.startswith("How sure the formula of 'eurus' is: The objective is the paper's")
 
 
 class TestResumingWithOtherLosses:

@@ -14,6 +14,7 @@ from tests.conftest import preference_rows
 from tests.helpers import (
     LOSS_METRICS,
     OUR_LOSSES,
+    REFERENCE_FREE,
     SHARED_METRICS,
     assert_same_parameters,
     build,
@@ -44,7 +45,8 @@ def test_loss_and_gradients_equal_the_plain_way(loss_type, loss_kwargs, ld_alpha
         parameter.data += 0.05 * torch.randn_like(parameter)
     trainer = build(
         DPOTrainer, DPOConfig, tiny_model_dir, tmp_path, loss_type=loss_type, loss_kwargs=loss_kwargs or None,
-        ld_alpha=ld_alpha, train_sampling_strategy="sequential", trainer_kwargs={"ref_model": reference},
+        ld_alpha=ld_alpha, train_sampling_strategy="sequential",
+        trainer_kwargs={} if loss_type in REFERENCE_FREE else {"ref_model": reference},
     )  # fmt: skip
     batch = first_batch(trainer)
     loss, gradients = loss_and_gradients(trainer, batch)
@@ -114,6 +116,8 @@ def test_rows_that_lack_a_pair_equal_the_plain_way(options, ld_alpha, tiny_model
     [
         ("offset", {"alpha": 0.0}),
         ("length_regularized", {"alpha": 0.0}),
+        ("eurus", {"absolute_weight": 0.0}),
+        ("step_apo", {"alpha": 0.0}),
         ("bias_variance", {"alpha": 1.0}),
     ],
 )

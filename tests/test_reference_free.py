@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from peft import LoraConfig
 
 import trl_ext
-from tests.helpers import build, first_batch, history, loss_and_gradients
+from tests.helpers import REFERENCE_FREE, build, first_batch, history, loss_and_gradients
 from trl_ext.losses import registry
 from trl_ext.trainers import scoring
 
@@ -65,6 +65,16 @@ def test_there_is_no_reference(backend, policy_alone, tiny_model_dir, tmp_path, 
     # Without a reference, rewards are beta times log-probs, as in TRL's CPO
     assert logged["rewards/chosen"] == pytest.approx(0.1 * logged["logps/chosen"], rel=1e-5)
     assert "logratios/chosen" not in logged
+
+
+@pytest.mark.parametrize("loss_type", REFERENCE_FREE)
+def test_ours_take_one_forward_per_step(loss_type, tiny_model_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(scoring, "why_differs", lambda *args: None)
+    trained = build(trl_ext.DPOTrainer, trl_ext.DPOConfig, tiny_model_dir, tmp_path, loss_type=loss_type, max_steps=2)
+    assert trained.ref_model is None
+    calls = forwards(trained.model)
+    trained.train()
+    assert len(calls) == 2
 
 
 def test_beside_a_loss_that_needs_one_there_is_one(policy_alone, tiny_model_dir, tmp_path, monkeypatch):

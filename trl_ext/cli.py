@@ -176,6 +176,7 @@ def _one_loss(name: str) -> str:
         "",
         inspect.getdoc(cls) or "",
         "",
+        *([f"How sure: {cls.evidence}"] if cls.evidence else []),
         f"Hyper-parameters: {', '.join(hyperparameters) or 'none'}",
         f"Columns: {', '.join(cls.columns) or 'none'}",
         f"Optional columns: {', '.join(_optional(cls)) or none}",

@@ -34,6 +34,12 @@ def pairs(deltas, *, lengths=None, beta=0.1, dtype=torch.float64, requires_grad=
     )
 
 
+def alone(chosen, rejected, lengths, *, beta=2.0, dtype=torch.float64) -> PreferenceBatch:
+    """A batch of these sums of log-probs under the policy, with gradients, and no reference."""
+    sums = [torch.tensor(side, dtype=dtype, requires_grad=True) for side in (chosen, rejected)]
+    return PreferenceBatch(*sums, None, None, *map(torch.tensor, lengths), beta=beta)
+
+
 def group(logratios, scores, mask=None, *, beta=0.1, dtype=torch.float64) -> GroupBatch:
     """Groups of completions with the given log-ratios."""
     logratios = torch.tensor(logratios, dtype=dtype)

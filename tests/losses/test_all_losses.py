@@ -28,8 +28,17 @@ VARIANTS = [
     ("inpo", {}),
     ("sppo_soft", {}),
     ("sppo_soft", {"target": "score"}),
+    ("asft", {}),
+    ("cpo", {}),
+    ("eurus", {}),
+    ("simpo", {}),
+    ("step_apo", {}),
 ]
 IDS = [f"{name}-{'-'.join(map(str, kwargs.values()))}" for name, kwargs in VARIANTS]
+
+
+REFERENCE_FREE = [variant for variant in VARIANTS if variant[0] in ("asft", "cpo", "simpo")]
+WITH_REFERENCE = [variant for variant in VARIANTS if variant not in REFERENCE_FREE]
 
 
 def full(deltas, *, dtype=torch.float64, margins=None, lengths=None, requires_grad=False, win_rates=False):
@@ -40,6 +49,7 @@ def full(deltas, *, dtype=torch.float64, margins=None, lengths=None, requires_gr
     if win_rates:
         columns = {"score_chosen": torch.sigmoid(columns["score_chosen"]), "score_rejected": rejected}
     columns |= {"initial_chosen_logps": rejected - 12, "initial_rejected_logps": rejected - 11}
+    columns |= {"q_chosen": columns["score_chosen"], "q_rejected": rejected - 1}
     kwargs = {"dtype": dtype, "lengths": lengths, "requires_grad": requires_grad, **columns}
     return dataclasses.replace(pairs(deltas, **kwargs), empty_trace=pairs([-delta for delta in deltas], **kwargs))
 
@@ -89,7 +99,21 @@ def test_finite_at_extremes(name, kwargs, dtype):
         assert batch.empty_trace.chosen_logps.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("name", ["anchored", "margin_adaptive", "length_regularized", "inpo", "bias_variance"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "anchored",
+        "margin_adaptive",
+        "length_regularized",
+        "inpo",
+        "bias_variance",
+        "asft",
+        "cpo",
+        "eurus",
+        "simpo",
+        "step_apo",
+    ],
+)
 def test_finite_for_contradicted_labels(name):
     margins = [-1e4, -50.0, -1.0, 1e4]
     batch = full([1e5, -1e5, 3.0, -3.0], dtype=torch.float32, margins=margins, requires_grad=True)
@@ -109,7 +133,7 @@ def test_groups_are_finite_at_extremes(dtype):
     assert loss.dtype == dtype
 
 
-@pytest.mark.parametrize(("name", "kwargs"), VARIANTS, ids=IDS)
+@pytest.mark.parametrize(("name", "kwargs"), WITH_REFERENCE)
 def test_no_gradient_reaches_columns_or_the_reference(name, kwargs):
     batch = full([1.0, -2.0], requires_grad=True, win_rates=name == "sppo_soft")
     scores = [column.requires_grad_() for column in batch.columns.values()]
@@ -159,7 +183,7 @@ def test_metrics_are_detached_scalars_or_one_value_per_row(name, kwargs):
     metrics = get_loss(name, **kwargs).metrics(batch)
     assert metrics
     for key, value in metrics.items():
-        assert value.shape == ((2,) if name == "bias_variance" else ()), key
+        assert value.shape == ((2,) if name in ("bias_variance", *dict(REFERENCE_FREE)) else ()), key
         assert not value.requires_grad, key
 
 
@@ -170,7 +194,7 @@ def test_states_what_it_needs(name):
     assert cls.title
     assert cls.citation.startswith("@")
     assert isinstance(cls.columns, tuple)
-    assert get_loss(name).reads == {"ref_logps"}
+    assert get_loss(name).reads == (frozenset() if name in dict(REFERENCE_FREE) else {"ref_logps"})
     assert cls.takes_groups == (name == "anchored")
     with pytest.raises(dataclasses.FrozenInstanceError):
         get_loss(name).alpha = 3
@@ -181,7 +205,27 @@ def test_missing_column_names_what_is_there():
         get_loss("margin_adaptive")(pairs([0.0], weight=[1.0]))
 
 
-@pytest.mark.parametrize(("name", "kwargs"), VARIANTS, ids=IDS)
+@pytest.mark.parametrize(("name", "kwargs"), REFERENCE_FREE)
+def test_without_a_reference(name, kwargs):
+    """The same as beside one, which gets no gradient."""
+    batch = full([1.0, -2.0], requires_grad=True)
+    reference = batch.ref_chosen_logps.requires_grad_()
+    values = get_loss(name, **kwargs)(batch)
+    assert torch.autograd.grad(values.sum(), reference, allow_unused=True) == (None,)
+    alone = dataclasses.replace(batch, ref_chosen_logps=None, ref_rejected_logps=None)
+    assert torch.equal(get_loss(name, **kwargs)(alone), values)
+    assert get_loss(name, **kwargs).metrics(alone).keys() == get_loss(name, **kwargs).metrics(batch).keys()
+
+
+@pytest.mark.parametrize("name", dict(REFERENCE_FREE))
+def test_a_row_without_a_pair_has_no_value_per_token(name):
+    """Beside `bias_variance` a row may lack its traced pair, or one of its completions."""
+    batch = full([1.0] * 4, lengths=([5, 0, 5, 0], [5, 5, 0, 0]))
+    for key, value in get_loss(name).metrics(batch).items():
+        assert value.isnan().tolist() == [False, True, True, True], key
+
+
+@pytest.mark.parametrize(("name", "kwargs"), WITH_REFERENCE)
 def test_a_batch_without_the_reference_is_refused(name, kwargs):
     batch = full([1.0, -2.0], win_rates=name == "sppo_soft")
     batch = dataclasses.replace(batch, ref_chosen_logps=None, ref_rejected_logps=None)
@@ -213,6 +257,11 @@ def test_values_that_are_no_numbers_or_probabilities_are_refused():
             "inpo",
             {"initial_chosen_logps": [0.0, nan], "initial_rejected_logps": [0.0, 0.0]},
             "^1 of 2 rows: inpo: .*finite",
+        ),
+        (
+            "step_apo",
+            {"q_chosen": [0.0, nan], "q_rejected": [0.0, 0.0]},
+            "^1 of 2 rows: step_apo: .*'q_chosen', 'q_rejected'.*finite",
         ),
         ("sppo_soft", scored, r"^1 of 2 rows: sppo_soft reads scores as win rates, in \[0, 1\]"),
     ]:

@@ -54,6 +54,16 @@ def test_section(name):
         assert word in text
 
 
+@pytest.mark.parametrize("name", [name for name in list_losses() if loss_class(name).evidence])
+def test_says_how_sure_a_formula_is(name):
+    """In the catalogue with its own words, and in a sentence of the class."""
+    how_sure = section(name).split("How sure:")[1].lower()
+    evidence = loss_class(name).evidence
+    words = [word for word in ("third part", "recalled", " ours") if word in evidence]
+    assert words and all(word in how_sure for word in words)
+    assert evidence.endswith(".")
+
+
 @pytest.mark.parametrize("name", list_losses())
 def test_readme_of_the_product(name):
     (row,) = (line for line in PRODUCT.splitlines() if line.startswith(f"| `{name}` |"))

@@ -8,7 +8,7 @@ import torch
 from tests.losses.conftest import PLUGIN, REGISTERED
 from trl_ext import list_losses, register_loss
 from trl_ext.cli import main
-from trl_ext.losses import Loss
+from trl_ext.losses import Loss, loss_class
 
 
 @pytest.fixture(autouse=True)
@@ -85,6 +85,7 @@ def test_hyperparameters_of_every_kind_are_shown(capsys):
             "gpo",
             [
                 "sppo_soft  (aliases: gpo)",
+                "How sure: SPPO, with win rates, is the authors' code; GPO, with the scores of a preference model, is recalled.",
                 "Hyper-parameters: target='win_rate'",
                 "Columns: score_chosen, score_rejected",
                 "Optional columns: none",
@@ -102,6 +103,15 @@ def test_hyperparameters_of_every_kind_are_shown(capsys):
                 "Takes groups of completions: yes",
             ],
         ),
+        (
+            "cpl",
+            [
+                "step_apo  (aliases: cpl)",
+                "Columns: q_chosen, q_rejected",
+                "Reads: policy, reference",
+            ],
+        ),
+        ("simpo", ["Hyper-parameters: gamma_beta_ratio=0.5", "Columns: none", "Reads: policy", "State: none"]),
         ("inpo", ["inpo  (aliases: none)", "Hyper-parameters: eta=0.0075, tau=0.0025"]),
         (
             "bvpo",
@@ -118,6 +128,15 @@ def test_what_one_loss_says(name, lines, capsys):
     assert main(["losses", name]) == 0
     shown = capsys.readouterr().out.splitlines()
     assert [line for line in lines if line not in shown] == []
+
+
+def test_how_sure_a_formula_is(capsys):
+    """Said where it was read neither in the paper nor in its authors' code."""
+    unsure = {"asft", "bias_variance", "eurus", "inpo", "length_regularized", "sppo_soft", "step_apo"}
+    for name in ("offset", "cpo", "simpo", *unsure):
+        assert main(["losses", name]) == 0
+        said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("How sure: ")]
+        assert said == ([f"How sure: {loss_class(name).evidence}"] if name in unsure else [])
 
 
 def test_what_a_loss_asks_for_is_shown(capsys):

@@ -12,7 +12,20 @@ from trl_ext import get_loss, list_losses, register_loss
 from trl_ext.losses import TRL_LOSS_TYPES, Loss, list_aliases, loss_class, resolve_name
 
 
-OURS = ["anchored", "bias_variance", "inpo", "length_regularized", "margin_adaptive", "offset", "sppo_soft"]
+OURS = [
+    "anchored",
+    "asft",
+    "bias_variance",
+    "cpo",
+    "eurus",
+    "inpo",
+    "length_regularized",
+    "margin_adaptive",
+    "offset",
+    "simpo",
+    "sppo_soft",
+    "step_apo",
+]
 
 
 def called(self, batch):
@@ -29,6 +42,8 @@ def test_names_and_aliases():
         "ilr_dpo": "length_regularized",
         "r_dpo": "length_regularized",
         "gpo": "sppo_soft",
+        "aligned_sft": "asft",
+        "cpl": "step_apo",
     }.items():
         assert type(get_loss(alias)) is loss_class(name)
         assert alias in list_aliases(name)
@@ -42,7 +57,7 @@ def test_trls_loss_types_are_those_of_trl():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("ofset", r"Unknown loss 'ofset'. Did you mean 'offset'\? Known: \['adpo', .*'sppo_soft'\]"),
+        ("ofset", r"Unknown loss 'ofset'. Did you mean 'offset'\? Known: \['adpo', .*'sppo_soft', .*\]"),
         ("zzz", r"Unknown loss 'zzz'. Known"),
         ("sigmoid", "TRL's own loss type: pass it as `loss_type` to the trainer"),
         (None, "named by a string, got None"),
@@ -99,6 +114,12 @@ def test_unknown_name(name, message):
         ("inpo", {"tau": 0.0076}, r"`tau=0.0076` must lie in \[0, eta=0.0075\]"),
         ("inpo", {"tau": -0.1}, r"`tau=-0.1` must lie in \[0, eta=0.0075\]"),
         ("sppo_soft", {"target": "wins"}, r"`target='wins'` is unknown; choose one of \['win_rate', 'score'\]"),
+        ("asft", {"weight": -0.1}, r"asft: `weight=-0.1` must be at least 0 \(0 is plain SFT\)"),
+        ("cpo", {"nll_weight": -1.0}, "cpo: `nll_weight=-1.0` must be at least 0"),
+        ("eurus", {"absolute_weight": -0.5}, r"eurus: `absolute_weight=-0.5` must be at least 0 \(0 is DPO\)"),
+        ("simpo", {"gamma_beta_ratio": -0.1}, "simpo: `gamma_beta_ratio=-0.1` must be at least 0"),
+        ("simpo", {"gamma": 1.0}, r"The loss 'simpo' has no hyper-parameter 'gamma'.*\['gamma_beta_ratio'\]"),
+        ("step_apo", {"alpha": -0.5}, r"step_apo: `alpha=-0.5` must be at least 0 \(0 is DPO\)"),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -123,6 +144,11 @@ def test_refused_hyperparameters(name, hyperparameters, message):
         ("inpo", {"eta": 1e-9, "tau": 0}),
         ("inpo", {"eta": 0.1, "tau": 0.1}),
         ("sppo_soft", {"target": "score"}),
+        ("asft", {"weight": 0}),
+        ("cpo", {"nll_weight": 0}),
+        ("eurus", {"absolute_weight": 0}),
+        ("simpo", {"gamma_beta_ratio": 0}),
+        ("step_apo", {"alpha": 0}),
     ],
     ids=str,
 )
@@ -139,6 +165,11 @@ def test_defaults():
         "length_regularized": {"alpha": 0.02},
         "inpo": {"eta": 0.0075, "tau": 0.0025},
         "sppo_soft": {"target": "win_rate"},
+        "asft": {"weight": 0.1},
+        "cpo": {"nll_weight": 1.0},
+        "eurus": {"absolute_weight": 1.0},
+        "simpo": {"gamma_beta_ratio": 0.5},
+        "step_apo": {"alpha": 1.0},
     }
 
 
@@ -161,7 +192,7 @@ def test_register_a_plain_dataclass():
     assert (loss.columns, loss.optional_columns, loss.paper, loss.takes_groups) == ((), (), "", False)
     assert (loss.required_columns, loss.divides_by_beta, loss.column_help) == ((), False, "")
     assert (loss.title, loss.citation, loss.reads, loss.reads_beta) == ("", "", {"ref_logps"}, True)
-    assert loss.remark(("chosen",)) == ""
+    assert (loss.remark(("chosen",)), loss.evidence) == ("", "")
     assert loss.metrics(pairs([1.0])) == {}
     assert loss.check_columns({}) is None
     assert "squared" in list_losses()
@@ -173,6 +204,7 @@ def test_what_a_plain_dataclass_states_is_kept():
     stated = {
         "paper": "2601.00001",
         "title": "Stated",
+        "evidence": "Recalled.",
         "citation": "@article{stated}",
         "columns": ("quality",),
         "optional_columns": ("weight",),

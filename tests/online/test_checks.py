@@ -88,6 +88,7 @@ def test_an_oracle_gives_no_reward_to_take_from(penalty, tiny_model_dir, tmp_pat
         ({"loss_type": "bias_variance", "loss_kwargs": {"alpha": "auto"}}, r"offline training alone.*\"alpha\": 0.5"),
         ({"loss_type": "inpo"}, r"reads \['initial_chosen_logps', 'initial_rejected_logps'\].*`trl_ext.DPOTrainer`"),
         ({"loss_type": ["sigmoid", "inpo"]}, "'inpo' reads"),
+        ({"loss_type": "step_apo"}, r"reads \['q_chosen', 'q_rejected'\].*`trl_ext.DPOTrainer`"),
         ({"mixture_coef": 1.5}, r"must lie in \[0, 1\]"),
         ({"mixture_coef": -0.1}, r"must lie in \[0, 1\]"),
         ({"mixture_coef": "high"}, r"must lie in \[0, 1\]"),

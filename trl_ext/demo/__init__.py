@@ -10,6 +10,8 @@ import argparse
 
 # Plain DPO is the row that the others are compared with
 BASELINE = "sigmoid"
+# Those that learn from what the pairs of the world hold beside two texts
+COMPARED = ("anchored", "bias_variance", "length_regularized", "margin_adaptive", "offset")
 # Losses of self-play: they read what only rounds write into the pairs, or win rates, and the world gives rewards
 IN_ROUNDS = ("inpo", "sppo_soft")
 STEPS, ONLINE_STEPS = 120, 40
@@ -25,8 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--loss_type",
         nargs="+",
         metavar="NAME",
-        help=f"losses to train, by name or alias (default: sigmoid and all of ours but {' and '.join(IN_ROUNDS)}, which "
-        "learn in rounds: `trl-ext iterate`)",
+        help=f"losses to train, by name or alias (default: {', '.join((BASELINE, *COMPARED))}; not {' and '.join(IN_ROUNDS)}, "
+        "which learn in rounds: `trl-ext iterate`)",
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of everything (default: 0)")
     parser.add_argument(

@@ -3,9 +3,8 @@
 import argparse
 from pathlib import Path
 
-from trl_ext import list_losses
 from trl_ext.data.paths import refuse_missing_path, refuse_unwritable_folder
-from trl_ext.demo import BASELINE, IN_ROUNDS, ONLINE_STEPS, STEPS
+from trl_ext.demo import BASELINE, COMPARED, IN_ROUNDS, ONLINE_STEPS, STEPS
 from trl_ext.losses import TRL_LOSS_TYPES, loss_class, resolve_name
 from trl_ext.trainers.online.config import ONLINE_TRL_LOSSES
 
@@ -17,7 +16,7 @@ WORLD_COLUMNS = {"score_chosen", "score_rejected", "chosen_empty_trace", "reject
 def losses(args: argparse.Namespace) -> list[str]:
     """Canonical names of the losses to train; one that cannot be trained on what the arguments say is a `ValueError`."""
     if args.loss_type is None:
-        return [BASELINE, *(name for name in list_losses() if name not in IN_ROUNDS)]
+        return [BASELINE, *COMPARED]
     names = list(dict.fromkeys(resolve_name(name, also=TRL_LOSS_TYPES) for name in args.loss_type))
     for name in names:
         if args.online and name in TRL_LOSS_TYPES and name not in ONLINE_TRL_LOSSES:

@@ -5,9 +5,12 @@ A loss of ours is registered by its own file, which is imported here.
 """
 
 from .anchored import AnchoredLoss
+from .asft import ASFTLoss
 from .base import Loss
 from .batch import GroupBatch, PreferenceBatch, TokenBatch
 from .bias_variance import BiasVarianceLoss
+from .cpo import CPOLoss
+from .eurus import EurusLoss
 from .inpo import INPOLoss
 from .length_regularized import LengthRegularizedLoss
 from .margin_adaptive import MarginAdaptiveLoss
@@ -22,13 +25,18 @@ from .registry import (
     register_loss,
     resolve_name,
 )
+from .simpo import SimPOLoss
 from .sppo_soft import SoftSPPOLoss
+from .step_apo import StepAPOLoss
 
 
 __all__ = [
     "TRL_LOSS_TYPES",
+    "ASFTLoss",
     "AnchoredLoss",
     "BiasVarianceLoss",
+    "CPOLoss",
+    "EurusLoss",
     "GroupBatch",
     "INPOLoss",
     "LengthRegularizedLoss",
@@ -36,7 +44,9 @@ __all__ = [
     "MarginAdaptiveLoss",
     "OffsetLoss",
     "PreferenceBatch",
+    "SimPOLoss",
     "SoftSPPOLoss",
+    "StepAPOLoss",
     "TokenBatch",
     "get_loss",
     "list_aliases",

@@ -35,6 +35,16 @@ def refuse_values(bad: torch.Tensor, message: str) -> None:
         raise ValueError(f"{int(bad.sum())} of {len(bad)} rows: {message}")
 
 
+def averages(batch: PreferenceBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Log-probability per token of the chosen and of the rejected completion under the policy, shape `(B,)` each, nats.
+
+    Lengths are clamped to 1: a completion of which truncation left nothing has 0.
+    """
+    chosen = batch.chosen_logps / batch.chosen_lengths.clamp(min=1)
+    return chosen, batch.rejected_logps / batch.rejected_lengths.clamp(min=1)
+
+
 @dataclasses.dataclass(frozen=True)
 class Loss:
     """
@@ -47,6 +57,8 @@ class Loss:
         paper (`str`): arXiv ids, comma separated.
         title (`str`): Title of the paper.
         citation (`str`): BibTeX entry for the model card.
+        evidence (`str`): How sure the formula is, in a sentence, where it was read neither in the paper nor in its authors' code:
+            third party, recalled, or ours. `trl-ext losses NAME` shows it, and a trainer says it once in the log.
         columns (`tuple[str, ...]`): Dataset columns the loss requires.
         optional_columns (`tuple[str, ...]`): Dataset columns it uses where they are there.
         reads (`frozenset[str]`): What it is given beside the policy's log-probabilities of whole completions; what no loss in
@@ -63,6 +75,7 @@ class Loss:
     paper: ClassVar[str] = ""
     title: ClassVar[str] = ""
     citation: ClassVar[str] = ""
+    evidence: ClassVar[str] = ""
     columns: ClassVar[tuple[str, ...]] = ()
     optional_columns: ClassVar[tuple[str, ...]] = ()
     reads: ClassVar[frozenset[str]] = frozenset({"ref_logps"})

@@ -6,8 +6,7 @@ Bias-variance optimised preference optimisation (BVPO), Zhu et al., https://hugg
 L_t is the base loss on the pair sampled with its reasoning traces, L_e the same loss on the pair that the same prompt
 gave with reasoning switched off (an empty trace). The trace of one sample makes the gradient noisy; the empty trace is
 biased but quiet. A row that lacks one of the two pairs contributes the other term alone, with its factor: the objective
-is the sum over both data sets, divided by the number of rows.
-Formula and alpha = 0.5: reviews of the paper (third party).
+is the sum over both data sets, divided by the number of rows. How sure this is: `evidence` below.
 """
 
 from dataclasses import dataclass, field
@@ -50,6 +49,9 @@ class BiasVarianceLoss(Loss):
     year         = 2025,
     eprint       = {arXiv:2510.05095},
 }"""
+    evidence: ClassVar[str] = (
+        "The formula and `alpha` of 0.5 are those of reviews of the paper (third party); no code of the authors is public."
+    )
     columns: ClassVar[tuple[str, ...]] = ("chosen_empty_trace", "rejected_empty_trace")
 
     alpha: float | str = 0.5

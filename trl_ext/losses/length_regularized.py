@@ -7,8 +7,7 @@ al., https://huggingface.co/papers/2403.19159.
 n counts completion tokens after truncation, under the same mask as the log-probs (sums, in nats). alpha (1 / tokens)
 stands outside beta. The sign is a plus: maximising E[r - alpha n] - beta KL gives r = beta * log-ratio + alpha * n, so a
 longer chosen completion needs, and gets, less push. A minus, seen in several codes, rewards length.
-Form: R-DPO Eq. 9 in the code of third parties; that iLR-DPO is this with each round's reference: recalled, derived.
-The default alpha is weakly remembered; alpha * 100 tokens should be of order 1.
+alpha * 100 tokens should be of order 1. How sure this is: `evidence` below.
 """
 
 from dataclasses import dataclass
@@ -44,6 +43,10 @@ class LengthRegularizedLoss(Loss):
     year         = 2024,
     eprint       = {arXiv:2406.11817},
 }"""
+    evidence: ClassVar[str] = (
+        "R-DPO's Eq. 9 as code of third parties has it; that iLR-DPO is the same with each round's reference is recalled and derived, "
+        "the default of `alpha` weakly recalled."
+    )
 
     alpha: float = 0.02
 

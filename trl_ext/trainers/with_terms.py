@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.logging import get_logger
 from accelerate.utils import send_to_device
 from transformers import Trainer
 
@@ -12,6 +13,9 @@ from trl_ext.trainers.metrics import Means
 from trl_ext.trainers.model_card import complete_model_card, describe_losses
 from trl_ext.trainers.reference import load_reference, save_reference
 from trl_ext.trainers.terms import Terms
+
+
+logger = get_logger(__name__)
 
 
 class WithTerms:
@@ -24,6 +28,9 @@ class WithTerms:
         self._terms = terms
         self._means = {"train": Means(), "eval": Means()}
         self._due: dict[str, float] = {}
+        for name, loss in terms.losses.items():
+            if loss.evidence:
+                logger.warning_once(f"How sure the formula of {name!r} is: {loss.evidence}")
         described = terms.described
         if described:
             first = next(iter(described.values()))

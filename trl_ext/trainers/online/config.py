@@ -27,7 +27,7 @@ def build_online_losses(args: Any) -> dict[str, Any]:
     if undefined:
         raise ValueError(
             f"`loss_type={args.loss_type!r}` names {undefined}, which are not defined online. Of TRL's loss types "
-            f"{sorted(ONLINE_TRL_LOSSES)} are, and those of trl_ext (`trl-ext losses`) but `inpo`."
+            f"{sorted(ONLINE_TRL_LOSSES)} are, and those of trl_ext (`trl-ext losses`) but `inpo` and `step_apo`."
         )
     check_losses(ours)
     return {name: ours[name] if name in ours else ONLINE_TRL_LOSSES[name]() for name in names}
@@ -41,8 +41,8 @@ class OnlineDPOConfig(LossArguments, TRLOnlineDPOConfig):
     Parameters:
         loss_type (`str` or `list[str]`, *optional*, defaults to `"sigmoid"`):
             `"sigmoid"`, `"ipo"` or `"hinge"` on summed log-probabilities, and every loss of `trl-ext losses` but `inpo` (which
-            reads the first model's log-probabilities of each completion), by name or alias; several are combined with
-            `loss_weights`. Rewards reach the losses as `score_chosen` and `score_rejected`; a judge's answers reach
+            reads the first model's log-probabilities of each completion) and `step_apo` (which reads values of a search), by name
+            or alias; several are combined with `loss_weights`. Rewards reach the losses as `score_chosen` and `score_rejected`; a judge's answers reach
             them as `preference_prob`, and a loss that takes scores as win rates (`sppo_soft`) is given each completion's mean
             probability of winning against the prompt's other completions.
         loss_weights (`list[float]`, *optional*):
@@ -81,7 +81,11 @@ class OnlineDPOConfig(LossArguments, TRLOnlineDPOConfig):
         default_factory=lambda: ["sigmoid"],
         metadata={
             "help": "Type of loss to use: 'sigmoid', 'ipo', 'hinge' on summed log-probabilities, those of trl_ext "
-            "('offset', 'anchored', 'margin_adaptive', 'bias_variance', 'length_regularized', 'sppo_soft') and registered ones. "
+            "('offset', 'anchored', 'margin_adaptive', 'bias_variance', 'length_regularized', 'sppo_soft', "
+            "'asft', "
+            "'cpo', "
+            "'eurus', "
+            "'simpo') and registered ones. "
             "Several are combined with `loss_weights`."
         },
     )
