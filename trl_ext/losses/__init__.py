@@ -4,9 +4,11 @@ Preference losses: pure tensor maths, one file per paper. `README.md` beside thi
 A loss of ours is registered by its own file, which is imported here.
 """
 
+from .alpha_dpo import AlphaDPOLoss
 from .anchored import AnchoredLoss
 from .base import Loss
 from .batch import GroupBatch, PreferenceBatch, TokenBatch
+from .beta_dpo import BetaDPOLoss
 from .bias_variance import BiasVarianceLoss
 from .inpo import INPOLoss
 from .length_regularized import LengthRegularizedLoss
@@ -22,12 +24,15 @@ from .registry import (
     register_loss,
     resolve_name,
 )
+from .robust_em import RobustEMLoss
 from .sppo_soft import SoftSPPOLoss
 
 
 __all__ = [
     "TRL_LOSS_TYPES",
+    "AlphaDPOLoss",
     "AnchoredLoss",
+    "BetaDPOLoss",
     "BiasVarianceLoss",
     "GroupBatch",
     "INPOLoss",
@@ -36,6 +41,7 @@ __all__ = [
     "MarginAdaptiveLoss",
     "OffsetLoss",
     "PreferenceBatch",
+    "RobustEMLoss",
     "SoftSPPOLoss",
     "TokenBatch",
     "get_loss",

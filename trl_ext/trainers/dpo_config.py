@@ -36,7 +36,8 @@ class DPOConfig(LossArguments, trl.DPOConfig):
         default_factory=lambda: ["sigmoid"],
         metadata={
             "help": "Type of loss to use: TRL's own ('sigmoid', 'hinge', 'ipo', ...), those of trl_ext ('offset', "
-            "'anchored', 'margin_adaptive', 'bias_variance', 'length_regularized', 'inpo', 'sppo_soft') and "
+            "'anchored', 'margin_adaptive', 'bias_variance', 'length_regularized', 'inpo', 'sppo_soft', "
+            "'alpha_dpo', 'beta_dpo', 'robust_em') and "
             "registered ones; `trl-ext losses` lists them. Several are combined with `loss_weights`."
         },
     )

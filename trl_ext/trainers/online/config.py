@@ -81,7 +81,8 @@ class OnlineDPOConfig(LossArguments, TRLOnlineDPOConfig):
         default_factory=lambda: ["sigmoid"],
         metadata={
             "help": "Type of loss to use: 'sigmoid', 'ipo', 'hinge' on summed log-probabilities, those of trl_ext "
-            "('offset', 'anchored', 'margin_adaptive', 'bias_variance', 'length_regularized', 'sppo_soft') and registered ones. "
+            "('offset', 'anchored', 'margin_adaptive', 'bias_variance', 'length_regularized', 'sppo_soft', "
+            "'alpha_dpo', 'beta_dpo', 'robust_em') and registered ones. "
             "Several are combined with `loss_weights`."
         },
     )
