@@ -19,6 +19,9 @@ METRIC = {
     "margin_adaptive": "weight/mean",
     "bias_variance": "empty_trace/share",
     "length_regularized": "length_gap/mean",
+    "alpha_dpo": "gap/running_mean",
+    "beta_dpo": "beta/adapted",
+    "robust_em": "Reliability of each annotator",
     "madpo": "weight/mean",
     "online_dpo": "completions/mean_length",
 }

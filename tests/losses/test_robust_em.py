@@ -28,20 +28,20 @@ def logit(p):
 
 
 # What each base loss gives for a pair whose chosen completion is the one with the index `w`
-def dpo(w, l):
-    return softplus(-BETA * ((LOGPS[w] - REFS[w]) - (LOGPS[l] - REFS[l])))
+def dpo(w, other):
+    return softplus(-BETA * ((LOGPS[w] - REFS[w]) - (LOGPS[other] - REFS[other])))
 
 
-def ipo(w, l):
-    return ((LOGPS[w] - REFS[w]) / LENGTHS[w] - (LOGPS[l] - REFS[l]) / LENGTHS[l] - 1 / (2 * BETA)) ** 2
+def ipo(w, other):
+    return ((LOGPS[w] - REFS[w]) / LENGTHS[w] - (LOGPS[other] - REFS[other]) / LENGTHS[other] - 1 / (2 * BETA)) ** 2
 
 
-def simpo(w, l):
-    return softplus(-BETA * (LOGPS[w] / LENGTHS[w] - LOGPS[l] / LENGTHS[l] - RATIO))
+def simpo(w, other):
+    return softplus(-BETA * (LOGPS[w] / LENGTHS[w] - LOGPS[other] / LENGTHS[other] - RATIO))
 
 
-def cpo(w, l):
-    return softplus(-BETA * (LOGPS[w] - LOGPS[l])) - LOGPS[w] / LENGTHS[w]
+def cpo(w, other):
+    return softplus(-BETA * (LOGPS[w] - LOGPS[other])) - LOGPS[w] / LENGTHS[w]
 
 
 BASES = {"sigmoid": dpo, "ipo": ipo, "simpo": simpo, "cpo": cpo}

@@ -19,7 +19,17 @@ from trl_ext.losses.base import Loss
 
 
 # `inpo` reads columns of completions, which nobody has before they are sampled
-OURS = ("offset", "anchored", "margin_adaptive", "bias_variance", "length_regularized", "sppo_soft")
+OURS = (
+    "alpha_dpo",
+    "anchored",
+    "beta_dpo",
+    "bias_variance",
+    "length_regularized",
+    "margin_adaptive",
+    "offset",
+    "robust_em",
+    "sppo_soft",
+)
 
 
 def lora():
