@@ -102,6 +102,18 @@ def test_hyperparameters_of_every_kind_are_shown(capsys):
                 "Takes groups of completions: yes",
             ],
         ),
+        ("alpha_dpo", ["alpha_dpo  (aliases: none)", "Reads: policy, reference", "State: mean, std"]),
+        ("beta_dpo", ["Hyper-parameters: a=0.6, rho=0.2, momentum=0.9", "State: mean, std, batches"]),
+        (
+            "lcpo",
+            [
+                "robust_em  (aliases: lcpo, re_po)",
+                "Hyper-parameters: base='sigmoid', eta=0.9, rate=0.1, gamma_beta_ratio=0.5, annotators=1",
+                "Optional columns: annotator_id",
+                "Reads: policy, reference (depends on the hyper-parameters)",
+                "State: reliability, pairs",
+            ],
+        ),
         ("inpo", ["inpo  (aliases: none)", "Hyper-parameters: eta=0.0075, tau=0.0025"]),
         (
             "bvpo",
