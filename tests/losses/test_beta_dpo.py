@@ -63,10 +63,10 @@ def test_pairs_that_are_filtered_out_give_nothing():
 
 @pytest.mark.parametrize(
     ("size", "rho", "count"),
-    [(4, 0.2, 3), (5, 0.2, 4), (8, 0.2, 6), (10, 0.9, 1), (3, 0.9, 1), (1, 0.2, 1), (7, 0.0, 7)],
+    [(4, 0.2, 3), (5, 0.2, 4), (8, 0.2, 6), (10, 0.9, 1), (20, 0.9, 2), (3, 0.9, 1), (1, 0.2, 1), (7, 0.0, 7)],
 )
 def test_how_many_are_kept(size, rho, count):
-    # 10 * (1 - 0.9) is a little less than 1
+    # 20 * (1 - 0.9) is a little less than 2
     values = get_loss("beta_dpo", rho=rho)(given([1.0] * size, 0.0, 1.0))
     assert (values != 0).sum() == count
     assert values.mean().item() == pytest.approx(values.max().item() * count / size)

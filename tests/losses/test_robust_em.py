@@ -189,6 +189,8 @@ def test_reliabilities_stay_between_0_and_1(delta, limit, dtype):
         now = loss.update(now, given)
     assert now["reliability"].item() == pytest.approx(limit, abs=1e-7)
     assert 0 < now["reliability"].item() < 1
+    # To begin with too, where float32 would have 1
+    assert 0 < get_loss("robust_em", eta=1 - 1e-12).init_state()["reliability"].item() < 1
     values = loss(dataclasses.replace(given, state=now))
     values.float().sum().backward()
     assert values.isfinite().all() and given.chosen_logps.grad.isfinite().all()

@@ -91,7 +91,7 @@ class BetaDPOLoss(Loss):
         """Which pairs are kept, shape `(B,)`, and the beta of the batch, shape `()`, in float32 or wider."""
         state = batch.state or self.init_state()
         delta = widened(batch.delta.detach())
-        # Rounded first: 10 * (1 - 0.9) is a little less than 1
+        # Rounded first: 20 * (1 - 0.9) is a little less than 2
         count = max(1, int(round(len(delta) * (1 - self.rho), 9)))
         # Those with the largest log-chance plus Gumbel noise: a draw without replacement, whose chances cannot underflow
         noise = -(-_uniform(state["batches"].to(delta.device), len(delta)).log()).log()
