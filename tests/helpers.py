@@ -32,6 +32,9 @@ TRL_LOSSES: dict[str, dict[str, Any]] = {
     "sigmoid_norm": {},
 }
 OUR_LOSSES = (
+    "alpha_dpo",
+    "beta_dpo",
+    "robust_em",
     "offset",
     "anchored",
     "margin_adaptive",
@@ -51,8 +54,13 @@ REFERENCE_FREE = (
     "cpo",
     "simpo",
 )
+# Their state moves with each micro-batch, so how rows are cut into micro-batches is part of the method
+WITH_STATE = ("alpha_dpo", "beta_dpo", "robust_em")
 # What each of our losses logs
 LOSS_METRICS = {
+    "alpha_dpo": {"margin/mean", "gap/running_mean", "gap/running_std"},
+    "beta_dpo": {"beta/adapted", "kept/share", "delta/running_mean", "delta/running_std"},
+    "robust_em": {"confidence/mean", "reliability/mean", "reliability/min", "reliability/max"},
     "offset": {"offset/mean"},
     "anchored": {"target/mean"},
     "margin_adaptive": {"weight/mean", "weight/min", "weight/max"},

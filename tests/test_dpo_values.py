@@ -1,6 +1,7 @@
 """Our losses in the trainer, in numbers: against full logits in float64, in their limits, mixed and weighted."""
 
 import copy
+import dataclasses
 import functools
 
 import pytest
@@ -31,6 +32,8 @@ from trl_ext import DPOConfig, DPOTrainer, get_loss
     ("loss_type", "loss_kwargs", "ld_alpha"),
     [
         *((name, {}, None) for name in OUR_LOSSES),
+        ("alpha_dpo", {"momentum": 0.5}, None),
+        ("beta_dpo", {"rho": 0.5, "momentum": 0.5}, None),
         # Losses that read lengths, on both pairs
         ("bias_variance", {"base": "ipo", "alpha": 0.3}, None),
         ("bias_variance", {"base": "length_regularized", "alpha": 0.3}, None),
@@ -63,7 +66,11 @@ def test_loss_and_gradients_equal_the_plain_way(loss_type, loss_kwargs, ld_alpha
     plain = functools.partial(pair_batch, policy, reference, columns=columns, ld_alpha=ld_alpha)
     empty = plain([example["further_pairs"][0] for example in examples]) if loss_type == "bias_variance" else None
     expected_batch = plain(examples, empty_trace=empty)
-    expected = get_loss(loss_type, **loss_kwargs)(expected_batch).mean()
+    plain_loss = get_loss(loss_type, **loss_kwargs)
+    state = plain_loss.init_state()
+    if state and plain_loss.update_first:  # with the micro-batch taken in
+        state = plain_loss.update(state, expected_batch)
+    expected = plain_loss(dataclasses.replace(expected_batch, state=state)).mean()
     assert_equals_plain(loss, gradients, expected, policy)
 
 
@@ -114,6 +121,7 @@ def test_rows_that_lack_a_pair_equal_the_plain_way(options, ld_alpha, tiny_model
 @pytest.mark.parametrize(
     ("loss_type", "loss_kwargs"),
     [
+        ("beta_dpo", {"a": 0.0, "rho": 0.0}),
         ("offset", {"alpha": 0.0}),
         ("length_regularized", {"alpha": 0.0}),
         ("eurus", {"absolute_weight": 0.0}),

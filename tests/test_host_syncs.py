@@ -38,12 +38,19 @@ def weighted(rows=8):
     return Dataset.from_list([{**row, "weight": 0.5} for row in preference_rows(rows)])
 
 
-@pytest.mark.parametrize("share_prefix", [True, False])
-def test_a_step_waits_for_nothing(share_prefix, tiny_model_dir, tmp_path):
-    # Offset and its like look at their values on a CPU, where nobody waits
+# Offset and its like look at their values on a CPU, where nobody waits
+@pytest.mark.parametrize(
+    ("share_prefix", "loss_type"),
+    [
+        (True, ["bias_variance", "length_regularized", "sigmoid"]),
+        (False, ["bias_variance", "length_regularized", "sigmoid"]),
+        (True, ["alpha_dpo", "beta_dpo", "robust_em"]),
+    ],
+)
+def test_a_step_waits_for_nothing(share_prefix, loss_type, tiny_model_dir, tmp_path):
     trainer = build(
         trl_ext.DPOTrainer, trl_ext.DPOConfig, tiny_model_dir, tmp_path, dataset=weighted(), share_prefix=share_prefix,
-        loss_type=["bias_variance", "length_regularized", "sigmoid"], logging_steps=100,
+        loss_type=loss_type, logging_steps=100,
     )  # fmt: skip
     inputs = first_batch(trainer)
     trainer.model.train()

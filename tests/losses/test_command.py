@@ -112,6 +112,18 @@ def test_hyperparameters_of_every_kind_are_shown(capsys):
             ],
         ),
         ("simpo", ["Hyper-parameters: gamma_beta_ratio=0.5", "Columns: none", "Reads: policy", "State: none"]),
+        ("alpha_dpo", ["alpha_dpo  (aliases: none)", "Reads: policy, reference", "State: mean, std"]),
+        ("beta_dpo", ["Hyper-parameters: a=0.6, rho=0.2, momentum=0.9", "State: mean, std, batches"]),
+        (
+            "lcpo",
+            [
+                "robust_em  (aliases: lcpo, re_po)",
+                "Hyper-parameters: base='sigmoid', eta=0.9, rate=0.1, gamma_beta_ratio=0.5, annotators=1",
+                "Optional columns: annotator_id",
+                "Reads: policy, reference (depends on the hyper-parameters)",
+                "State: reliability, pairs",
+            ],
+        ),
         ("inpo", ["inpo  (aliases: none)", "Hyper-parameters: eta=0.0075, tau=0.0025"]),
         (
             "bvpo",
@@ -132,7 +144,7 @@ def test_what_one_loss_says(name, lines, capsys):
 
 def test_how_sure_a_formula_is(capsys):
     """Said where it was read neither in the paper nor in its authors' code."""
-    unsure = {"asft", "bias_variance", "eurus", "inpo", "length_regularized", "sppo_soft", "step_apo"}
+    unsure = {"asft", "bias_variance", "eurus", "inpo", "length_regularized", "robust_em", "sppo_soft", "step_apo"}
     for name in ("offset", "cpo", "simpo", *unsure):
         assert main(["losses", name]) == 0
         said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("How sure: ")]

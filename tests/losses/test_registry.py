@@ -13,8 +13,10 @@ from trl_ext.losses import TRL_LOSS_TYPES, Loss, list_aliases, loss_class, resol
 
 
 OURS = [
+    "alpha_dpo",
     "anchored",
     "asft",
+    "beta_dpo",
     "bias_variance",
     "cpo",
     "eurus",
@@ -22,6 +24,7 @@ OURS = [
     "length_regularized",
     "margin_adaptive",
     "offset",
+    "robust_em",
     "simpo",
     "sppo_soft",
     "step_apo",
@@ -44,6 +47,8 @@ def test_names_and_aliases():
         "gpo": "sppo_soft",
         "aligned_sft": "asft",
         "cpl": "step_apo",
+        "lcpo": "robust_em",
+        "re_po": "robust_em",
     }.items():
         assert type(get_loss(alias)) is loss_class(name)
         assert alias in list_aliases(name)
@@ -113,6 +118,25 @@ def test_unknown_name(name, message):
         ("inpo", {"eta": -1.0}, "`eta=-1.0` must be positive"),
         ("inpo", {"tau": 0.0076}, r"`tau=0.0076` must lie in \[0, eta=0.0075\]"),
         ("inpo", {"tau": -0.1}, r"`tau=-0.1` must lie in \[0, eta=0.0075\]"),
+        ("alpha_dpo", {"alpha": -0.1}, "`alpha=-0.1` must be at least 0"),
+        ("alpha_dpo", {"gamma_beta_ratio": -0.1}, "`gamma_beta_ratio=-0.1` must be at least 0"),
+        ("alpha_dpo", {"momentum": 1.0}, r"alpha_dpo: `momentum=1.0` must lie in \[0, 1\)"),
+        ("beta_dpo", {"a": -0.1}, "`a=-0.1` must be at least 0"),
+        ("beta_dpo", {"rho": -0.1}, r"`rho=-0.1` must lie in \[0, 1\)"),
+        ("beta_dpo", {"rho": 1.0}, r"`rho=1.0` must lie in \[0, 1\)"),
+        ("beta_dpo", {"momentum": -0.1}, r"beta_dpo: `momentum=-0.1` must lie in \[0, 1\)"),
+        (
+            "robust_em",
+            {"base": "hinge"},
+            r"`base='hinge'` is unknown; choose one of \['sigmoid', 'ipo', 'simpo', 'cpo'\]",
+        ),
+        ("robust_em", {"eta": 0.0}, r"`eta=0.0` must lie in \(0, 1\)"),
+        ("robust_em", {"eta": 1.0}, r"`eta=1.0` must lie in \(0, 1\)"),
+        ("robust_em", {"rate": -0.1}, r"`rate=-0.1` must lie in \[0, 1\]"),
+        ("robust_em", {"rate": 1.1}, r"`rate=1.1` must lie in \[0, 1\]"),
+        ("robust_em", {"gamma_beta_ratio": -0.1}, "`gamma_beta_ratio=-0.1` must be at least 0"),
+        ("robust_em", {"annotators": 0}, "`annotators=0` must be at least 1"),
+        ("robust_em", {"annotators": 2.0}, "`annotators=2.0` is not a whole number"),
         ("sppo_soft", {"target": "wins"}, r"`target='wins'` is unknown; choose one of \['win_rate', 'score'\]"),
         ("asft", {"weight": -0.1}, r"asft: `weight=-0.1` must be at least 0 \(0 is plain SFT\)"),
         ("cpo", {"nll_weight": -1.0}, "cpo: `nll_weight=-1.0` must be at least 0"),
@@ -143,6 +167,10 @@ def test_refused_hyperparameters(name, hyperparameters, message):
         ("length_regularized", {"alpha": 0}),
         ("inpo", {"eta": 1e-9, "tau": 0}),
         ("inpo", {"eta": 0.1, "tau": 0.1}),
+        ("alpha_dpo", {"alpha": 0, "gamma_beta_ratio": 0, "momentum": 0}),
+        ("beta_dpo", {"a": 0, "rho": 0, "momentum": 0}),
+        ("robust_em", {"eta": 1e-9, "rate": 0, "gamma_beta_ratio": 0, "annotators": 1}),
+        ("robust_em", {"eta": 1 - 1e-9, "rate": 1}),
         ("sppo_soft", {"target": "score"}),
         ("asft", {"weight": 0}),
         ("cpo", {"nll_weight": 0}),
@@ -170,6 +198,9 @@ def test_defaults():
         "eurus": {"absolute_weight": 1.0},
         "simpo": {"gamma_beta_ratio": 0.5},
         "step_apo": {"alpha": 1.0},
+        "alpha_dpo": {"alpha": 0.2, "gamma_beta_ratio": 0.6, "momentum": 0.9},
+        "beta_dpo": {"a": 0.6, "rho": 0.2, "momentum": 0.9},
+        "robust_em": {"base": "sigmoid", "eta": 0.9, "rate": 0.1, "gamma_beta_ratio": 0.5, "annotators": 1},
     }
 
 

@@ -20,16 +20,19 @@ from trl_ext.losses.base import Loss
 
 # `inpo` and `step_apo` read columns of completions, which nobody has before they are sampled
 OURS = (
-    "offset",
+    "alpha_dpo",
     "anchored",
-    "margin_adaptive",
-    "bias_variance",
-    "length_regularized",
-    "sppo_soft",
     "asft",
+    "beta_dpo",
+    "bias_variance",
     "cpo",
     "eurus",
+    "length_regularized",
+    "margin_adaptive",
+    "offset",
+    "robust_em",
     "simpo",
+    "sppo_soft",
 )
 
 

@@ -4,10 +4,12 @@ Preference losses: pure tensor maths, one file per paper. `README.md` beside thi
 A loss of ours is registered by its own file, which is imported here.
 """
 
+from .alpha_dpo import AlphaDPOLoss
 from .anchored import AnchoredLoss
 from .asft import ASFTLoss
 from .base import Loss
 from .batch import GroupBatch, PreferenceBatch, TokenBatch
+from .beta_dpo import BetaDPOLoss
 from .bias_variance import BiasVarianceLoss
 from .cpo import CPOLoss
 from .eurus import EurusLoss
@@ -25,6 +27,7 @@ from .registry import (
     register_loss,
     resolve_name,
 )
+from .robust_em import RobustEMLoss
 from .simpo import SimPOLoss
 from .sppo_soft import SoftSPPOLoss
 from .step_apo import StepAPOLoss
@@ -33,7 +36,9 @@ from .step_apo import StepAPOLoss
 __all__ = [
     "TRL_LOSS_TYPES",
     "ASFTLoss",
+    "AlphaDPOLoss",
     "AnchoredLoss",
+    "BetaDPOLoss",
     "BiasVarianceLoss",
     "CPOLoss",
     "EurusLoss",
@@ -44,6 +49,7 @@ __all__ = [
     "MarginAdaptiveLoss",
     "OffsetLoss",
     "PreferenceBatch",
+    "RobustEMLoss",
     "SimPOLoss",
     "SoftSPPOLoss",
     "StepAPOLoss",

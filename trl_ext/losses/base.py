@@ -139,6 +139,10 @@ class Loss:
         """
         return dict(state)
 
+    def summary(self, state: Mapping[str, torch.Tensor]) -> str:
+        """What the `state` at the end of training says about the data, which the trainer then prints; `""` for nothing."""
+        return ""
+
     def check_columns(self, columns: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
         """
         Which rows of a dataset this loss cannot take.

@@ -166,6 +166,11 @@ class Terms:
                     "objective. Its `update` has to build it from sums and counts that went through `reduce`."
                 )
 
+    def summary(self) -> str:
+        """What the losses have found out about the data; `""` for nothing."""
+        found = {name: self.losses[name].summary(state) for name, state in self.state.items()}
+        return "\n\n".join(f"{name}\n{text}" for name, text in found.items() if text)
+
     # Checkpoints
 
     def _on_paper(self) -> dict[str, Any]:

@@ -65,6 +65,10 @@ class WithTerms:
             logs.update(self._due)
             self._due = {}
         super().log(logs, start_time)
+        if "train_runtime" in logs and self.is_world_process_zero():
+            summary = self._terms.summary()
+            if summary:
+                print(summary)
 
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
