@@ -4,7 +4,7 @@ DPO with a dynamic beta (beta-DPO), Wu et al., https://huggingface.co/papers/240
     v_i    = exp(-((delta_i - mean) / std)^2 / 2)
     kept   = int(B (1 - rho)) of the B pairs, at least one, drawn without replacement with chances v
     beta_b = beta * (1 + a * (mean of delta over the kept pairs - mean))
-    L_i    = -log sigmoid(beta_b * delta_i) * B / (number kept)  for a kept pair,  0  for another
+    L      = -log sigmoid(beta_b * delta_i) * B / (number kept)  for a kept pair i,  0  for another
 
 delta is in nats, without beta. mean and std are running values of the batch's mean and standard deviation over all processes:
 they begin at 0, have no bias correction, and take the micro-batch in before it is used. So in the first micro-batches beta_b is
