@@ -135,11 +135,12 @@ def test_rows_that_are_compared():
     ids = torch.arange(7 * 10).view(7, 10)
     attention = (torch.arange(10) < lengths.unsqueeze(1)).long()
     scored = attention * (torch.arange(10) > 0)
-    inputs = {"input_ids": ids, "attention_mask": attention, "image": torch.arange(7.0)}
+    inputs = {"input_ids": ids, "attention_mask": attention, "token_type_ids": ids + 1, "image": torch.arange(7.0)}
     few = self_check._few(Rows(inputs, scored, prompt, torch.arange(7)))
     assert few.prompt.tolist() == [7, 7, 7, 4, 4]
     assert torch.equal(few.inputs["input_ids"], ids[[0, 2, 4, 1, 5], :4])
     assert torch.equal(few.inputs["attention_mask"], attention[[0, 2, 4, 1, 5], :4])
+    assert torch.equal(few.inputs["token_type_ids"], ids[[0, 2, 4, 1, 5], :4] + 1)
     assert few.inputs["image"].tolist() == [0, 2, 4, 1, 5]
     assert torch.equal(few.completion_mask, scored[[0, 2, 4, 1, 5], :4]) and few.layout is None
 

@@ -142,8 +142,8 @@ def why_not_unpadded(model: PreTrainedModel, device: torch.device, dtype: torch.
             What it computes in: the dtype of autocast, if that is on.
     """
     config = model.config.get_text_config()
-    if device.type == "cpu":  # each sequence by itself, in torch: faster than under a mask for all of them
-        return None if config._attn_implementation == "sdpa" else "it attends through masks"
+    if device.type == "cpu" and config._attn_implementation == "sdpa":
+        return None  # each sequence by itself, in torch: faster than under a mask for all of them
     if dtype not in HALF:
         return f"it computes in {dtype}, and FlashAttention in half precision only"
     if config._attn_implementation in FLASH_ATTENTION:

@@ -65,6 +65,8 @@ class SequenceMask:
             Of the batch.
         window (`int`, *optional*):
             Keys that a query sees at most, itself included; all before it by default.
+        added (`dict[tuple, torch.Tensor]`):
+            What [`hidden`] has made so far.
     """
 
     sequences: Sequences
@@ -87,9 +89,15 @@ class SequenceMask:
         return self.added[key]
 
 
+@functools.cache
+def _options(function: Callable | None) -> frozenset[str]:
+    """Names of the arguments; looked up once, as every layer asks."""
+    return frozenset() if function is None else frozenset(inspect.signature(function).parameters)
+
+
 def has_kernel() -> bool:
     """Whether torch's function for sequences takes windows and scales, as from torch 2.11 on."""
-    return varlen_attn is not None and {"scale", "window_size"} <= inspect.signature(varlen_attn).parameters.keys()
+    return {"scale", "window_size"} <= _options(varlen_attn)
 
 
 def serve_sequences(implementation: str) -> None:
@@ -112,9 +120,8 @@ def _through_torch(function: Callable) -> Callable:
         if not isinstance(attention_mask, SequenceMask):
             return function(module, query, key, value, attention_mask, *args, **kwargs)
         device = query.device.type
-        if torch.is_autocast_enabled(
-            device
-        ):  # as for SDPA itself: norms of queries and keys may have left float32 behind
+        # As for SDPA itself: norms of queries and keys may have left float32 behind
+        if torch.is_autocast_enabled(device):
             query, key, value = (each.to(torch.get_autocast_dtype(device)) for each in (query, key, value))
         query, key, value = (each.squeeze(0).transpose(0, 1) for each in (query, key, value))
         output = attend(query, key, value, attention_mask, kwargs.get("scaling"))
@@ -167,7 +174,7 @@ def attend(
     if not _kernel_takes(query, value):
         return _one_by_one(query, key, value, mask, scale)
     # torch 2.11 has no such argument, and does not ask for it where several heads of queries share one of keys
-    options = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+    options = {"enable_gqa": True} if "enable_gqa" in _options(varlen_attn) else {}
     return varlen_attn(
         query,
         key,
