@@ -7,7 +7,7 @@ from unittest import mock
 
 import torch
 from datasets import Dataset
-from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.conftest import preference_rows
 from trl_ext.trainers import shared_prompts
@@ -157,10 +157,7 @@ def loss_and_gradients(trainer, batch) -> tuple[torch.Tensor, dict[str, torch.Te
 
 
 @contextlib.contextmanager
-def unpadded_rows() -> Iterator[None]:
-    """While open, trainers are built as on a GPU that has the kernel: unpadded rows, whose sequences attend one by one here."""
-    with (
-        mock.patch.object(shared_prompts, "why_not_unpadded", lambda *args: None),
-        mock.patch.dict(AttentionInterface._global_mapping),
-    ):
+def masked_rows() -> Iterator[None]:
+    """While open, trainers are built as where attention takes no sequences: a dense mask keeps completions of a row apart."""
+    with mock.patch.object(shared_prompts, "why_not_unpadded", lambda *args: "it attends through masks"):
         yield

@@ -12,7 +12,7 @@ from peft import LoraConfig, PromptTuningConfig
 
 import trl_ext
 from tests.conftest import preference_rows
-from tests.helpers import build, first_batch, history, loss_and_gradients, unpadded_rows
+from tests.helpers import build, first_batch, history, loss_and_gradients, masked_rows
 from trl_ext.rows import from_batch
 
 
@@ -57,7 +57,7 @@ def test_loss_and_gradients_are_those_of_plain_rows(loss_type, peft, tiny_model_
     config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
     results = []
     runs = [{"logprob_backend": "trl"}, {"share_prefix": True}, {"share_prefix": False}, {"share_prefix": True}]
-    for options, rows in zip(runs, [contextlib.nullcontext] * 3 + [unpadded_rows], strict=True):
+    for options, rows in zip(runs, [contextlib.nullcontext] * 3 + [masked_rows], strict=True):
         torch.manual_seed(0)
         with rows():
             trainer = ours(
@@ -68,6 +68,9 @@ def test_loss_and_gradients_are_those_of_plain_rows(loss_type, peft, tiny_model_
                 **options,
             )
             results.append(loss_and_gradients(trainer, first_batch(trainer)))
+            sharing = trainer._scorer.sharing
+            assert (sharing is not None) is (options.get("share_prefix") is True)
+            assert sharing is None or sharing.unpadded is (rows is contextlib.nullcontext)
     for loss, grads in results[1:]:
         torch.testing.assert_close(loss, results[0][0], rtol=1e-5, atol=1e-6)
         assert grads.keys() == results[0][1].keys()
@@ -90,13 +93,7 @@ def test_four_completions_of_one_prompt_share_it(tiny_model_dir, tmp_path):
     assert (rows.layout.groups >= 0).sum() == slots
 
 
-@pytest.fixture
-def unpadded():
-    with unpadded_rows():
-        yield
-
-
-def test_unpadded_rows_reach_the_model(tiny_model_dir, tmp_path, unpadded):
+def test_unpadded_rows_reach_the_model(tiny_model_dir, tmp_path):
     """From the workers, in evaluation and in training, for policy and reference: one row of as many tokens as there are."""
     options = {"max_steps": 2, "dataloader_num_workers": 1, "gradient_checkpointing": True}
     trainer = ours(tiny_model_dir, tmp_path, loss_type="offset", share_prefix=True, **options)
@@ -117,7 +114,7 @@ def test_unpadded_rows_reach_the_model(tiny_model_dir, tmp_path, unpadded):
 @pytest.mark.parametrize(
     "options", [{}, {"precompute_ref_log_probs": True}, {"gradient_checkpointing": True}], ids=str
 )
-def test_float32_weights_attend_in_half_precision(options, tiny_model_dir, tmp_path, unpadded, monkeypatch):
+def test_float32_weights_attend_in_half_precision(options, tiny_model_dir, tmp_path, monkeypatch):
     """As the kernel needs it: under autocast in training, evaluation beside it, the reference and the first batch's check."""
     from trl_ext.logprobs import varlen
 
@@ -136,7 +133,7 @@ def test_float32_weights_attend_in_half_precision(options, tiny_model_dir, tmp_p
 
 
 @pytest.mark.parametrize("loss_type", ["anchored", ["offset", "bias_variance"]])
-def test_a_run_in_unpadded_rows(loss_type, tiny_model_dir, tmp_path):
+def test_a_run_in_shared_rows(loss_type, tiny_model_dir, tmp_path):
     """Groups, empty traces, precomputed references and checkpointing give what plain rows give."""
     words = [" good", " bad film", " slow sad film", " very long sad film"]
     data = [
@@ -151,32 +148,36 @@ def test_a_run_in_unpadded_rows(loss_type, tiny_model_dir, tmp_path):
         "max_steps": 3,
     }
     histories = []
-    for rows, share in ((contextlib.nullcontext, False), (unpadded_rows, True)):
+    for rows, share in ((contextlib.nullcontext, False), (contextlib.nullcontext, True), (masked_rows, True)):
         with rows():
-            trainer = ours(tiny_model_dir, tmp_path / str(share), dataset=dataset, share_prefix=share, **options)
+            folder = tmp_path / str(len(histories))
+            trainer = ours(tiny_model_dir, folder, dataset=dataset, share_prefix=share, **options)
             trainer.train()
             trainer.evaluate()
         histories.append(history(trainer))
-    for plain, shared in zip(*histories, strict=True):
+    first, *others = histories
+    for plain, shared in [pair for other in others for pair in zip(first, other, strict=True)]:
         assert plain.keys() == shared.keys()
         for key, value in plain.items():
             if "accuracies" not in key:  # of margins that are 0 but for rounding, before the first step
                 assert shared[key] == pytest.approx(value, rel=2e-4, abs=2e-5), key
 
 
-def test_unpadded_rows_online(tiny_model_dir, tmp_path):
+def test_shared_rows_online(tiny_model_dir, tmp_path):
     from tests.online.runs import Scripted, batch, learn, online
 
     results = []
-    for rows, share in ((contextlib.nullcontext, False), (unpadded_rows, True)):
+    for rows, share in ((contextlib.nullcontext, False), (contextlib.nullcontext, True), (masked_rows, True)):
         with rows():
             trainer = online(
                 tiny_model_dir, tmp_path, cls=Scripted, loss_type="anchored", num_generations=4, share_prefix=share
             )
             results.append(learn(trainer, batch(trainer)))
-    torch.testing.assert_close(results[1][0], results[0][0])
-    for name, value in results[0][1].items():
-        torch.testing.assert_close(results[1][1][name], value, rtol=1e-4, atol=2e-6)
+    (loss, gradients), *others = results
+    for other, shared in others:
+        torch.testing.assert_close(other, loss)
+        for name, value in gradients.items():
+            torch.testing.assert_close(shared[name], value, rtol=1e-4, atol=2e-6)
 
 
 def test_moe_with_its_auxiliary_loss(tmp_path):

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 import trl_ext
 from tests import stateful
 from tests.conftest import preference_rows
-from tests.helpers import OUR_LOSSES, WITH_STATE, build, history, unpadded_rows
+from tests.helpers import OUR_LOSSES, WITH_STATE, build, history, masked_rows
 from tests.helpers import options as short
 from tests.online.runs import Scripted, online, prompts
 from trl_ext.trainers.mixing import estimate_alpha
@@ -81,13 +81,13 @@ def train(model_dir: Path, folder: Path, evaluate: bool = False, **options) -> d
     return outcome(trained)
 
 
-def unpadded(model_dir: Path, folder: Path, **options) -> dict[str, Any]:
-    """As on a GPU: rows without padding, and attention over sequences."""
-    with unpadded_rows():
+def masked(model_dir: Path, folder: Path, **options) -> dict[str, Any]:
+    """Shared rows under a dense mask, as where attention takes no sequences."""
+    with masked_rows():
         trained = trainer(model_dir, folder, loss_type="offset", share_prefix=True, **options)
         trained.train()
         trained.evaluate()
-    assert trained._scorer.sharing.unpadded
+    assert not trained._scorer.sharing.unpadded
     return outcome(trained)
 
 
@@ -322,7 +322,7 @@ CASES = {
         "accumulation": partial(
             train, steps=2, loss_type=["inpo", "sppo_soft"], share_prefix=False, learning_rate=1e-3
         ),
-        "unpadded": partial(unpadded, gradient_checkpointing=True),
+        "masked": partial(masked, gradient_checkpointing=True),
         "measured alpha": measured_alpha,
         "stream": partial(every_loss, stream=True),
         "remembering": remembering,
@@ -336,7 +336,7 @@ CASES = {
     "fsdp": {
         "every loss": every_loss,
         "remembering": remembering,
-        "unpadded": unpadded,
+        "masked": masked,
         "trained head": HEAD,
         "moved reference": moved_reference,
         "moved adapter": ADAPTER,
@@ -348,7 +348,7 @@ CASES = {
     },
     "zero": {
         "every loss": every_loss,
-        "unpadded": unpadded,
+        "masked": masked,
         "trained head": HEAD,
         "moved reference": moved_reference,
         "moved adapter": ADAPTER,
