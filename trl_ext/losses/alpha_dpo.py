@@ -20,7 +20,7 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 
-from .base import Loss
+from .base import Loss, averages
 from .batch import GroupBatch, PreferenceBatch
 from .moments import check_momentum, first_moments, moved_moments, standardized
 from .registry import register_loss
@@ -72,15 +72,15 @@ class AlphaDPOLoss(Loss):
         batch: PreferenceBatch | GroupBatch,
         reduce: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]] = lambda sums: sums,
     ) -> dict[str, torch.Tensor]:
-        return moved_moments(state, _gap_to_reference(batch), batch, self.momentum, reduce)
+        return moved_moments(state, _gap(batch, "logratios"), batch, self.momentum, reduce)
 
     def margin(self, batch: PreferenceBatch) -> torch.Tensor:
         """What each pair's gap is to exceed, shape `(B,)`, nats per token, without gradient."""
         state = batch.state or self.init_state()
-        return self.gamma_beta_ratio + self.alpha * standardized(_gap_to_reference(batch), state)
+        return self.gamma_beta_ratio + self.alpha * standardized(_gap(batch, "logratios"), state)
 
     def __call__(self, batch: PreferenceBatch) -> torch.Tensor:
-        gap = _gap(batch, batch.chosen_logps, batch.rejected_logps)
+        gap = _gap(batch)
         return -F.logsigmoid(batch.beta * (gap - self.margin(batch).to(gap.dtype)))
 
     def metrics(self, batch: PreferenceBatch) -> dict[str, float | torch.Tensor]:
@@ -92,10 +92,7 @@ class AlphaDPOLoss(Loss):
         }
 
 
-def _gap(batch: PreferenceBatch, chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
-    """Chosen minus rejected log-probability per token, shape `(B,)`, nats per token."""
-    return chosen / batch.chosen_lengths.clamp(min=1) - rejected / batch.rejected_lengths.clamp(min=1)
-
-
-def _gap_to_reference(batch: PreferenceBatch) -> torch.Tensor:
-    return _gap(batch, batch.chosen_logratios, batch.rejected_logratios)
+def _gap(batch: PreferenceBatch, of: str = "logps") -> torch.Tensor:
+    """Chosen less rejected average, shape `(B,)`, nats per token."""
+    chosen, rejected = averages(batch, of)
+    return chosen - rejected

@@ -35,14 +35,20 @@ def refuse_values(bad: torch.Tensor, message: str) -> None:
         raise ValueError(f"{int(bad.sum())} of {len(bad)} rows: {message}")
 
 
-def averages(batch: PreferenceBatch) -> tuple[torch.Tensor, torch.Tensor]:
+def averages(batch: PreferenceBatch, of: str = "logps") -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Log-probability per token of the chosen and of the rejected completion under the policy, shape `(B,)` each, nats.
+    Log-probability per token of the chosen and of the rejected completion, shape `(B,)` each, nats.
 
     Lengths are clamped to 1: a completion of which truncation left nothing has 0.
+
+    Args:
+        batch ([`PreferenceBatch`]):
+            The pairs.
+        of (`str`, *optional*, defaults to `"logps"`):
+            `"logps"` under the policy, or `"logratios"` of policy to reference.
     """
-    chosen = batch.chosen_logps / batch.chosen_lengths.clamp(min=1)
-    return chosen, batch.rejected_logps / batch.rejected_lengths.clamp(min=1)
+    chosen, rejected = (getattr(batch, f"{side}_{of}") for side in ("chosen", "rejected"))
+    return chosen / batch.chosen_lengths.clamp(min=1), rejected / batch.rejected_lengths.clamp(min=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,8 +199,7 @@ def hinge(batch: PreferenceBatch) -> torch.Tensor:
 
 def ipo(batch: PreferenceBatch) -> torch.Tensor:
     """IPO on log-ratios per token (2310.12036, Eq. 17), as TRL's `ipo`: lengths are clamped to 1."""
-    chosen = batch.chosen_logratios / batch.chosen_lengths.clamp(min=1)
-    rejected = batch.rejected_logratios / batch.rejected_lengths.clamp(min=1)
+    chosen, rejected = averages(batch, "logratios")
     return (chosen - rejected - 1 / (2 * batch.beta)) ** 2
 
 

@@ -27,7 +27,7 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 
-from .base import Loss, refuse_values
+from .base import Loss, averages, refuse_values
 from .batch import GroupBatch, PreferenceBatch, widened
 from .registry import register_loss
 
@@ -128,10 +128,10 @@ class RobustEMLoss(Loss):
         """z, shape `(B,)`: by how much the base loss is smaller for the pair than for the flipped pair."""
         if self.base == "sigmoid":
             return batch.beta * batch.delta
-        lengths = batch.chosen_lengths.clamp(min=1), batch.rejected_lengths.clamp(min=1)
+        chosen, rejected = averages(batch, "logratios" if self.base == "ipo" else "logps")
+        per_token = chosen - rejected
         if self.base == "ipo":
-            return 2 / batch.beta * (batch.chosen_logratios / lengths[0] - batch.rejected_logratios / lengths[1])
-        per_token = batch.chosen_logps / lengths[0] - batch.rejected_logps / lengths[1]
+            return 2 / batch.beta * per_token
         if self.base == "cpo":
             return batch.beta * (batch.chosen_logps - batch.rejected_logps) + per_token
         d, g = batch.beta * per_token, batch.beta * self.gamma_beta_ratio
