@@ -41,10 +41,10 @@ class OnlineDPOConfig(LossArguments, TRLOnlineDPOConfig):
     Parameters:
         loss_type (`str` or `list[str]`, *optional*, defaults to `"sigmoid"`):
             `"sigmoid"`, `"ipo"` or `"hinge"` on summed log-probabilities, and every loss of `trl-ext losses` but `inpo` (which
-            reads the first model's log-probabilities of each completion) and `step_apo` (which reads values of a search), by name
-            or alias; several are combined with `loss_weights`. Rewards reach the losses as `score_chosen` and `score_rejected`; a judge's answers reach
-            them as `preference_prob`, and a loss that takes scores as win rates (`sppo_soft`) is given each completion's mean
-            probability of winning against the prompt's other completions.
+            reads the first model's log-probabilities of each completion) and `step_apo` (which reads values of a search), by
+            name or alias; several are combined with `loss_weights`. Rewards reach the losses as `score_chosen` and
+            `score_rejected`; a judge's answers reach them as `preference_prob`, and a loss that takes scores as win rates
+            (`sppo_soft`) is given each completion's mean probability of winning against the prompt's other completions.
         loss_weights (`list[float]`, *optional*):
             Weight of each loss.
         num_generations (`int`, *optional*, defaults to `2`):
