@@ -27,7 +27,10 @@ from trl_ext.data.checks import check_count
 from trl_ext.data.classifier import ADAPTER_CONFIG, refuse_preference_model
 from trl_ext.data.paths import refuse_missing_path
 from trl_ext.data.preference_model import preference_score
+from trl_ext.trainers.trl_seam import REWARD_TRAINER, require_names
 
+
+require_names(REWARD_TRAINER)
 
 PAPER = {
     "title": "Beyond Bradley-Terry Models: A General Preference Model for Language Model Alignment",
