@@ -107,9 +107,8 @@ class PreferenceModel(Classifier):
 
     def load(self) -> None:
         super().load()
-        self.model.config.preference_temperature = (
-            self.temperature
-        )  # of an adapter, whose base model knows nothing of it
+        # Of an adapter: its base model knows nothing of it
+        self.model.config.preference_temperature = self.temperature
 
     def compare(
         self,
