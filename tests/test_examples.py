@@ -26,6 +26,7 @@ METRIC = {
     "online_dpo": "completions/mean_length",
     "simpo": "per_token/margins",
     "step_apo": "offset/mean",
+    "preference_model": "eval_accuracy",
 }
 
 

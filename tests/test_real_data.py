@@ -7,7 +7,9 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from tests.conftest import build_tokenizer
 from tests.helpers import OUR_LOSSES, REFERENCE_FREE, options
-from trl_ext import DPOConfig, DPOTrainer
+from trl_ext import DPOConfig, DPOTrainer, PreferenceModel
+from trl_ext.data import score_preferences
+from trl_ext.trainers.reward import RewardConfig, RewardTrainer
 
 
 @pytest.fixture(scope="module")
@@ -79,3 +81,20 @@ def test_held_out_accuracy_rises(loss_type, imdb, tmp_path):
         assert after["eval_rewards/accuracies"] > before["eval_rewards/accuracies"] + 0.1
     else:
         assert after["eval_rewards/accuracies"] > 0.6
+
+
+def test_a_preference_model_learns_what_is_preferred(imdb, tmp_path):
+    path, dataset, _ = imdb
+    pairs = dataset.select_columns(["prompt", "chosen", "rejected"])
+    args = options(
+        tmp_path, preference_dim=4, max_steps=40, per_device_train_batch_size=8, learning_rate=1e-3,
+        per_device_eval_batch_size=32, logging_steps=20, gradient_checkpointing=False,
+    )  # fmt: skip
+    trainer = RewardTrainer(str(path), RewardConfig(**args), train_dataset=pairs["train"], eval_dataset=pairs["test"])
+    before = trainer.evaluate()
+    trainer.train()
+    after = trainer.evaluate()
+    assert after["eval_loss"] < before["eval_loss"] and after["eval_accuracy"] > 0.6
+    judge = PreferenceModel(trainer.model, trainer.processing_class)
+    scored = score_preferences(pairs["test"].select(range(32)), judge=judge, cache_dir=tmp_path / "scores")
+    assert sum(p > 0.5 for p in scored["preference_prob"]) / 32 > 0.55

@@ -19,7 +19,7 @@ from trl_ext.data.rewards import Ensemble, JudgeFunction, RewardFunction, Reward
 from trl_ext.losses.base import Loss
 from trl_ext.rounds import IterativeDPO, RoundsConfig
 from trl_ext.rounds.checks import keyword_arguments, load_rows, read_yaml, refuse_unknown, refuse_wrong_types
-from trl_ext.rounds.rewards import build_scorer, reward_model_names
+from trl_ext.rounds.rewards import build_scorer, model_names
 from trl_ext.trainers.loss_types import resolve_loss_types
 
 
@@ -324,9 +324,10 @@ def test_rewards():
     built = Ensemble([RewardFunction(length), Ensemble([RewardModel("somebody/model")], "mean")], "min")
     assert rewards({"min": ["tests.test_rounds:length", {"mean": ["somebody/model"]}]}) == built
     assert rewards({"min": ["tests.test_rounds:length", {"min": ["somebody/model"]}]}) != built
-    assert reward_model_names(built) == ["somebody/model"] and reward_model_names(RewardModel("one")) == ["one"]
-    assert reward_model_names(RewardModel(object())) == reward_model_names(RewardFunction(length)) == []
-    assert reward_model_names(Ensemble([length, ["one", RewardModel("two")]])) == ["one", "two"]
+    names = lambda scorer: [name for what, name in model_names(scorer) if what == "reward model"]  # noqa: E731
+    assert names(built) == ["somebody/model"] and names(RewardModel("one")) == ["one"]
+    assert names(RewardModel(object())) == names(RewardFunction(length)) == []
+    assert names(Ensemble([length, ["one", RewardModel("two")]])) == ["one", "two"]
 
 
 def test_several_rewards_are_added_up():

@@ -5,6 +5,7 @@ import inspect
 import re
 from pathlib import Path
 
+import pytest
 import torch
 import trl
 from datasets import Dataset
@@ -14,9 +15,10 @@ from trl.trainer import utils
 
 import trl_ext
 from tests.conftest import preference_rows
-from tests.helpers import build, first_batch
+from tests.helpers import build, first_batch, options
 from tests.online.runs import online
 from trl_ext.trainers import trl_seam
+from trl_ext.trainers.reward import RewardTrainer
 
 
 def test_methods_are_there():
@@ -44,6 +46,23 @@ def test_online_attributes(tiny_model_dir, tmp_path):
         assert hasattr(trainer, name), name
 
 
+def test_names_of_the_reward_trainer(tiny_model_dir, tmp_path):
+    for name in trl_seam.REWARD_METHODS:
+        assert callable(getattr(trl.RewardTrainer, name)), name
+    rows = [{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in preference_rows(4)]
+    trainer = trl.RewardTrainer(
+        str(tiny_model_dir), trl.RewardConfig(**options(tmp_path)), train_dataset=Dataset.from_list(rows)
+    )
+    for name in trl_seam.REWARD_ATTRIBUTES:
+        assert hasattr(trainer, name), name
+    # What a general preference model relies on: the metrics that it takes out again, and the one that it hides
+    trainer.compute_loss(trainer.model, first_batch(trainer))
+    assert {"min_reward", "mean_reward", "max_reward", "accuracy", "margin"} <= trainer._metrics["eval"].keys()
+    trainer.model.config.num_labels = 2
+    with pytest.raises(ValueError, match="num_labels=2"):
+        trl.RewardTrainer(trainer.model, trl.RewardConfig(**options(tmp_path)), train_dataset=Dataset.from_list(rows))
+
+
 def test_names_of_vllm():
     source = inspect.getsource(OnlineDPOTrainer)
     for name in trl_seam.VLLM_ATTRIBUTES:
@@ -69,6 +88,7 @@ def test_what_ours_replaces_in_a_trainer_is_listed():
     for ours, names in (
         (trl_ext.DPOTrainer, trl_seam.DPO_METHODS),
         (trl_ext.OnlineDPOTrainer, trl_seam.ONLINE_METHODS),
+        (RewardTrainer, trl_seam.REWARD_METHODS),
     ):
         own = [cls for cls in ours.__mro__ if cls.__module__.startswith("trl_ext.")]
         theirs = {name for cls in ours.__mro__[:-1] if cls not in own for name in vars(cls)}

@@ -17,6 +17,7 @@ _ORIGIN = {
     "OnlineDPOConfig": "trl_ext.trainers.online.config",
     "OnlineDPOTrainer": "trl_ext.trainers.online.trainer",
     "PreferenceBatch": "trl_ext.losses",
+    "PreferenceModel": "trl_ext.data.preference_model",
     "Scores": "trl_ext.trainers.online.rewards",
     "Selection": "trl_ext.trainers.online.selection",
     "TokenBatch": "trl_ext.losses",
@@ -34,6 +35,7 @@ __all__ = [
     "OnlineDPOConfig",
     "OnlineDPOTrainer",
     "PreferenceBatch",
+    "PreferenceModel",
     "Scores",
     "Selection",
     "TokenBatch",
@@ -45,6 +47,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from trl_ext.data.preference_model import PreferenceModel
     from trl_ext.generation import Completions
     from trl_ext.losses import GroupBatch, PreferenceBatch, TokenBatch, get_loss, list_losses, register_loss
     from trl_ext.trainers.dpo import DPOTrainer

@@ -20,8 +20,10 @@ from tests.conftest import preference_rows
 from tests.helpers import OUR_LOSSES, WITH_STATE, build, history, masked_rows
 from tests.helpers import options as short
 from tests.online.runs import Scripted, online, prompts
+from trl_ext.data import PreferenceModel
 from trl_ext.trainers.mixing import estimate_alpha
 from trl_ext.trainers.reference import FILE
+from trl_ext.trainers.reward import RewardConfig, RewardTrainer
 
 
 STRATEGY = os.environ.get("TEST_STRATEGY", "")
@@ -227,7 +229,7 @@ def refused_alpha(model_dir: Path, folder: Path) -> dict[str, Any]:
     return {}
 
 
-def scripted(model_dir: Path, folder: Path, peft=None, **options) -> dict[str, Any]:
+def scripted(model_dir: Path, folder: Path, peft=None, trainer_kwargs=None, **options) -> dict[str, Any]:
     """Online, with completions that follow from the prompt."""
     torch.manual_seed(0)
     trained = online(
@@ -235,7 +237,7 @@ def scripted(model_dir: Path, folder: Path, peft=None, **options) -> dict[str, A
         folder,
         cls=Scripted,
         per_device_train_batch_size=ROWS // WORLD,
-        trainer_kwargs={"peft_config": peft},
+        trainer_kwargs={"peft_config": peft, **(trainer_kwargs or {})},
         **{**SGD, **PLACED, **options},
     )
     trained.train()
@@ -311,6 +313,21 @@ def generated(model_dir: Path, folder: Path, **options) -> dict[str, Any]:
     return outcome(trained)
 
 
+def preferring(model_dir: Path, folder: Path) -> dict[str, Any]:
+    """A general preference model is trained, and judges online: each process has a copy, and compares its own completions."""
+    pairs = Dataset.from_list([{k: row[k] for k in ("prompt", "chosen", "rejected")} for row in preference_rows(ROWS)])
+    args = RewardConfig(
+        **short(folder, preference_dim=4, per_device_train_batch_size=ROWS // WORLD, **{**SGD, "learning_rate": 1e-3})
+    )
+    judge = RewardTrainer(str(model_dir), args, train_dataset=pairs)
+    judge.train()
+    online = scripted(
+        model_dir, folder, num_generations=3, loss_type="anchored",
+        trainer_kwargs={"reward_funcs": None, "judge": PreferenceModel(judge.model, judge.processing_class)},
+    )  # fmt: skip
+    return {"judge": outcome(judge), "online": online}
+
+
 EVERY = prompts(ROWS)
 ADAPTER = partial(scripted, peft=lora(), loss_type="anchored", **MOVES, max_steps=3, learning_rate=1.0)
 HEAD = partial(train, peft=lora(modules_to_save=["lm_head"]), loss_type="offset")
@@ -332,6 +349,7 @@ CASES = {
         "one process logs": one_process_logs,
         "online": partial(scripted, num_generations=4, loss_type=["offset", "anchored"]),
         "remembering online": remembering_online,
+        "preferring": preferring,
     },
     "fsdp": {
         "every loss": every_loss,

@@ -10,6 +10,7 @@ _ORIGIN = {
     "EMPTY_TRACE": "reasoning",
     "Ensemble": "rewards",
     "JudgeFunction": "rewards",
+    "PreferenceModel": "preference_model",
     "RowsCollator": "collator",
     "RewardFunction": "rewards",
     "RewardModel": "rewards",
@@ -19,6 +20,7 @@ _ORIGIN = {
     "inspect_preferences": "inspection",
     "load_preferences": "load",
     "pair_traces": "sampling",
+    "preference_score": "preference_model",
     "sample_completions": "sampling",
     "score_preferences": "scores",
     "strip_reasoning_traces": "reasoning",
@@ -28,6 +30,7 @@ __all__ = [
     "EMPTY_TRACE",
     "Ensemble",
     "JudgeFunction",
+    "PreferenceModel",
     "RewardFunction",
     "RewardModel",
     "RowsCollator",
@@ -37,6 +40,7 @@ __all__ = [
     "inspect_preferences",
     "load_preferences",
     "pair_traces",
+    "preference_score",
     "sample_completions",
     "score_preferences",
     "strip_reasoning_traces",
@@ -48,6 +52,7 @@ if TYPE_CHECKING:
     from .groups import from_groups
     from .inspection import inspect_preferences
     from .load import load_preferences
+    from .preference_model import PreferenceModel, preference_score
     from .reasoning import EMPTY_TRACE, strip_reasoning_traces
     from .rewards import Ensemble, JudgeFunction, RewardFunction, RewardModel
     from .sampling import pair_traces, sample_completions

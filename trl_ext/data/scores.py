@@ -7,7 +7,7 @@ weights, template, truncation), are written batch by batch, and a run that was k
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ from tqdm import tqdm
 from trl_ext.data.cache import Ledger, content_key, default_folder, processes
 from trl_ext.data.calibration import fit_temperature
 from trl_ext.data.checks import check_count, require_columns
-from trl_ext.data.rewards import Ensemble, JudgeFunction, RewardModel, as_scorer, reward_models
+from trl_ext.data.preference_model import PreferenceModel, probabilities
+from trl_ext.data.rewards import JUDGES, Ensemble, JudgeFunction, RewardModel, as_scorer, reward_models
 from trl_ext.data.tokens import Text, require_chat_template, template_arguments
 
 
@@ -51,7 +52,8 @@ def score_preferences(
             What each of `reward_funcs` is multiplied by before they are added up; 1 by default.
         judge (`Callable`, *optional*):
             A judge of two in place of `reward_funcs`: `judge(prompts, completions_a, completions_b)` gives for each the
-            probability, in [0, 1], that the first is preferred ([`JudgeFunction`] for a version of its own).
+            probability, in [0, 1], that the first is preferred ([`JudgeFunction`] for a version of its own); or a
+            [`PreferenceModel`].
         batch_size (`int`, *optional*, defaults to `16`):
             Texts at a time.
         temperature (`float` or `str`, *optional*, defaults to `1.0`):
@@ -75,10 +77,14 @@ def score_preferences(
     grouped = "completions" in dataset.column_names
     check_count("batch_size", batch_size)
     check_temperature(temperature, scorer, grouped)
+    if isinstance(scorer, PreferenceModel) and scorer.scores != "win_rate" and not grouped:
+        raise ValueError(
+            f"`scores={scorer.scores!r}` is of groups of completions, and pairs get the column 'preference_prob'. Leave it out."
+        )
     check_texts(dataset, grouped)
     check_renderable(dataset, scorer)
     folder = Path(cache_dir) if cache_dir is not None else default_folder() / "scores"
-    if isinstance(scorer, JudgeFunction):
+    if isinstance(scorer, JUDGES):
         return _add_preferences(dataset, scorer, grouped, batch_size, folder)
     texts = [
         (row["prompt"], completion, template_arguments(row)) for row in dataset for completion in _completions(row)
@@ -105,7 +111,7 @@ def check_temperature(temperature: float | str, scorer: Any, grouped: bool) -> N
     number = isinstance(temperature, (int, float)) and not isinstance(temperature, bool)
     if temperature != "fit" and not (number and 0 < temperature < math.inf):
         raise ValueError(f'`temperature={temperature!r}` must be a positive number or "fit".')
-    if isinstance(scorer, JudgeFunction) and temperature != 1.0:
+    if isinstance(scorer, JUDGES) and temperature != 1.0:
         raise ValueError("`temperature` has no meaning for a judge of two, whose answers are probabilities.")
     if temperature == "fit" and grouped:
         raise ValueError(
@@ -217,31 +223,58 @@ def _computed(
     return done
 
 
-def _add_preferences(dataset: Dataset, judge: JudgeFunction, grouped: bool, batch_size: int, folder: Path) -> Dataset:
+def _add_preferences(
+    dataset: Dataset, judge: JudgeFunction | PreferenceModel, grouped: bool, batch_size: int, folder: Path
+) -> Dataset:
     """Each two completions of a row compared once."""
-
-    triples = [(row["prompt"], *two) for row in dataset for two in itertools.combinations(_completions(row), 2)]
-    keys = [content_key(*triple) for triple in triples]
+    work = [
+        (row["prompt"], *two, template_arguments(row))
+        for row in dataset
+        for two in itertools.combinations(_completions(row), 2)
+    ]
+    name, function = judge.key(), judge
+    if isinstance(judge, PreferenceModel):
+        judge.model.to(processes().device)
+        function = judge.compare
+    else:
+        work = [comparison[:3] for comparison in work]  # a function sees no template
+    keys = [content_key(*comparison) for comparison in work]
 
     known = _computed(
-        judge.key(),
-        dict(zip(keys, triples, strict=True)),
-        lambda batch: judge(*zip(*batch, strict=True)),
+        name,
+        dict(zip(keys, work, strict=True)),
+        lambda batch: function(*zip(*batch, strict=True)),
         batch_size,
         folder,
     )
-    answers = iter(known[key] for key in keys)
+    values = [known[key] for key in keys]
+    as_logits = isinstance(judge, PreferenceModel) and judge.scores == "score" and grouped
+    if isinstance(judge, PreferenceModel) and not as_logits:
+        values = probabilities(values)
     if not grouped:
-        return _with_columns(dataset, {"preference_prob": list(answers)})
-    scores = []
-    for row in dataset:
-        wins = [0.0] * len(row["completions"])
-        for i, j in itertools.combinations(range(len(wins)), 2):
-            p = next(answers)
-            wins[i] += p
-            wins[j] += 1 - p
-        scores.append([value / max(len(wins) - 1, 1) for value in wins])
-    return _with_columns(dataset, {"scores": scores})
+        return _with_columns(dataset, {"preference_prob": values})
+    answers, of_group = iter(values), _mean_scores if as_logits else _win_rates
+    return _with_columns(dataset, {"scores": [of_group(len(row), answers) for row in dataset["completions"]]})
+
+
+def _win_rates(count: int, answers: Iterator[float]) -> list[float]:
+    """The mean probability of winning against the others, of each of `count` completions."""
+    wins = [0.0] * count
+    for i, j in itertools.combinations(range(count), 2):
+        p = next(answers)
+        wins[i] += p
+        wins[j] += 1 - p
+    return [value / max(count - 1, 1) for value in wins]
+
+
+def _mean_scores(count: int, answers: Iterator[float]) -> list[float]:
+    """The mean of s(i, j) - s(j, i) over all completions j, i itself included, of each of `count` completions i."""
+    totals = [0.0] * count
+    for i, j in itertools.combinations(range(count), 2):
+        difference = 2 * next(answers)
+        totals[i] += difference
+        totals[j] -= difference
+    return [value / count for value in totals]
 
 
 def _with_columns(dataset: Dataset, columns: dict[str, list]) -> Dataset:

@@ -39,9 +39,10 @@ class RoundsConfig:
             log-ratio to the policy of the round before (DICE), with `implicit_reference` in the first round.
         reward_weights (`list[float]`, *optional*):
             What each of a list of rewards is multiplied by before they are added up; 1 by default.
-        judge (`str` or `Callable`, *optional*):
+        judge (`str`, `dict` or `Callable`, *optional*):
             A judge of two in place of `reward_funcs`, as `"module:function"`: `function(prompts, completions_a, completions_b)`
-            gives for each the probability, in [0, 1], that the first is preferred.
+            gives for each the probability, in [0, 1], that the first is preferred. Or a general preference model,
+            `{"preference_model": NAME OR FOLDER}`, with `max_length` and `scores` of [`PreferenceModel`] beside it where wanted.
         rounds (`int`, *optional*, defaults to `3`):
             How many.
         prompts_per_round (`int`, *optional*):

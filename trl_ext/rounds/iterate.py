@@ -11,7 +11,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 
 from trl_ext.data.cache import content_seed, processes, write_atomically
 from trl_ext.data.groups import from_groups
-from trl_ext.data.rewards import JudgeFunction
+from trl_ext.data.rewards import JUDGES
 from trl_ext.data.sampling import sample_completions
 from trl_ext.data.scores import score_preferences
 from trl_ext.rounds.checks import load_rows, refuse_unloadable_model
@@ -21,7 +21,7 @@ from trl_ext.rounds.extrapolate import extrapolate
 from trl_ext.rounds.log_probs import implicit_rewards, load_model, pair_log_probs
 from trl_ext.rounds.replay import TEMPLATE, load_replay, mix_replay
 from trl_ext.rounds.report import round_metrics
-from trl_ext.rounds.rewards import IMPLICIT, reward_model_names
+from trl_ext.rounds.rewards import IMPLICIT, check_kinds, model_names
 from trl_ext.rounds.shaping import balance_lengths, drop_truncated, without_empty
 from trl_ext.trainers.arguments import explained, refuse_liger_without_gpu
 from trl_ext.trainers.dpo import DPOTrainer
@@ -75,10 +75,11 @@ class IterativeDPO:
         # Refused now, not after the first sampling
         self.args = self._training_arguments(self.folder)
         self._check_losses()
-        models = [("reward model", name) for name in reward_model_names(config.scorer)]
+        models = model_names(config.scorer)
         models += [("implicit reference", name) for name in [config.implicit_reference] if name is not None]
         for what, name in [("model", config.model), *models]:
             refuse_unloadable_model(name, what)
+        check_kinds(config.scorer)
         self.prompts = self._load_prompts()
         self.tokenizer = AutoTokenizer.from_pretrained(config.model)
         if not isinstance(self.prompts[0]["prompt"], str) and self.tokenizer.chat_template is None:
@@ -120,8 +121,17 @@ class IterativeDPO:
         check_reads(self.losses, config.pairing == "group")
         if config.pairing == "group" and "inpo" in self.losses:
             raise ValueError('`inpo` is a loss on pairs: it has no meaning with `pairing="group"`.')
+        target, of_group = (
+            getattr(self.losses.get("sppo_soft"), "target", None),
+            getattr(config.scorer, "scores", None),
+        )
+        if target is not None and of_group is not None and target != of_group:
+            raise ValueError(
+                f"`sppo_soft` has `target={target!r}`, and the preference model gives groups `scores={of_group!r}`: the two must be the "
+                f"same. Give `judge={{preference_model: ..., scores: {target}}}` or `loss_kwargs={{target: {of_group}}}`."
+            )
         win_rates = config.judge is not None and config.length_shaping is None
-        if getattr(self.losses.get("sppo_soft"), "target", None) == "win_rate" and not win_rates:
+        if target == "win_rate" and not win_rates:
             raise ValueError(
                 f"`sppo_soft` reads scores as win rates, in [0, 1], which `reward_funcs={config.reward_funcs!r}`, "
                 f"`judge={config.judge!r}` and `length_shaping={config.length_shaping!r}` do not give. Give a judge of "
@@ -194,7 +204,7 @@ class IterativeDPO:
         judged = samples.map(without_empty).filter(lambda row: len(row["completions"]) >= 2)
         if not len(judged):
             raise ValueError(f"Round {number}: no prompt has two completions with any text.")
-        given = {"judge" if isinstance(scorer, JudgeFunction) else "reward_funcs": scorer}
+        given = {"judge" if isinstance(scorer, JUDGES) else "reward_funcs": scorer}
         return score_preferences(judged, **given, **{"cache_dir": folder / "scores", **self.config.scoring})
 
     def _pair(self, number: int, scored: Dataset) -> Dataset:

@@ -88,7 +88,8 @@ class DPOTrainer(WithTerms, trl.DPOTrainer):
             What [`~trl_ext.data.score_preferences`] takes: a reward model, a function, or a list of them. Scores the pairs (or
             groups) where a loss reads scores and the dataset has none.
         judge (`Callable`, *optional*):
-            A judge of two in place of `reward_funcs`; pairs get the column `preference_prob`.
+            A judge of two in place of `reward_funcs`, a function or a [`PreferenceModel`]; pairs get the column
+            `preference_prob`.
         kwargs:
             All other arguments of [`trl.DPOTrainer`], with their meaning there.
 

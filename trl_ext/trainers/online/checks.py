@@ -6,8 +6,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from trl_ext.data.classifier import refuse_preference_model
 from trl_ext.data.columns import PAIRS, TEXT_COLUMNS
 from trl_ext.data.paths import refuse_missing_path
+from trl_ext.data.preference_model import PreferenceModel
+from trl_ext.data.rewards import RewardModel
+from trl_ext.data.tokens import require_chat_template
 
 
 SCORE_COLUMNS = PAIRS[0]
@@ -77,6 +81,11 @@ def check_arguments(
         )
     if judge is not None and not callable(judge):
         raise ValueError(f"`judge={judge!r}` is not callable.")
+    if isinstance(judge, (torch.nn.Module, RewardModel)):
+        raise ValueError(
+            f"`judge` is a {type(judge).__name__}, which compares no two completions. A general preference model is given as "
+            "`judge=PreferenceModel(model)`, a reward model as `reward_funcs`."
+        )
     penalties = [name for name in ("missing_eos_penalty", "length_penalty") if getattr(args, name, None)]
     if judge is not None and penalties:
         raise ValueError(
@@ -99,6 +108,10 @@ def check_arguments(
         return []
     reward_funcs = list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
     for reward in reward_funcs:
+        if isinstance(reward, PreferenceModel):
+            raise ValueError(
+                "`reward_funcs` has a PreferenceModel, which compares two completions: give it as `judge`."
+            )
         if not isinstance(reward, str) and not callable(reward):
             raise ValueError(
                 f"`reward_funcs` has {reward!r}, a {type(reward).__name__}; expected a function, a reward model, or the "
@@ -109,7 +122,20 @@ def check_arguments(
                 f"`reward_funcs` has a {type(reward).__name__} without a tokenizer: give one in `reward_processing_classes`."
             )
         refuse_missing_path(reward, "reward model")
+        refuse_preference_model(reward)
     return reward_funcs
+
+
+def check_preference_model(judge: PreferenceModel, prompt: Any) -> None:
+    """Load a judge, and raise a `ValueError` for one that cannot compare completions of such prompts, or not online."""
+    if judge.scores != "win_rate":
+        raise ValueError(
+            f"`judge` has `scores={judge.scores!r}`, which groups get in `score_preferences` and in rounds. Online, losses learn from "
+            "win rates: leave `scores` out."
+        )
+    judge.load()
+    if isinstance(prompt, list):
+        require_chat_template(judge.processing_class)
 
 
 def check_rewards(name: str, loss: Any, columns: Mapping[str, torch.Tensor]) -> None:

@@ -112,17 +112,22 @@ def call_reward_model(
 
 
 def call_judge(
-    function: Callable[[list, list, list], Sequence[float]], prompts: list, first: list, second: list
+    function: Callable[..., Sequence[float]],
+    prompts: list,
+    first: list,
+    second: list,
+    templates: list[dict] | None = None,
 ) -> torch.Tensor:
     """
-    Probability that each completion of `first` is preferred to that of `second`, shape `(N,)`.
+    Probability that each completion of `first` is preferred to that of `second`, shape `(N,)`. `templates`, arguments of the chat
+    template of each prompt, are for a [`~trl_ext.data.PreferenceModel`].
 
     Raises:
         `ValueError`: If the answer has another length or is no probability.
         `RuntimeError`: If the function raises; its own error is the cause.
     """
     try:
-        answer = function(prompts, first, second)
+        answer = function(prompts, first, second, *([] if templates is None else [templates]))
     except Exception as error:
         raise RuntimeError(f"`judge` raised {type(error).__name__} on {len(prompts)} comparisons: {error}") from error
     values = torch.as_tensor(answer, dtype=torch.float32).flatten() if answer is not None else torch.empty(0)
@@ -138,7 +143,7 @@ def call_judge(
     return values
 
 
-def judge_scores(function: Callable, prompts: list, completions: list) -> Scores:
+def judge_scores(function: Callable, prompts: list, completions: list, templates: list[dict] | None = None) -> Scores:
     """
     Each two completions of a prompt compared once.
 
@@ -149,6 +154,8 @@ def judge_scores(function: Callable, prompts: list, completions: list) -> Scores
             `B` prompts.
         completions (`list`):
             `K` blocks of `B` completions.
+        templates (`list[dict]`, *optional*):
+            Arguments of the chat template of each prompt, for a [`~trl_ext.data.PreferenceModel`].
     """
     b = len(prompts)
     k = len(completions) // b
@@ -160,12 +167,19 @@ def judge_scores(function: Callable, prompts: list, completions: list) -> Scores
         prompts * len(pairs),
         [completions[i * b + row] for i, _ in pairs for row in range(b)],
         [completions[j * b + row] for _, j in pairs for row in range(b)],
+        None if templates is None else templates * len(pairs),
     ).view(len(pairs), b)
     probabilities = torch.full((b, k, k), 0.5)
     for (i, j), values in zip(pairs, answer, strict=True):
         probabilities[:, i, j], probabilities[:, j, i] = values, 1 - values
     wins = (probabilities.sum(dim=2) - 0.5) / (k - 1)
     return Scores(wins, probabilities=probabilities)
+
+
+def rows_of(inputs: dict[str, Any], count: int) -> list[dict[str, Any]]:
+    """What each of `count` rows of a batch has for the chat template."""
+    names = [name for name in ("tools", "chat_template_kwargs") if name in inputs]
+    return [{name: inputs[name][row] for name in names} for row in range(count)]
 
 
 def reward_scores(trainer: Any, inputs: dict[str, Any], completions: Completions) -> Scores:
@@ -182,9 +196,7 @@ def reward_scores(trainer: Any, inputs: dict[str, Any], completions: Completions
     """
     prompts, b = completions.prompts, len(completions.prompts)
     k = len(completions.ids) // b
-    rows = [
-        {name: inputs[name][row] for name in ("tools", "chat_template_kwargs") if name in inputs} for row in range(b)
-    ]
+    rows = rows_of(inputs, b)
     columns = {
         name: list(value) * k if isinstance(value, (list, tuple)) else value
         for name, value in inputs.items()

@@ -18,15 +18,23 @@ from trl.trainer.callbacks import SyncRefModelCallback
 from trl.trainer.utils import add_fused_lm_head, create_model_from_path
 
 from trl_ext.data.columns import WEIGHT
+from trl_ext.data.preference_model import PreferenceModel
+from trl_ext.data.tokens import template_arguments
 from trl_ext.generation import Completions
 from trl_ext.rows import from_batch, to_batch
-from trl_ext.trainers.online.checks import check_arguments, check_reference, check_rewards, reads_win_rates
+from trl_ext.trainers.online.checks import (
+    check_arguments,
+    check_preference_model,
+    check_reference,
+    check_rewards,
+    reads_win_rates,
+)
 from trl_ext.trainers.online.config import OnlineDPOConfig, build_online_losses
 from trl_ext.trainers.online.evaluate import Evaluation
 from trl_ext.trainers.online.generate import Generation
 from trl_ext.trainers.online.metrics import Ties, dropped_prompts, of_completions, of_learnt
 from trl_ext.trainers.online.prompts import PromptData
-from trl_ext.trainers.online.rewards import Scores, judge_scores, reward_scores
+from trl_ext.trainers.online.rewards import Scores, judge_scores, reward_scores, rows_of
 from trl_ext.trainers.online.selection import Selection, build_table, select
 from trl_ext.trainers.policy_copy import frozen_copy
 from trl_ext.trainers.reference import SyncReferenceAdapter, add_reference_adapter
@@ -82,8 +90,9 @@ class OnlineDPOTrainer(Generation, Evaluation, WithTerms, TRLOnlineDPOTrainer):
             Configuration.
         judge (`Callable`, *optional*):
             Judge of two completions in place of `reward_funcs`: `judge(prompts, completions_a, completions_b)` gives for
-            each the probability, in [0, 1], that the first completion is preferred. Reaches `ipo` and `anchored` as a
-            soft target, and `sppo_soft` as win rates against the prompt's other completions.
+            each the probability, in [0, 1], that the first completion is preferred; or a [`PreferenceModel`], of which each
+            process has a copy. Reaches `ipo` and `anchored` as a soft target, and `sppo_soft` as win rates against the prompt's
+            other completions.
         train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
             Prompts in a column `prompt`, as text or as messages. All columns are handed to reward functions. A numeric column
             `weight`, at least 0, scales the loss of each prompt.
@@ -145,6 +154,8 @@ class OnlineDPOTrainer(Generation, Evaluation, WithTerms, TRLOnlineDPOTrainer):
             args.accelerator_config.dispatch_batches = False
         self._data = PromptData(losses, judge is not None, processing_class, args)
         train_dataset, eval_dataset = self._data.training(train_dataset), self._data.evaluation(eval_dataset)
+        if isinstance(judge, PreferenceModel):
+            check_preference_model(judge, next(iter(train_dataset))["prompt"])
 
         model_init_kwargs = args.model_init_kwargs
         if isinstance(model, str):
@@ -186,6 +197,8 @@ class OnlineDPOTrainer(Generation, Evaluation, WithTerms, TRLOnlineDPOTrainer):
             )
         finally:
             args.model_init_kwargs = model_init_kwargs
+        if isinstance(judge, PreferenceModel):
+            judge.model.to(self.accelerator.device)
         self.num_generations = args.num_generations
         self._thinking = (True, False) if "bias_variance" in losses else (True,)
         self._win_rates = judge is not None and any(reads_win_rates(loss) for loss in losses.values())
@@ -240,8 +253,14 @@ class OnlineDPOTrainer(Generation, Evaluation, WithTerms, TRLOnlineDPOTrainer):
     def score(self, inputs: dict[str, Any], completions: Completions) -> Scores:
         """Second step: what each completion is worth, penalties included."""
         if self.judge is not None:
-            return judge_scores(self.judge, completions.prompts, completions.texts)
+            return judge_scores(self.judge, completions.prompts, completions.texts, self._judge_templates(inputs))
         return reward_scores(self, inputs, completions)
+
+    def _judge_templates(self, inputs: dict[str, Any]) -> list[dict[str, Any]] | None:
+        """Arguments of the chat template of each prompt, for a judge that renders conversations with its own."""
+        if not isinstance(self.judge, PreferenceModel):
+            return None
+        return [template_arguments(row) for row in rows_of(inputs, len(inputs["prompt"]))]
 
     def pair(self, completions: Completions, scores: Scores) -> Selection:
         """Third step: which completions are learnt from, and which are preferred to which."""

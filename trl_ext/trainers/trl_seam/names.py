@@ -3,7 +3,7 @@ The private names of TRL and other libraries that this package uses, by what has
 or extends stand here too.
 
 What a class or a module has is looked up when a trainer is loaded (`check.py`). What only an object has is looked up by the
-tests alone: `DPO_ATTRIBUTES`, `ONLINE_ATTRIBUTES`, `VLLM_ATTRIBUTES` and `OBJECT_NAMES`.
+tests alone: `DPO_ATTRIBUTES`, `ONLINE_ATTRIBUTES`, `REWARD_ATTRIBUTES`, `VLLM_ATTRIBUTES` and `OBJECT_NAMES`.
 """
 
 # Methods of `trl.DPOTrainer` that ours extends, and attributes that it reads
@@ -82,6 +82,10 @@ ONLINE_ATTRIBUTES = (
     "vllm_mode",
 )
 
+# What ours extends or reads of `trl.RewardTrainer`
+REWARD_METHODS = ("compute_loss", "save_model")
+REWARD_ATTRIBUTES = ("_metrics", "_name", "_paper", "_tag_names")
+
 # Set by TRL where vLLM generates, and nowhere else
 VLLM_ATTRIBUTES = ("_last_loaded_step",)
 
@@ -105,8 +109,9 @@ OBJECT_NAMES = {
     "torch.compile": ("_orig_mod",),
 }
 
-# Looked up when any trainer is loaded, and when the online one is
+# Looked up when any trainer is loaded, when that of rewards is, and when the online one is
 ALL_TRAINERS = {"trl:DPOTrainer": DPO_METHODS, "trl.trainer.utils": FORWARD_NAMES, **LIBRARY_NAMES}
+REWARD_TRAINER = {"trl:RewardTrainer": REWARD_METHODS}
 ONLINE_TRAINER = {"trl.experimental.online_dpo:OnlineDPOTrainer": ONLINE_METHODS}
 
 PRIVATE_NAMES = frozenset(
@@ -116,6 +121,8 @@ PRIVATE_NAMES = frozenset(
         DPO_ATTRIBUTES,
         ONLINE_METHODS,
         ONLINE_ATTRIBUTES,
+        REWARD_METHODS,
+        REWARD_ATTRIBUTES,
         VLLM_ATTRIBUTES,
         FORWARD_NAMES,
         *LIBRARY_NAMES.values(),
