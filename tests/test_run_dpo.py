@@ -14,25 +14,13 @@ from trl_ext import run_dpo
 from trl_ext.cli import main
 from trl_ext.trainers import arguments
 from trl_ext.trainers.arguments import explained
-from trl_ext.trainers.patch import ONLINE, STABLE
 
 
 CPU = ["--use_cpu", "--bf16", "false", "--report_to", "none", "--max_steps", "1", "--per_device_train_batch_size", "2"]
 
 
-@pytest.fixture(autouse=True)
-def trl_as_it_was():
-    """The command patches TRL in this process; the tests of other files need it as it is."""
-    import trl.experimental.online_dpo
-
-    names = [*STABLE, *ONLINE]
-    modules = [module for name, module in sys.modules.items() if name == "trl" or name.startswith("trl.")]
-    packages = [(trl, name) for name in STABLE] + [(trl.trainer, name) for name in STABLE]
-    before = {(module, name): getattr(module, name) for module, name in packages}
-    before |= {(module, name): vars(module)[name] for module in modules for name in names if name in vars(module)}
-    yield
-    for (module, name), value in before.items():
-        setattr(module, name, value)
+# The command patches TRL in this process
+pytestmark = pytest.mark.usefixtures("trl_as_it_was")
 
 
 @pytest.fixture
