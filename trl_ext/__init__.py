@@ -17,6 +17,8 @@ _ORIGIN = {
     "OnlineDPOConfig": "trl_ext.trainers.online.config",
     "OnlineDPOTrainer": "trl_ext.trainers.online.trainer",
     "PreferenceBatch": "trl_ext.losses",
+    "SFTConfig": "trl_ext.trainers.sft",
+    "SFTTrainer": "trl_ext.trainers.sft",
     "Scores": "trl_ext.trainers.online.rewards",
     "Selection": "trl_ext.trainers.online.selection",
     "TokenBatch": "trl_ext.losses",
@@ -34,6 +36,8 @@ __all__ = [
     "OnlineDPOConfig",
     "OnlineDPOTrainer",
     "PreferenceBatch",
+    "SFTConfig",
+    "SFTTrainer",
     "Scores",
     "Selection",
     "TokenBatch",
@@ -54,6 +58,7 @@ if TYPE_CHECKING:
     from trl_ext.trainers.online.selection import Selection
     from trl_ext.trainers.online.trainer import OnlineDPOTrainer
     from trl_ext.trainers.patch import patch_trl
+    from trl_ext.trainers.sft import SFTConfig, SFTTrainer
 
 
 def __getattr__(name: str):

@@ -47,5 +47,8 @@ from .names import (
     ONLINE_METHODS,
     ONLINE_TRAINER,
     PRIVATE_NAMES,
+    SFT_ATTRIBUTES,
+    SFT_METHODS,
+    SFT_TRAINER,
     VLLM_ATTRIBUTES,
 )

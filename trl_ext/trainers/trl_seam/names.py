@@ -3,7 +3,7 @@ The private names of TRL and other libraries that this package uses, by what has
 or extends stand here too.
 
 What a class or a module has is looked up when a trainer is loaded (`check.py`). What only an object has is looked up by the
-tests alone: `DPO_ATTRIBUTES`, `ONLINE_ATTRIBUTES`, `VLLM_ATTRIBUTES` and `OBJECT_NAMES`.
+tests alone: `DPO_ATTRIBUTES`, `ONLINE_ATTRIBUTES`, `SFT_ATTRIBUTES`, `VLLM_ATTRIBUTES` and `OBJECT_NAMES`.
 """
 
 # Methods of `trl.DPOTrainer` that ours extends, and attributes that it reads
@@ -82,6 +82,16 @@ ONLINE_ATTRIBUTES = (
     "vllm_mode",
 )
 
+# What ours extends or reads of `trl.SFTTrainer`
+SFT_METHODS = (
+    "_prepare_dataset",
+    "_set_signature_columns_if_needed",
+    "compute_loss",
+    "evaluate",
+    "get_batch_samples",
+)
+SFT_ATTRIBUTES = ("_name", "_paper", "_signature_columns", "chat_template")
+
 # Set by TRL where vLLM generates, and nowhere else
 VLLM_ATTRIBUTES = ("_last_loaded_step",)
 
@@ -105,9 +115,10 @@ OBJECT_NAMES = {
     "torch.compile": ("_orig_mod",),
 }
 
-# Looked up when any trainer is loaded, and when the online one is
+# Looked up when any trainer is loaded, and when the online one and that of supervised fine-tuning are
 ALL_TRAINERS = {"trl:DPOTrainer": DPO_METHODS, "trl.trainer.utils": FORWARD_NAMES, **LIBRARY_NAMES}
 ONLINE_TRAINER = {"trl.experimental.online_dpo:OnlineDPOTrainer": ONLINE_METHODS}
+SFT_TRAINER = {"trl:SFTTrainer": SFT_METHODS}
 
 PRIVATE_NAMES = frozenset(
     name
@@ -116,6 +127,8 @@ PRIVATE_NAMES = frozenset(
         DPO_ATTRIBUTES,
         ONLINE_METHODS,
         ONLINE_ATTRIBUTES,
+        SFT_METHODS,
+        SFT_ATTRIBUTES,
         VLLM_ATTRIBUTES,
         FORWARD_NAMES,
         *LIBRARY_NAMES.values(),
