@@ -234,7 +234,7 @@ class SFTTrainer(trl.SFTTrainer):
                 "All trained tokens of a step have the weight 0: its loss is 0, and it teaches nothing. Larger batches mix rows more."
             )
         for batch in batches:
-            batch[TOKEN_WEIGHTS] = batch[TOKEN_WEIGHTS] * (count / total if total else 0.0)
+            batch[TOKEN_WEIGHTS] = batch[TOKEN_WEIGHTS] * (count / (total or 1.0))
         return batches, num_items_in_batch
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -267,7 +267,8 @@ def _check_weighted(dataset: Any, args: Any, data_collator: Any, compute_loss_fu
     """Raise a `ValueError` for what token weights exclude."""
     first = next(iter(dataset))
     refused = {
-        "`packing`, whose rows are of several examples": getattr(args, "packing", False) or getattr(args, "eval_packing", False),
+        "`packing`, whose rows are of several examples": getattr(args, "packing", False)
+        or getattr(args, "eval_packing", False),
         "`loss_type='dft'`, which weighs tokens itself": getattr(args, "loss_type", "nll") == "dft",
         "`label_smoothing_factor`": getattr(args, "label_smoothing_factor", 0),
         "a `compute_loss_func`": compute_loss_func is not None,
