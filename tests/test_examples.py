@@ -24,6 +24,7 @@ METRIC = {
     "robust_em": "Reliability of each annotator",
     "madpo": "weight/mean",
     "online_dpo": "completions/mean_length",
+    "c_rlft": "mean_token_accuracy",
     "simpo": "per_token/margins",
     "step_apo": "offset/mean",
 }

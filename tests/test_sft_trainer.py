@@ -367,10 +367,11 @@ def test_virtual_tokens_of_an_adapter(tiny_model_dir, tmp_path):
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
-def test_after_our_dpo_on_a_copy_of_its_model(tiny_model_dir, tmp_path):
-    """A copied model keeps the forward of the one that it was copied from, which has other weights."""
-    first = build(DPOTrainer, DPOConfig, tiny_model_dir, tmp_path, loss_type="offset", max_steps=1)
-    first.train()
+@pytest.mark.parametrize("stage", [(trl.SFTTrainer, trl.SFTConfig), (DPOTrainer, DPOConfig)])
+def test_a_copy_of_the_model_of_an_earlier_stage(stage, tiny_model_dir, tmp_path):
+    """TRL's fused forward is copied with the model, and would run the weights of the one that it was copied from."""
+    data = Dataset.from_list(rows() if stage[0] is trl.SFTTrainer else preference_rows())
+    first = build(*stage, tiny_model_dir, tmp_path, dataset=data)
     copied = copy.deepcopy(first.model)
     with torch.no_grad():
         copied.lm_head.weight.mul_(1.5)
