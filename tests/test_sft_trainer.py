@@ -2,6 +2,8 @@
 
 import copy
 import math
+import runpy
+from pathlib import Path
 
 import pytest
 import torch
@@ -380,3 +382,31 @@ def test_a_copy_of_the_model_of_an_earlier_stage(stage, tiny_model_dir, tmp_path
     batch = second.data_collator([second.train_dataset[i] for i in range(8)])
     loss = second.compute_loss(second.model.eval(), dict(batch)).item()
     assert loss == pytest.approx(expected(nll(second, batch), WEIGHTS, False), rel=1e-5)
+
+
+def test_the_template_of_the_example(tiny_model_dir, tmp_path):
+    """The tag before each role; what is trained are the assistant's words; the best class where no other is given."""
+    script = runpy.run_path(str(Path(__file__).resolve().parents[1] / "examples" / "c_rlft.py"))
+    messages = [{"role": r, "content": r[0]} for r in ("system", "user", "assistant", "user", "assistant")]
+    data = [{"messages": messages, "condition": tag} for tag in ("Good", "Poor")]
+    template = script["CHAT_TEMPLATE"].replace("__BEST__", "Good")
+    trainer = built(tiny_model_dir, tmp_path, data, template, assistant_only_loss=True)
+    tokenizer, row = trainer.processing_class, trainer.train_dataset[1]
+    turn = "Poor User: u<|eos|>Poor Assistant: a<|eos|>"
+    assert tokenizer.decode(row["input_ids"]) == "System: s<|eos|>" + 2 * turn
+    trained = [i for i, label in zip(row["input_ids"], row["labels"], strict=True) if label != -100]
+    assert tokenizer.decode(trained) == 2 * " a<|eos|>"
+    asked = tokenizer.apply_chat_template(messages[1:2], add_generation_prompt=True, tokenize=False)
+    assert asked == "Good User: u<|eos|>Good Assistant:"
+
+
+def test_pairs_as_classes():
+    classes = runpy.run_path(str(Path(__file__).resolve().parents[1] / "examples" / "c_rlft.py"))["classes"]
+    pairs = {"prompt": ["p", "q"], "chosen": ["a", "b"], "rejected": ["c", "d"], "score_chosen": [1, 2]}
+    good, poor = {"condition": "Good", "weight": 1.0}, {"condition": "Poor", "weight": 0.1}
+    assert list(classes(Dataset.from_dict(pairs))) == [
+        {"prompt": "p", "completion": "a", **good}, {"prompt": "q", "completion": "b", **good},
+        {"prompt": "p", "completion": "c", **poor}, {"prompt": "q", "completion": "d", **poor},
+    ]  # fmt: skip
+    whole = {side: [[{"role": "user", "content": side}]] for side in ("chosen", "rejected")}
+    assert [row["messages"][0]["content"] for row in classes(Dataset.from_dict(whole))] == ["chosen", "rejected"]
