@@ -13,6 +13,7 @@ _ORIGIN = {
     "RowsCollator": "collator",
     "RewardFunction": "rewards",
     "RewardModel": "rewards",
+    "TextOverlap": "overlap",
     "calibrate": "calibration",
     "fit_temperature": "calibration",
     "from_groups": "groups",
@@ -31,6 +32,7 @@ __all__ = [
     "RewardFunction",
     "RewardModel",
     "RowsCollator",
+    "TextOverlap",
     "calibrate",
     "fit_temperature",
     "from_groups",
@@ -48,6 +50,7 @@ if TYPE_CHECKING:
     from .groups import from_groups
     from .inspection import inspect_preferences
     from .load import load_preferences
+    from .overlap import TextOverlap
     from .reasoning import EMPTY_TRACE, strip_reasoning_traces
     from .rewards import Ensemble, JudgeFunction, RewardFunction, RewardModel
     from .sampling import pair_traces, sample_completions
