@@ -288,8 +288,8 @@ def test_online(tiny_model_dir, tmp_path):
     assert [best[i] for i in (0, 1, 2, 3, 4, 7)] == [0, 1, 0, 1, 1, 0]
     assert all(scores.values[i, best[i]] == 1.0 > scores.values[i].min() >= 0 for i in (0, 1, 2, 3, 4, 7))
     trainer.train()
-    assert 0 < trainer.state.log_history[0]["rewards/rougeL"] < 1
-    assert "eval_rewards/rougeL" in trainer.evaluate()
+    assert 0 < trainer.state.log_history[0]["rewards/rougeL/mean"] < 1
+    assert "eval_rewards/rougeL/mean" in trainer.evaluate()
     with pytest.raises(ValueError, match=r"reads \['reference'\], which the eval dataset does not have"):
         trainer.evaluate(prompts(8))
 
