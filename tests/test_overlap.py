@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 
+from tests.helpers import build
 from tests.online.runs import Scripted, online, prompts, scripted
 from tests.test_rounds import settings
+from trl_ext import DPOConfig, DPOTrainer
 from trl_ext.cli import main
 from trl_ext.data import Ensemble, RewardFunction, TextOverlap, overlap, score_preferences
 from trl_ext.data.fingerprint import function_key
@@ -253,6 +255,17 @@ def test_among_several_rewards():
     assert scored["score_chosen"] == pytest.approx([20 + 5 / 6, 40 + 1 / 2])
     told.columns = ("hint",)
     assert score_preferences(Dataset.from_list(rows), told)["score_chosen"] == [10.0, 20.0]
+
+
+def test_offline_in_the_trainer(tiny_model_dir, tmp_path):
+    """Pairs are scored by their references, the scores are learnt from, and the references go no further."""
+    trainer = build(
+        DPOTrainer, DPOConfig, tiny_model_dir, tmp_path, dataset=Dataset.from_list(PAIRS * 2), loss_type="anchored",
+        trainer_kwargs={"reward_funcs": TextOverlap("rougeL")}, max_steps=1,
+    )  # fmt: skip
+    targets = [1 / (1 + math.exp(-margin)) for margin in (5 / 6, -1 / 2)]
+    trainer.train()
+    assert trainer.state.log_history[0]["target/mean"] == pytest.approx(sum(targets) / 2, rel=1e-5)
 
 
 def test_columns_that_cannot_be_read(calls):

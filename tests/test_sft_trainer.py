@@ -4,6 +4,7 @@ import copy
 import math
 import runpy
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from transformers import AutoTokenizer
 from tests.conftest import CHAT_TEMPLATE, preference_rows
 from tests.helpers import assert_same_parameters, build, first_batch, history, loss_and_gradients, options, parameters
 from trl_ext import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from trl_ext.trainers.sft import refuse_sharded_sequences
 
 
 WEIGHTS = (1.0, 0.1, 0.0, 0.02, 0.3, 0.1, 1.0, 0.004)
@@ -285,6 +287,14 @@ TOKENIZED = [{"input_ids": [7, 8, 9], "labels": [-100, 8, 9], "condition": "A"}]
 def test_refused(data, overrides, message, tiny_model_dir, tmp_path):
     with pytest.raises(ValueError, match=message):
         sft(tiny_model_dir, tmp_path, data, **overrides)
+
+
+def test_sequences_that_are_cut_among_devices():
+    """Such a run takes several devices."""
+    for given in ({"cp_enabled": True, "sp_enabled": False}, {"cp_enabled": False, "sp_enabled": True}):
+        with pytest.raises(ValueError, match="under context or sequence parallelism"):
+            refuse_sharded_sequences(SimpleNamespace(**given))
+    refuse_sharded_sequences(SimpleNamespace(cp_enabled=False, sp_enabled=False))
 
 
 def test_messages_without_a_place(tiny_model_dir, tmp_path):

@@ -194,7 +194,7 @@ class SFTTrainer(trl.SFTTrainer):
         if self._columns:
             self._name, self._paper = "C-RLFT", PAPER
         if self._weighted:
-            _refuse_sharded_sequences(self.accelerator.parallelism_config)
+            refuse_sharded_sequences(self.accelerator.parallelism_config)
             theirs = {each.name: getattr(self.data_collator, each.name) for each in fields(self.data_collator)}
             self.data_collator = WeightedCollator(**theirs, per_sequence=per_sequence)
 
@@ -283,7 +283,8 @@ def _check_weighted(dataset: Any, args: Any, data_collator: Any, compute_loss_fu
             )
 
 
-def _refuse_sharded_sequences(parallelism: Any) -> None:
+def refuse_sharded_sequences(parallelism: Any) -> None:
+    """Raise a `ValueError` where accelerate cuts sequences among devices: it would not cut the weights of their tokens."""
     if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
         raise ValueError(
             "Weights of tokens are not cut with the sequence under context or sequence parallelism: leave `weight` and "
