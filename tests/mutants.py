@@ -50,6 +50,7 @@ TRAINER_TESTS = [
     "tests/test_reward_trainer.py",
     "tests/test_scoring.py",
     "tests/test_second_stage.py",
+    "tests/test_sft_trainer.py",
     "tests/test_shared_models.py",
     "tests/test_shared_prompts.py",
     "tests/test_statistics.py",
@@ -70,6 +71,7 @@ DATA_TESTS = [
     "tests/test_further.py",
     "tests/test_groups.py",
     "tests/test_inspection.py",
+    "tests/test_overlap.py",
     "tests/test_pairing.py",
     "tests/test_paths.py",
     "tests/test_preference_judge.py",
@@ -78,6 +80,7 @@ DATA_TESTS = [
     "tests/test_rewards.py",
     "tests/test_sampling.py",
     "tests/test_scores.py",
+    "tests/test_sft_trainer.py",
     "tests/test_tokens.py",
 ]
 # Whole rounds (test_rounds.py) are left out: three quarters of the room's time, and nothing that its stages do not show

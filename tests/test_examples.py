@@ -24,6 +24,7 @@ METRIC = {
     "robust_em": "Reliability of each annotator",
     "madpo": "weight/mean",
     "online_dpo": "completions/mean_length",
+    "c_rlft": "mean_token_accuracy",
     "simpo": "per_token/margins",
     "step_apo": "offset/mean",
     "preference_model": "eval_accuracy",
@@ -45,7 +46,7 @@ def test_one_for_every_loss():
     assert all(f"[{name}.py]({name}.py)" in readme for name in EXAMPLES)
 
 
-@pytest.mark.parametrize("name", EXAMPLES)
+@pytest.mark.parametrize("name", [*EXAMPLES, "online_dpo with reference answers"])
 def test_example(name, tiny_model_dir, shared_data, tmp_path):
     rows = (shared_data / "imdb_sentiment" / "pairs_train.jsonl").read_text().splitlines()[:24]
     if name == "bias_variance":  # reviews have no traces: one is made up
@@ -57,6 +58,9 @@ def test_example(name, tiny_model_dir, shared_data, tmp_path):
         rows = [
             row.replace('"score_chosen"', '"q_chosen"').replace('"score_rejected"', '"q_rejected"') for row in rows
         ]
+    name, _, with_references = name.partition(" ")
+    if with_references:
+        rows = [row.replace('"chosen"', '"reference"') for row in rows]
     data = tmp_path / "pairs.jsonl"
     data.write_text("\n".join(rows))
     command = [sys.executable, ROOT / "examples" / f"{name}.py", "--model_name_or_path", tiny_model_dir, "--dataset_name", data,
@@ -65,11 +69,12 @@ def test_example(name, tiny_model_dir, shared_data, tmp_path):
     if name == "madpo":
         command += ["--reward_max_steps", "2", "--held_out", "0.25"]
     if name == "online_dpo":
-        command += ["--max_new_tokens", "8"]
+        command += ["--max_new_tokens", "8", *(["--overlap", "bleu"] if with_references else [])]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_DATASETS_CACHE": str(tmp_path / "cache"),
                    "TRL_EXT_CACHE": str(tmp_path / "scores")}  # fmt: skip
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert METRIC[name] in done.stdout
+    assert ("rewards/bleu/mean" in done.stdout) == bool(with_references)
     assert (tmp_path / "out" / "model.safetensors").is_file()
     assert "huggingface.co/papers" in (tmp_path / "out" / "README.md").read_text()

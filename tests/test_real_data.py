@@ -1,5 +1,7 @@
 """Training on real scored preferences raises the preference accuracy on pairs that were held out."""
 
+import json
+
 import pytest
 import torch
 from datasets import Dataset, load_dataset
@@ -7,7 +9,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from tests.conftest import build_tokenizer
 from tests.helpers import OUR_LOSSES, REFERENCE_FREE, options
-from trl_ext import DPOConfig, DPOTrainer, PreferenceModel
+from trl_ext import DPOConfig, DPOTrainer, PreferenceModel, SFTConfig, SFTTrainer
 from trl_ext.data import score_preferences
 from trl_ext.trainers.reward import RewardConfig, RewardTrainer
 
@@ -98,3 +100,37 @@ def test_a_preference_model_learns_what_is_preferred(imdb, tmp_path):
     judge = PreferenceModel(trainer.model, trainer.processing_class)
     scored = score_preferences(pairs["test"].select(range(32)), judge=judge, cache_dir=tmp_path / "scores")
     assert sum(p > 0.5 for p in scored["preference_prob"]) / 32 > 0.55
+
+
+def test_the_class_with_the_weight_is_learnt(imdb, shared_data, tmp_path):
+    """Fine-tuned on reviews and on summaries, a model writes as the class of which rows count a hundred times as much."""
+    path, reviews, _ = imdb
+
+    def rows(split, kind, count, weight=1.0):
+        if kind == "review":
+            texts = [row["prompt"] + row["chosen"] for row in reviews[split].select(range(count))]
+        else:
+            lines = (shared_data / "tldr_likert" / f"{split}.jsonl").read_text().splitlines()[:count]
+            texts = [json.loads(line)["chosen"] for line in lines]
+        return [{"text": " ".join(text.split()[:16]), "condition": f"A {kind}:", "weight": weight} for text in texts]
+
+    kinds = ("review", "summary")
+    losses = []
+    for weights in ((1.0, 0.01), (0.01, 1.0)):
+        train = [row for kind, weight in zip(kinds, weights, strict=True) for row in rows("train", kind, 160, weight)]
+        trainer = SFTTrainer(
+            model=str(path),
+            args=SFTConfig(
+                **options(
+                    tmp_path, max_steps=20, per_device_train_batch_size=16, learning_rate=3e-3, per_device_eval_batch_size=64,
+                    gradient_checkpointing=False,
+                )
+            ),
+            train_dataset=Dataset.from_list(train),
+            eval_dataset={kind: Dataset.from_list(rows("test", kind, 50)) for kind in kinds},
+        )  # fmt: skip
+        trainer.train()
+        logged = trainer.evaluate()
+        losses.append([logged[f"eval_{kind}_loss"] for kind in kinds])
+    (review, summary), (other_review, other_summary) = losses
+    assert review < other_review - 0.05 and summary > other_summary + 0.05, losses

@@ -63,6 +63,14 @@ def test_names_of_the_reward_trainer(tiny_model_dir, tmp_path):
         trl.RewardTrainer(trainer.model, trl.RewardConfig(**options(tmp_path)), train_dataset=Dataset.from_list(rows))
 
 
+def test_names_of_fine_tuning(tiny_model_dir, tmp_path):
+    trl_seam.require_names(trl_seam.SFT_TRAINER)
+    data = Dataset.from_list([{"text": row["prompt"]} for row in preference_rows(4)])
+    trainer = build(trl.SFTTrainer, trl.SFTConfig, tiny_model_dir, tmp_path, dataset=data)
+    for name in trl_seam.SFT_ATTRIBUTES:
+        assert hasattr(trainer, name), name
+
+
 def test_names_of_vllm():
     source = inspect.getsource(OnlineDPOTrainer)
     for name in trl_seam.VLLM_ATTRIBUTES:
@@ -89,6 +97,7 @@ def test_what_ours_replaces_in_a_trainer_is_listed():
         (trl_ext.DPOTrainer, trl_seam.DPO_METHODS),
         (trl_ext.OnlineDPOTrainer, trl_seam.ONLINE_METHODS),
         (RewardTrainer, trl_seam.REWARD_METHODS),
+        (trl_ext.SFTTrainer, trl_seam.SFT_METHODS),
     ):
         own = [cls for cls in ours.__mro__ if cls.__module__.startswith("trl_ext.")]
         theirs = {name for cls in ours.__mro__[:-1] if cls not in own for name in vars(cls)}
@@ -169,6 +178,12 @@ def test_signatures():
 def test_arguments_of_the_trainer_are_trls():
     theirs, ours = (inspect.signature(cls.__init__).parameters for cls in (trl.DPOTrainer, trl_ext.DPOTrainer))
     assert list(ours) == [*theirs, "reward_funcs", "judge"]
+    assert all(ours[name].default == theirs[name].default for name in theirs)
+
+
+def test_arguments_of_fine_tuning_are_trls():
+    theirs, ours = (inspect.signature(cls.__init__).parameters for cls in (trl.SFTTrainer, trl_ext.SFTTrainer))
+    assert list(ours) == list(theirs)
     assert all(ours[name].default == theirs[name].default for name in theirs)
 
 

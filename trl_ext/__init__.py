@@ -18,6 +18,8 @@ _ORIGIN = {
     "OnlineDPOTrainer": "trl_ext.trainers.online.trainer",
     "PreferenceBatch": "trl_ext.losses",
     "PreferenceModel": "trl_ext.data.preference_model",
+    "SFTConfig": "trl_ext.trainers.sft",
+    "SFTTrainer": "trl_ext.trainers.sft",
     "Scores": "trl_ext.trainers.online.rewards",
     "Selection": "trl_ext.trainers.online.selection",
     "TokenBatch": "trl_ext.losses",
@@ -36,6 +38,8 @@ __all__ = [
     "OnlineDPOTrainer",
     "PreferenceBatch",
     "PreferenceModel",
+    "SFTConfig",
+    "SFTTrainer",
     "Scores",
     "Selection",
     "TokenBatch",
@@ -57,6 +61,7 @@ if TYPE_CHECKING:
     from trl_ext.trainers.online.selection import Selection
     from trl_ext.trainers.online.trainer import OnlineDPOTrainer
     from trl_ext.trainers.patch import patch_trl
+    from trl_ext.trainers.sft import SFTConfig, SFTTrainer
 
 
 def __getattr__(name: str):

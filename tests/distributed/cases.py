@@ -328,6 +328,20 @@ def preferring(model_dir: Path, folder: Path) -> dict[str, Any]:
     return {"judge": outcome(judge), "online": online}
 
 
+def fine_tuned(model_dir: Path, folder: Path, steps: int = 1, **options) -> dict[str, Any]:
+    """Weighted rows, of which the two processes have different sums of weights and numbers of tokens."""
+    rows = [
+        {"prompt": row["prompt"], "completion": row["chosen"], "condition": "AB"[index % 2], "weight": 0.01 * index**2}
+        for index, row in enumerate(preference_rows(ROWS))
+    ]
+    trained = build(
+        trl_ext.SFTTrainer, trl_ext.SFTConfig, model_dir, folder, dataset=Dataset.from_list(rows),
+        per_device_train_batch_size=ROWS // WORLD // steps, gradient_accumulation_steps=steps, **{**SGD, **PLACED, **options},
+    )  # fmt: skip
+    trained.train()
+    return outcome(trained)
+
+
 EVERY = prompts(ROWS)
 ADAPTER = partial(scripted, peft=lora(), loss_type="anchored", **MOVES, max_steps=3, learning_rate=1.0)
 HEAD = partial(train, peft=lora(modules_to_save=["lm_head"]), loss_type="offset")
@@ -350,6 +364,8 @@ CASES = {
         "online": partial(scripted, num_generations=4, loss_type=["offset", "anchored"]),
         "remembering online": remembering_online,
         "preferring": preferring,
+        "fine-tuned": fine_tuned,
+        "fine-tuned per sequence": partial(fine_tuned, steps=2, per_sequence_loss=True),
     },
     "fsdp": {
         "every loss": every_loss,
@@ -363,6 +379,7 @@ CASES = {
         "online": partial(scripted, num_generations=4, loss_type="anchored", pairing="group"),
         "generated": partial(generated, generation_kwargs={"do_sample": False}),
         "sampled": partial(generated, temperature=1e-4),
+        "fine-tuned": fine_tuned,
     },
     "zero": {
         "every loss": every_loss,

@@ -14,6 +14,7 @@ _ORIGIN = {
     "RowsCollator": "collator",
     "RewardFunction": "rewards",
     "RewardModel": "rewards",
+    "TextOverlap": "overlap",
     "calibrate": "calibration",
     "fit_temperature": "calibration",
     "from_groups": "groups",
@@ -34,6 +35,7 @@ __all__ = [
     "RewardFunction",
     "RewardModel",
     "RowsCollator",
+    "TextOverlap",
     "calibrate",
     "fit_temperature",
     "from_groups",
@@ -52,6 +54,7 @@ if TYPE_CHECKING:
     from .groups import from_groups
     from .inspection import inspect_preferences
     from .load import load_preferences
+    from .overlap import TextOverlap
     from .preference_model import PreferenceModel, preference_score
     from .reasoning import EMPTY_TRACE, strip_reasoning_traces
     from .rewards import Ensemble, JudgeFunction, RewardFunction, RewardModel

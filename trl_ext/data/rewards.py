@@ -62,17 +62,31 @@ class RewardFunction:
             What scores are kept under. By default the source of the function and of the modules it uses is, so that scores are
             computed anew when it is edited. Where the source cannot be had (a notebook, `python -`), scores are not kept
             unless a version is given; then change it with the function.
+        columns (`Sequence[str]`, *optional*):
+            Columns of the dataset that the function is called with beside `prompts` and `completions`, by their names, as online
+            training calls it with all of them. Those that the function names in an attribute `columns` by default, as
+            [`TextOverlap`] does.
     """
 
     function: Callable[..., Sequence[float]]
     version: str | None = None
+    columns: Sequence[str] | None = None
+
+    def __post_init__(self):
+        if self.columns is None:
+            self.columns = read_columns(self.function)
 
     def key(self) -> str | None:
         """What a score depends on beside the text; `None` where nobody can say."""
         return function_key(self.function, self.version, "function")
 
-    def __call__(self, prompts: Sequence[Text], completions: Sequence[Text]) -> list[float]:
-        return finite_numbers(self.function(prompts=list(prompts), completions=list(completions)), completions)
+    def __call__(
+        self, prompts: Sequence[Text], completions: Sequence[Text], rows: Sequence[dict] | None = None
+    ) -> list[float]:
+        """The reward of each completion; `rows` have the values of `columns`, one dict per completion."""
+        columns = {name: [row[name] for row in rows] for name in self.columns} if self.columns else {}
+        answer = self.function(prompts=list(prompts), completions=list(completions), **columns)
+        return finite_numbers(answer, completions)
 
 
 @dataclass
@@ -201,6 +215,14 @@ def reward_models(reward: Any) -> list[Classifier]:
     if isinstance(reward, Ensemble):
         return [model for each in reward.reward_funcs for model in reward_models(each)]
     return [reward] if isinstance(reward, Classifier) else []
+
+
+def read_columns(reward: Any) -> tuple[str, ...]:
+    """Columns of the dataset that a reward, or one of several, says that it reads."""
+    if isinstance(reward, Ensemble):
+        return tuple(dict.fromkeys(name for each in reward.reward_funcs for name in read_columns(each)))
+    columns = getattr(reward, "columns", None)
+    return tuple(columns) if isinstance(columns, (list, tuple)) else ()
 
 
 def finite_numbers(answer: Any, texts: Sequence[Text]) -> list[float]:

@@ -20,7 +20,7 @@ from trl_ext.data.cache import Ledger, content_key, default_folder, processes
 from trl_ext.data.calibration import fit_temperature
 from trl_ext.data.checks import check_count, require_columns
 from trl_ext.data.preference_model import PreferenceModel, probabilities
-from trl_ext.data.rewards import JUDGES, Ensemble, JudgeFunction, RewardModel, as_scorer, reward_models
+from trl_ext.data.rewards import JUDGES, Ensemble, JudgeFunction, RewardModel, as_scorer, read_columns, reward_models
 from trl_ext.data.tokens import Text, require_chat_template, template_arguments
 
 
@@ -86,8 +86,12 @@ def score_preferences(
     folder = Path(cache_dir) if cache_dir is not None else default_folder() / "scores"
     if isinstance(scorer, JUDGES):
         return _add_preferences(dataset, scorer, grouped, batch_size, folder)
+    columns = read_columns(scorer)
+    check_columns(dataset, columns)
     texts = [
-        (row["prompt"], completion, template_arguments(row)) for row in dataset for completion in _completions(row)
+        (row["prompt"], completion, template_arguments(row), {name: row[name] for name in columns})
+        for row in dataset
+        for completion in _completions(row)
     ]
     scores = iter(_scores(texts, scorer, batch_size, folder))
     if grouped:
@@ -171,16 +175,29 @@ def check_renderable(dataset: Dataset, scorer: Any) -> None:
             require_chat_template(model.processing_class)
 
 
-def _scores(texts: list[tuple[Text, Text, dict]], reward: Any, batch_size: int, folder: Path) -> list[float]:
-    """Score of each (prompt, completion, arguments of the chat template), in their order."""
+def check_columns(dataset: Dataset, columns: Sequence[str]) -> None:
+    """Raise a `ValueError` for a column that a reward reads and that is not there, or is empty in a row."""
+    require_columns(dataset, list(columns), " A reward reads them.")
+    for name in columns:
+        for index, value in enumerate(dataset[name]):
+            if value is None or value in ("", []):
+                raise ValueError(
+                    f"Row {index} has {value!r} in the column {name!r}, which a reward reads. Remove the row, or give a value."
+                )
+
+
+def _scores(texts: list[tuple[Text, Text, dict, dict]], reward: Any, batch_size: int, folder: Path) -> list[float]:
+    """Score of each (prompt, completion, arguments of the chat template, columns that a reward reads), in their order."""
     if isinstance(reward, Ensemble):
         members = [_scores(texts, each, batch_size, folder) for each in reward.reward_funcs]
         return [reward.combined(values) for values in zip(*members, strict=True)]
     name = reward.key()
     if isinstance(reward, RewardModel):
         reward.model.to(processes().device)
-    else:
-        texts = [text[:2] for text in texts]  # a function sees no template
+        texts = [text[:3] for text in texts]
+    else:  # a function sees no template, and of the row what it reads
+        own = [({name: row[name] for name in reward.columns},) if reward.columns else () for *_, row in texts]
+        texts = [(*text[:2], *row) for text, row in zip(texts, own, strict=True)]
     keys = [content_key(*text) for text in texts]
     known = _computed(
         name,

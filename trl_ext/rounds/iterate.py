@@ -11,9 +11,9 @@ from transformers.integrations import get_reporting_integration_callbacks
 
 from trl_ext.data.cache import content_seed, processes, write_atomically
 from trl_ext.data.groups import from_groups
-from trl_ext.data.rewards import JUDGES
+from trl_ext.data.rewards import JUDGES, read_columns
 from trl_ext.data.sampling import sample_completions
-from trl_ext.data.scores import score_preferences
+from trl_ext.data.scores import check_columns, score_preferences
 from trl_ext.rounds.checks import load_rows, refuse_unloadable_model
 from trl_ext.rounds.config import RoundsConfig
 from trl_ext.rounds.disk import claim, dataset_stage, stage
@@ -96,8 +96,11 @@ class IterativeDPO:
         prompts = load_rows(self.config.prompts, "prompts")
         if "prompt" not in prompts.column_names:
             raise ValueError(f"{self.config.prompts} has no column 'prompt'; its columns are {prompts.column_names}.")
-        # The prompt, and what the chat template reads beside it
-        return prompts.select_columns([name for name in ("prompt", *TEMPLATE) if name in prompts.column_names])
+        read = read_columns(self.config.scorer)
+        check_columns(prompts, read)
+        # The prompt, and what the chat template and rewards read beside it
+        kept = dict.fromkeys(("prompt", *TEMPLATE, *read))
+        return prompts.select_columns([name for name in kept if name in prompts.column_names])
 
     @property
     def _read(self) -> set[str]:

@@ -1,6 +1,6 @@
 """What can be said about an online run before it begins, and about rewards before they are learnt from."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from trl_ext.data.classifier import refuse_preference_model
 from trl_ext.data.columns import PAIRS, TEXT_COLUMNS
 from trl_ext.data.paths import refuse_missing_path
 from trl_ext.data.preference_model import PreferenceModel
-from trl_ext.data.rewards import RewardModel
+from trl_ext.data.rewards import RewardModel, read_columns
 from trl_ext.data.tokens import require_chat_template
 
 
@@ -136,6 +136,17 @@ def check_preference_model(judge: PreferenceModel, prompt: Any) -> None:
     judge.load()
     if isinstance(prompt, list):
         require_chat_template(judge.processing_class)
+
+
+def check_reward_columns(reward_funcs: Sequence[Any], available: Sequence[str], split: str) -> None:
+    """Raise a `ValueError` where a dataset lacks a column that a reward function says that it reads, by an attribute `columns`."""
+    for reward in reward_funcs:
+        missing = [name for name in read_columns(reward) if name not in available]
+        if missing:
+            raise ValueError(
+                f"The reward function {reward!r} reads {missing}, which the {split} dataset does not have. Its columns are "
+                f"{sorted(available)}."
+            )
 
 
 def check_rewards(name: str, loss: Any, columns: Mapping[str, torch.Tensor]) -> None:

@@ -152,7 +152,7 @@ class OnlineDPOTrainer(Generation, Evaluation, WithTerms, TRLOnlineDPOTrainer):
         if args.accelerator_config.dispatch_batches is None:
             # Of streams: texts are no tensors that one process could send to others
             args.accelerator_config.dispatch_batches = False
-        self._data = PromptData(losses, judge is not None, processing_class, args)
+        self._data = PromptData(losses, judge is not None, processing_class, args, reward_funcs)
         train_dataset, eval_dataset = self._data.training(train_dataset), self._data.evaluation(eval_dataset)
         if isinstance(judge, PreferenceModel):
             check_preference_model(judge, next(iter(train_dataset))["prompt"])
