@@ -78,7 +78,8 @@ class PreferenceBatch:
         beta (`float`, *optional*, defaults to `0.1`):
             DPO temperature: rewards are `beta` times log-ratios.
         columns (`dict[str, torch.Tensor]`, *optional*, defaults to `{}`):
-            Numeric dataset columns by name, each of shape `(B,)`.
+            Numeric dataset columns by name, each of shape `(B,)`. Scores have the shape `(B, M)` where the data holds a list of
+            them, one of each of `M` reward models, which is given to losses that state `takes_lists`.
         empty_trace ([`PreferenceBatch`], *optional*):
             The pair that the same prompts gave with reasoning switched off. Rows that have none count 0 tokens there.
         state (`dict[str, torch.Tensor]`, *optional*, defaults to `{}`):
@@ -115,7 +116,7 @@ class PreferenceBatch:
         return self.chosen_logratios - self.rejected_logratios
 
     def column(self, name: str) -> torch.Tensor:
-        """The column `name`, shape `(B,)`, in float32 or wider; a `ValueError` that lists what is there if absent."""
+        """The column `name` as `columns` has it, in float32 or wider; a `ValueError` that lists what is there if absent."""
         if name not in self.columns:
             raise ValueError(f"The batch has no column {name!r}; its columns are {sorted(self.columns)}.")
         return widened(self.columns[name])

@@ -17,7 +17,7 @@ from trl.experimental.utils import create_reference_model
 from trl.trainer.callbacks import SyncRefModelCallback
 from trl.trainer.utils import add_fused_lm_head, create_model_from_path
 
-from trl_ext.data.columns import WEIGHT
+from trl_ext.data.columns import WEIGHT, takes_each_reward
 from trl_ext.generation import Completions
 from trl_ext.rows import from_batch, to_batch
 from trl_ext.trainers.online.checks import check_arguments, check_reference, check_rewards, reads_win_rates
@@ -78,6 +78,11 @@ class OnlineDPOTrainer(Generation, Evaluation, WithTerms, TRLOnlineDPOTrainer):
     ```
 
     Args:
+        reward_funcs (*optional*):
+            TRL's: a function, a reward model, or a list of them, whose rewards times `reward_weights` are added up. That total
+            chooses the pairs and is what losses read as scores, but for a loss that takes each of several (`reward_distillation`):
+            it gets a list per completion, each entry less the penalties, and learns from completions on which all functions have
+            an opinion. Beside a loss that reads one score that is an error.
         args ([`OnlineDPOConfig`] or TRL's, *optional*):
             Configuration.
         judge (`Callable`, *optional*):
@@ -138,6 +143,7 @@ class OnlineDPOTrainer(Generation, Evaluation, WithTerms, TRLOnlineDPOTrainer):
             args,
         )
         self.judge = judge
+        self._each_reward = len(reward_funcs) > 1 and takes_each_reward(losses)
         if train_dataset is None:
             raise ValueError("`train_dataset` is required: a dataset with a column `prompt`.")
         if args.accelerator_config.dispatch_batches is None:
@@ -241,7 +247,7 @@ class OnlineDPOTrainer(Generation, Evaluation, WithTerms, TRLOnlineDPOTrainer):
         """Second step: what each completion is worth, penalties included."""
         if self.judge is not None:
             return judge_scores(self.judge, completions.prompts, completions.texts)
-        return reward_scores(self, inputs, completions)
+        return reward_scores(self, inputs, completions, self._each_reward)
 
     def pair(self, completions: Completions, scores: Scores) -> Selection:
         """Third step: which completions are learnt from, and which are preferred to which."""
