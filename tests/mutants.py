@@ -120,6 +120,7 @@ REPEATED = [
             "asft",
             "cpo",
             "eurus",
+            "reward_distillation",
             "simpo",
             "step_apo",
         )
