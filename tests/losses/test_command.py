@@ -153,7 +153,17 @@ def test_what_one_loss_says(name, lines, capsys):
 
 def test_how_sure_a_formula_is(capsys):
     """Said where it was read neither in the paper nor in its authors' code."""
-    unsure = {"asft", "bias_variance", "eurus", "inpo", "length_regularized", "reward_distillation", "robust_em", "sppo_soft", "step_apo"}
+    unsure = {
+        "asft",
+        "bias_variance",
+        "eurus",
+        "inpo",
+        "length_regularized",
+        "reward_distillation",
+        "robust_em",
+        "sppo_soft",
+        "step_apo",
+    }
     for name in ("offset", "cpo", "simpo", *unsure):
         assert main(["losses", name]) == 0
         said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("How sure: ")]
