@@ -331,6 +331,15 @@ def test_inspection_of_lists_that_cannot_be_used():
     assert len(report.margins) == 2
 
 
+def test_inspection_of_ratings_that_are_lists():
+    """What is minded about whole numbers and missing scores is said of numbers alone."""
+    ratings = [{**row, "score_chosen": [5, 4], "score_rejected": [1, 2]} for row in preference_rows(4)]
+    for row in ratings:
+        del row["preference_prob"]
+    report = inspect_preferences(Dataset.from_list(ratings))
+    assert report.margins == [3.0] * 4 and report.remarks == {}
+
+
 def test_calibration_is_of_one_reward():
     data = Dataset.from_list(rows_with_lists(4))
     with pytest.raises(ValueError, match=r"The scores are lists.*calibrate\(\[a\[0\] - b\[0\] for a, b in"):

@@ -120,3 +120,10 @@ def test_a_mixture_takes_lists_where_its_base_does():
     loss = get_loss("bias_variance", base="e_dpo", base_kwargs={"combine": "min"}, alpha=0.25)
     # Gaps 1 and -1; squares 9 and 1, and 4 and 16
     assert loss(given).tolist() == pytest.approx([0.25 * 1 + 0.75 * 4])
+
+
+@pytest.mark.parametrize("name", ["offset", "anchored", "margin_adaptive", "sppo_soft"])
+def test_losses_that_take_one_score_refuse_lists(name):
+    """Two pairs with two scores each would broadcast to four values."""
+    with pytest.raises(ValueError, match=r"'score_chosen' has shape \(2, 2\): lists.*`takes_lists`"):
+        get_loss(name)(ensemble([0.0, 1.0], [[0.9, 0.8]] * 2, [[0.1, 0.2]] * 2))

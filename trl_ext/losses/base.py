@@ -77,7 +77,7 @@ class Loss:
         update_first (`bool`): Whether the loss reads the state that has taken the micro-batch in, else the one before.
         takes_groups (`bool`): Whether it also accepts a [`GroupBatch`].
         takes_lists (`bool`): Whether `score_chosen` and `score_rejected` may hold a list in each row, one number per reward
-            model: `batch.columns` then has them as `(B, M)`. Where they are numbers it is given `(B,)`, as every loss. A loss
+            model: `batch.column(name, lists=True)` then has the shape `(B, M)`. Where they are numbers it is given `(B,)`, as every loss. A loss
             that does not say so is never given lists: where it stands beside one that does, scores have to be numbers.
     """
 

@@ -61,7 +61,8 @@ class RewardDistillationLoss(Loss):
 
     def gaps(self, batch: PreferenceBatch) -> torch.Tensor:
         """Reward of the chosen minus that of the rejected completion under each of `M` reward models, shape `(B, M)`."""
-        gaps = (batch.column("score_chosen") - batch.column("score_rejected")).detach()
+        chosen, rejected = (batch.column(name, lists=True) for name in self.columns)
+        gaps = (chosen - rejected).detach()
         gaps = gaps.view(len(gaps), -1)
         refuse_values(~gaps.isfinite().all(dim=1), f"reward_distillation: {list(self.columns)} must be finite.")
         return gaps
