@@ -34,6 +34,7 @@ TRL_LOSSES: dict[str, dict[str, Any]] = {
 OUR_LOSSES = (
     "alpha_dpo",
     "beta_dpo",
+    "reward_distillation",
     "robust_em",
     "offset",
     "anchored",
@@ -60,6 +61,7 @@ WITH_STATE = ("alpha_dpo", "beta_dpo", "robust_em")
 LOSS_METRICS = {
     "alpha_dpo": {"margin/mean", "gap/running_mean", "gap/running_std"},
     "beta_dpo": {"beta/adapted", "kept/share", "delta/running_mean", "delta/running_std"},
+    "reward_distillation": {"reward_gap/wanted"},
     "robust_em": {"confidence/mean", "reliability/mean", "reliability/min", "reliability/max"},
     "offset": {"offset/mean"},
     "anchored": {"target/mean"},

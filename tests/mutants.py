@@ -125,6 +125,7 @@ REPEATED = [
             "asft",
             "cpo",
             "eurus",
+            "reward_distillation",
             "simpo",
             "step_apo",
         )

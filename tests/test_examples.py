@@ -21,6 +21,7 @@ METRIC = {
     "length_regularized": "length_gap/mean",
     "alpha_dpo": "gap/running_mean",
     "beta_dpo": "beta/adapted",
+    "reward_distillation": "reward_gap/wanted",
     "robust_em": "Reliability of each annotator",
     "madpo": "weight/mean",
     "online_dpo": "completions/mean_length",

@@ -109,7 +109,14 @@ def test_arguments_of_a_function():
     assert keyword_arguments(function) == {"b": int, "c": Any}
 
 
+TWO = ["tests.test_rounds:length", "tests.test_rounds:length"]
 REFUSED = [
+    (
+        {"reward_funcs": TWO, "training": {"loss_type": ["e_dpo", "sigmoid"]}},
+        r"take each of several rewards, and rounds keep one score per completion.*`reward_funcs=\{\"mean\": \[...\]\}`",
+    ),
+    ({"reward_funcs": TWO, "training": {"loss_type": ["e_dpo", "offset"]}}, r"take each and \['offset'\] the sum"),
+    ({"reward_funcs": Ensemble([length, length], "list")}, r"takes one number: give `Ensemble\(\[...\], \"mean\"\)`"),
     ({"rounds": 0}, "`rounds=0` must be a whole number, at least 1"),
     ({"rounds": 2.0}, "`rounds=2.0` is a float; expected a whole number"),
     ({"num_generations": 1}, "`num_generations=1` must be a whole number, at least 2"),
@@ -210,6 +217,8 @@ def test_refused(change, message, tiny_model_dir, prompts, tmp_path):
         {"training": {"loss_type": "sppo_soft", "loss_kwargs": {"target": "score"}}},
         {"scoring": {"temperature": 2}, "min_margin": 1, "prompts_per_round": 1, "replay_share": 0},
         {"rounds": 1, "num_generations": 2, "extrapolation": -0.5},
+        {"reward_funcs": {"mean": TWO}, "training": {"loss_type": "e_dpo"}},
+        {"reward_funcs": TWO, "training": {"loss_type": "offset"}},
     ],
 )
 def test_accepted(change, tiny_model_dir, prompts, tmp_path):

@@ -247,3 +247,17 @@ def test_trl_is_left_as_it_was():
         trl.DPOTrainer.__module__ == "trl.trainer.dpo_trainer" and trl.DPOConfig.__module__ == "trl.trainer.dpo_config"
     )
     assert trl.experimental.online_dpo.OnlineDPOTrainer.__module__.startswith("trl.experimental")
+
+
+def test_scores_as_lists(tiny_model_dir, here, capsys):
+    rows = [{**row, "score_chosen": [1.0, 0.5], "score_rejected": [0.0, -0.5]} for row in preference_rows(6)]
+    (here / "lists.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    kwargs = ["--loss_kwargs", '{"combine": "min"}', "--logging_steps", "1"]
+    assert main(command(tiny_model_dir, "--loss_type", "e_dpo", *kwargs, data="lists.jsonl")) == 0
+    assert "'reward_gap/wanted': '1'" in capsys.readouterr().out
+    assert main(command(tiny_model_dir, "--loss_type", "offset", data="lists.jsonl")) == 2
+    said = capsys.readouterr().err
+    assert "'score_chosen' of the train dataset holds a list, not a number, and ['offset'] take one score" in said
+    assert "Traceback" not in said
+    assert main(["inspect", "lists.jsonl"]) == 0
+    assert "2, one of each reward model" in capsys.readouterr().out

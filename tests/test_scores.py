@@ -109,7 +109,7 @@ def test_ensembles():
     assert set(score_preferences(PAIRS, [length, minus])["score_chosen"]) == {0.0}
     lowest = score_preferences(PAIRS, Ensemble([length, minus], "min"))["score_chosen"]
     assert lowest == [-float(len(text)) for text in PAIRS["chosen"]]
-    with pytest.raises(ValueError, match=r"one of \['sum', 'mean', 'min'\]; got .*`combine='max'`"):
+    with pytest.raises(ValueError, match=r"one of \['sum', 'mean', 'min', 'list'\]; got .*`combine='max'`"):
         Ensemble([length], "max")
     with pytest.raises(ValueError, match="at least one reward"):
         Ensemble([])

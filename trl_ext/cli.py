@@ -182,6 +182,7 @@ def _one_loss(name: str) -> str:
         f"Optional columns: {', '.join(_optional(cls)) or none}",
         *_reads_and_state(name),
         f"Takes groups of completions: {'yes' if cls.takes_groups else 'no'}",
+        *(["Takes lists of scores, one number per reward model: yes"] if cls.takes_lists is True else []),
     ]
     return "\n".join(lines)
 

@@ -107,6 +107,18 @@ def every_loss(model_dir: Path, folder: Path, **options) -> dict[str, Any]:
     return train(model_dir, folder, evaluate=True, rows=lacking(), loss_type=losses, learning_rate=1e-3, **options)
 
 
+def lists(model_dir: Path, folder: Path, **options) -> dict[str, Any]:
+    """Scores of three reward models, of which another is nearest from pair to pair."""
+    rows = preference_rows(ROWS)
+    for index, row in enumerate(rows):
+        row |= {
+            "score_chosen": [row["score_chosen"], 0.2 * index, 1.0],
+            "score_rejected": [row["score_rejected"], 0.7, 0.5],
+        }
+    kwargs = {"loss_type": "reward_distillation", "loss_kwargs": {"combine": "min"}}
+    return train(model_dir, folder, evaluate=True, rows=rows, **kwargs, **options)
+
+
 def remembering(model_dir: Path, folder: Path, **options) -> dict[str, Any]:
     """The state is the same in both processes, and that of one process which has all the rows."""
     with stateful.registered():
@@ -356,6 +368,7 @@ CASES = {
         "masked": partial(masked, gradient_checkpointing=True),
         "measured alpha": measured_alpha,
         "stream": partial(every_loss, stream=True),
+        "lists of scores": partial(lists, stream=True),
         "remembering": remembering,
         "remembering, accumulation": partial(remembering, steps=2),
         "statistics": statistics,

@@ -17,6 +17,8 @@ VARIANTS = [
     ("alpha_dpo", {}),
     ("beta_dpo", {}),
     ("beta_dpo", {"a": 0.0, "rho": 0.0}),
+    ("reward_distillation", {}),
+    ("reward_distillation", {"combine": "min"}),
     ("robust_em", {}),
     ("robust_em", {"base": "ipo"}),
     ("robust_em", {"base": "simpo"}),
@@ -128,6 +130,7 @@ def test_finite_at_extremes(name, kwargs, dtype):
         "asft",
         "cpo",
         "eurus",
+        "reward_distillation",
         "simpo",
         "step_apo",
     ],
@@ -217,6 +220,7 @@ def test_states_what_it_needs(name):
     assert isinstance(cls.columns, tuple)
     assert get_loss(name).reads == (frozenset() if name in dict(REFERENCE_FREE) else {"ref_logps"})
     assert cls.takes_groups == (name == "anchored")
+    assert get_loss(name).takes_lists == (name == "reward_distillation")
     with pytest.raises(dataclasses.FrozenInstanceError):
         get_loss(name).alpha = 3
 
@@ -276,6 +280,7 @@ def test_values_that_are_no_numbers_or_probabilities_are_refused():
         ("anchored", scored, r"^1 of 2 rows: anchored: \['score_chosen', 'score_rejected'\] must be finite"),
         ("anchored", {"score_chosen": [0.0] * 2, "score_rejected": [1.0, float("inf")]}, "must be finite"),
         ("margin_adaptive", scored, "^1 of 2 rows: margin_adaptive: .*must be numbers"),
+        ("reward_distillation", scored, "^1 of 2 rows: reward_distillation: .*must be finite"),
         ("offset", scored, "^1 of 2 pairs"),
         (
             "inpo",

@@ -24,6 +24,7 @@ OURS = [
     "length_regularized",
     "margin_adaptive",
     "offset",
+    "reward_distillation",
     "robust_em",
     "simpo",
     "sppo_soft",
@@ -47,6 +48,8 @@ def test_names_and_aliases():
         "gpo": "sppo_soft",
         "aligned_sft": "asft",
         "cpl": "step_apo",
+        "d_dpo": "reward_distillation",
+        "e_dpo": "reward_distillation",
         "lcpo": "robust_em",
         "re_po": "robust_em",
     }.items():
@@ -138,6 +141,11 @@ def test_unknown_name(name, message):
         ("robust_em", {"annotators": 0}, "`annotators=0` must be at least 1"),
         ("robust_em", {"annotators": 2.0}, "`annotators=2.0` is not a whole number"),
         ("sppo_soft", {"target": "wins"}, r"`target='wins'` is unknown; choose one of \['win_rate', 'score'\]"),
+        (
+            "reward_distillation",
+            {"combine": "max"},
+            r"reward_distillation: `combine='max'` is unknown; choose one of \['mean', 'min'\]",
+        ),
         ("asft", {"weight": -0.1}, r"asft: `weight=-0.1` must be at least 0 \(0 is plain SFT\)"),
         ("cpo", {"nll_weight": -1.0}, "cpo: `nll_weight=-1.0` must be at least 0"),
         ("eurus", {"absolute_weight": -0.5}, r"eurus: `absolute_weight=-0.5` must be at least 0 \(0 is DPO\)"),
@@ -172,6 +180,7 @@ def test_refused_hyperparameters(name, hyperparameters, message):
         ("robust_em", {"eta": 1e-9, "rate": 0, "gamma_beta_ratio": 0, "annotators": 1}),
         ("robust_em", {"eta": 1 - 1e-9, "rate": 1}),
         ("sppo_soft", {"target": "score"}),
+        ("reward_distillation", {"combine": "min"}),
         ("asft", {"weight": 0}),
         ("cpo", {"nll_weight": 0}),
         ("eurus", {"absolute_weight": 0}),
@@ -193,6 +202,7 @@ def test_defaults():
         "length_regularized": {"alpha": 0.02},
         "inpo": {"eta": 0.0075, "tau": 0.0025},
         "sppo_soft": {"target": "win_rate"},
+        "reward_distillation": {"combine": "mean"},
         "asft": {"weight": 0.1},
         "cpo": {"nll_weight": 1.0},
         "eurus": {"absolute_weight": 1.0},
@@ -221,6 +231,7 @@ def test_register_a_plain_dataclass():
     loss = get_loss("sq", target=3.0)
     assert loss(pairs([1.0])).item() == pytest.approx(4.0)
     assert (loss.columns, loss.optional_columns, loss.paper, loss.takes_groups) == ((), (), "", False)
+    assert not loss.takes_lists
     assert (loss.required_columns, loss.divides_by_beta, loss.column_help) == ((), False, "")
     assert (loss.title, loss.citation, loss.reads, loss.reads_beta) == ("", "", {"ref_logps"}, True)
     assert (loss.remark(("chosen",)), loss.evidence) == ("", "")
@@ -242,6 +253,7 @@ def test_what_a_plain_dataclass_states_is_kept():
         "reads": frozenset({"token_logps"}),
         "update_first": False,
         "takes_groups": True,
+        "takes_lists": True,
         "column_help": "Give every row a quality.",
         "required_columns": ("quality", "kind"),
         "divides_by_beta": True,

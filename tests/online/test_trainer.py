@@ -30,6 +30,7 @@ OURS = (
     "length_regularized",
     "margin_adaptive",
     "offset",
+    "reward_distillation",
     "robust_em",
     "simpo",
     "sppo_soft",

@@ -25,7 +25,7 @@ class RowsCollator:
         collator (`Callable`):
             TRL's collator or the user's own. Of `E` pairs it makes rows of the `E` chosen completions, then of the rejected ones.
         columns (`Sequence[str]`, *optional*):
-            Numeric columns: each becomes a float32 tensor of shape `(B,)`.
+            Numeric columns: each becomes a float32 tensor of shape `(B,)`, or `(B, M)` where rows hold lists of `M` numbers.
         empty_trace (`bool`, *optional*, defaults to `False`):
             Whether an example's further pair, where it has one, is that with an empty trace.
         groups (`bool`, *optional*, defaults to `False`):
@@ -43,7 +43,7 @@ class RowsCollator:
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         count = len(examples)
         # Read first: TRL's vision collator changes the examples
-        columns = {name: torch.tensor([float(example[name]) for example in examples]) for name in self.columns}
+        columns = {name: torch.stack([_numbers(example[name]) for example in examples]) for name in self.columns}
         further = [(number, pair) for number, example in enumerate(examples) for pair in example.get(FURTHER) or ()]
         lists = {
             name: [example[name] for example in examples]
@@ -92,6 +92,11 @@ class RowsCollator:
             behaviour_logps=behaviour,
         )
         return to_batch(rows, Plan(pairs=at[:count], columns=columns, share=columns.get(WEIGHT), **plan))
+
+
+def _numbers(value: Any) -> torch.Tensor:
+    """A number or a list of them, in whatever format the dataset gives it, in float32."""
+    return torch.as_tensor(float(value) if isinstance(value, str) else value, dtype=torch.float32)
 
 
 def _rows(name: str, value: Any, count: int) -> torch.Tensor:

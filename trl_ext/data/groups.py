@@ -54,6 +54,11 @@ def check_group(example: dict[str, Any], row: int, split: str) -> None:
             )
     for name, values in numbers.items():
         for value in values:
+            if name == "score" and isinstance(value, (list, tuple)):
+                raise ValueError(
+                    f"{where} has the score {value!r}, a list: in a group the score says which completion is preferred, which takes one "
+                    "number. Combine the rewards (their mean), or give pairs with lists of scores."
+                )
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
                 raise ValueError(f"{where} has the {name} {value!r}; expected finite numbers, got {list(values)!r}.")
 
@@ -129,7 +134,9 @@ def from_groups(dataset: Dataset | IterableDataset, pairing: str, split: str) ->
         kinds[OTHERS] = [{"chosen": completion, "rejected": completion}]
         options["features"] = Features(kinds)
     if not stream:
-        dropped = sum(1 for scores in dataset["scores"] if isinstance(scores, list) and len(set(scores)) < 2)
+        dropped = sum(
+            isinstance(scores, list) and all(each == scores[0] for each in scores) for scores in dataset["scores"]
+        )
         if dropped == len(dataset):
             check_group(dataset[0], 0, split)
             raise ValueError(f"No group of the {split} dataset has two different scores: there is nothing to prefer.")

@@ -118,7 +118,7 @@ class JudgeFunction:
 
 
 JUDGES = (JudgeFunction, PreferenceModel)
-COMBINATIONS = {"sum": sum, "mean": statistics.fmean, "min": min}
+COMBINATIONS = {"sum": sum, "mean": statistics.fmean, "min": min, "list": list}
 
 
 @dataclass
@@ -130,13 +130,14 @@ class Ensemble:
         reward_funcs (`list`):
             What [`score_preferences`] takes as `reward_funcs`, each.
         combine (`str`, *optional*, defaults to `"sum"`):
-            `"sum"`, as in online training; `"mean"`; or `"min"`, the most cautious.
+            `"sum"`, as in online training; `"mean"`; `"min"`, the most cautious; or `"list"`, which combines nothing: pairs get
+            a list in each row, one number per reward, for a loss that takes lists (`reward_distillation`).
         reward_weights (`list[float]`, *optional*):
             What each reward is multiplied by before they are combined; 1 by default.
 
     Raises:
-        `ValueError`: For no reward at all, another combination, a judge of two among the rewards, and weights that are not one
-            finite number per reward.
+        `ValueError`: For no reward at all, another combination, a judge of two or lists of another ensemble among the rewards, and
+            weights that are not one finite number per reward.
     """
 
     reward_funcs: list[Any]
@@ -150,6 +151,11 @@ class Ensemble:
                 f"`combine={self.combine!r}`."
             )
         self.reward_funcs = [as_reward(each) for each in self.reward_funcs]
+        if any(gives_lists(each) for each in self.reward_funcs):
+            raise ValueError(
+                f'An ensemble with `combine="list"` stands within an ensemble with `combine={self.combine!r}`, which combines numbers. '
+                "Give all rewards in one list."
+            )
         number = len(self.reward_funcs)
         weights = [1.0] * number if self.reward_weights is None else self.reward_weights
         if not isinstance(weights, (list, tuple)) or len(weights) != number or not all(map(is_finite_number, weights)):
@@ -158,10 +164,15 @@ class Ensemble:
             )
         self.reward_weights = list(weights)
 
-    def combined(self, values: Sequence[float]) -> float:
-        """One reward from that of each member."""
+    def combined(self, values: Sequence[float]) -> float | list[float]:
+        """One reward from that of each member, or a list of them."""
         weights = zip(self.reward_weights, values, strict=True)
         return COMBINATIONS[self.combine]([weight * value for weight, value in weights])
+
+
+def gives_lists(scorer: Any) -> bool:
+    """Whether what scores gives each completion a list of numbers."""
+    return isinstance(scorer, Ensemble) and scorer.combine == "list"
 
 
 def as_reward(reward_funcs: Any) -> RewardModel | RewardFunction | Ensemble:
@@ -208,6 +219,15 @@ def as_scorer(
             "PreferenceModel. What scores one completion at a time is `reward_funcs`."
         )
     return judge if isinstance(judge, JUDGES) else JudgeFunction(judge)
+
+
+def refuse_lists_of_groups(scorer: Any) -> None:
+    """Raise a `ValueError` for lists of scores where groups are scored: one number decides which completion is preferred."""
+    if gives_lists(scorer):
+        raise ValueError(
+            "Several rewards as a list are scores of pairs. In a group the score says which completion is preferred, which takes one "
+            'number: give `Ensemble([...], "mean")` as `reward_funcs`, or make pairs of the groups first and score those.'
+        )
 
 
 def reward_models(reward: Any) -> list[Classifier]:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from accelerate.logging import get_logger
 from accelerate.utils import gather_object
 from datasets import Dataset, concatenate_datasets
@@ -20,7 +21,16 @@ from trl_ext.data.cache import Ledger, content_key, default_folder, processes
 from trl_ext.data.calibration import fit_temperature
 from trl_ext.data.checks import check_count, require_columns
 from trl_ext.data.preference_model import PreferenceModel, probabilities
-from trl_ext.data.rewards import JUDGES, Ensemble, JudgeFunction, RewardModel, as_scorer, read_columns, reward_models
+from trl_ext.data.rewards import (
+    JUDGES,
+    Ensemble,
+    JudgeFunction,
+    RewardModel,
+    as_scorer,
+    read_columns,
+    refuse_lists_of_groups,
+    reward_models,
+)
 from trl_ext.data.tokens import Text, require_chat_template, template_arguments
 
 
@@ -46,8 +56,8 @@ def score_preferences(
             `chat_template_kwargs`, where they are there, reach a reward model's chat template.
         reward_funcs (*optional*):
             A sequence classifier by name, folder or object ([`RewardModel`] for its own tokenizer or length), a function
-            ([`RewardFunction`]), or a list of them, whose rewards are added up as in online training ([`Ensemble`] for the mean
-            or the smallest).
+            ([`RewardFunction`]), or a list of them, whose rewards are added up as in online training ([`Ensemble`] for the mean,
+            the smallest, or a list with each).
         reward_weights (`Sequence[float]`, *optional*):
             What each of `reward_funcs` is multiplied by before they are added up; 1 by default.
         judge (`Callable`, *optional*):
@@ -58,14 +68,16 @@ def score_preferences(
             Texts at a time.
         temperature (`float` or `str`, *optional*, defaults to `1.0`):
             What pointwise scores are divided by. `"fit"` takes the temperature at which they explain the labels of the pairs
-            best under Bradley-Terry, so that differences are logits: the unit of `margin_adaptive` and `anchored`.
+            best under Bradley-Terry, so that differences are logits: the unit of `margin_adaptive` and `anchored`. Of lists of
+            scores each reward has its own.
         cache_dir (`str` or `Path`, *optional*):
             Where results are kept; `$TRL_EXT_CACHE` or `~/.cache/trl_ext` by default. Those of a function are kept under its
             source (see [`RewardFunction`]).
 
     Returns:
-        The dataset with `score_chosen` and `score_rejected` (`preference_prob` from a judge), or with `scores`. Columns
-        of these names that were there are replaced, with a warning.
+        The dataset with `score_chosen` and `score_rejected` (`preference_prob` from a judge), or with `scores`. Those of an
+        [`Ensemble`] with `combine="list"` are lists, one number per reward, of pairs only. Columns of these names that were there
+        are replaced, with a warning.
 
     Raises:
         `ValueError`: For rows that cannot be scored, before the work starts, and for scores that are not finite. What was
@@ -81,6 +93,8 @@ def score_preferences(
         raise ValueError(
             f"`scores={scorer.scores!r}` is of groups of completions, and pairs get the column 'preference_prob'. Leave it out."
         )
+    if grouped:
+        refuse_lists_of_groups(scorer)
     check_texts(dataset, grouped)
     check_renderable(dataset, scorer)
     folder = Path(cache_dir) if cache_dir is not None else default_folder() / "scores"
@@ -95,19 +109,15 @@ def score_preferences(
     ]
     scores = iter(_scores(texts, scorer, batch_size, folder))
     if grouped:
-        columns = {"scores": [[next(scores) for _ in row] for row in dataset["completions"]]}
-    else:
-        values = [(next(scores), next(scores)) for _ in range(len(dataset))]
-        columns = {"score_chosen": [a for a, _ in values], "score_rejected": [b for _, b in values]}
+        groups = [[next(scores) / temperature for _ in row] for row in dataset["completions"]]
+        return _with_columns(dataset, {"scores": groups})
+    # Of one reward (N, 2), of lists of them (N, 2, M)
+    values = np.array([(next(scores), next(scores)) for _ in range(len(dataset))])
     if temperature == "fit":
-        temperature = fit_temperature(
-            [a - b for a, b in zip(columns["score_chosen"], columns["score_rejected"], strict=True)]
-        )
-
-    def scaled(value: Any) -> Any:
-        return [scaled(each) for each in value] if isinstance(value, list) else value / temperature
-
-    return _with_columns(dataset, {name: scaled(values) for name, values in columns.items()})
+        margins = values[:, 0] - values[:, 1]
+        temperature = np.array([fit_temperature(column) for column in margins.reshape(len(margins), -1).T])
+    chosen, rejected = (values / temperature).swapaxes(0, 1).tolist()
+    return _with_columns(dataset, {"score_chosen": chosen, "score_rejected": rejected})
 
 
 def check_temperature(temperature: float | str, scorer: Any, grouped: bool) -> None:
@@ -186,8 +196,8 @@ def check_columns(dataset: Dataset, columns: Sequence[str]) -> None:
                 )
 
 
-def _scores(texts: list[tuple[Text, Text, dict, dict]], reward: Any, batch_size: int, folder: Path) -> list[float]:
-    """Score of each (prompt, completion, arguments of the chat template, columns that a reward reads), in their order."""
+def _scores(texts: list[tuple[Text, Text, dict, dict]], reward: Any, batch_size: int, folder: Path) -> list:
+    """Score, or list of scores, of each (prompt, completion, arguments of the chat template, columns that a reward reads)."""
     if isinstance(reward, Ensemble):
         members = [_scores(texts, each, batch_size, folder) for each in reward.reward_funcs]
         return [reward.combined(values) for values in zip(*members, strict=True)]

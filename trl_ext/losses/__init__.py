@@ -27,6 +27,7 @@ from .registry import (
     register_loss,
     resolve_name,
 )
+from .reward_distillation import RewardDistillationLoss
 from .robust_em import RobustEMLoss
 from .simpo import SimPOLoss
 from .sppo_soft import SoftSPPOLoss
@@ -49,6 +50,7 @@ __all__ = [
     "MarginAdaptiveLoss",
     "OffsetLoss",
     "PreferenceBatch",
+    "RewardDistillationLoss",
     "RobustEMLoss",
     "SimPOLoss",
     "SoftSPPOLoss",

@@ -76,6 +76,9 @@ class Loss:
             - `"behaviour_logps"`: `GroupBatch.behaviour_logps`, those under the policy that sampled.
         update_first (`bool`): Whether the loss reads the state that has taken the micro-batch in, else the one before.
         takes_groups (`bool`): Whether it also accepts a [`GroupBatch`].
+        takes_lists (`bool`): Whether `score_chosen` and `score_rejected` may hold a list in each row, one number per reward
+            model: `batch.column(name, lists=True)` then has the shape `(B, M)`. Where they are numbers it is given `(B,)`, as every loss. A loss
+            that does not say so is never given lists: where it stands beside one that does, scores have to be numbers.
     """
 
     paper: ClassVar[str] = ""
@@ -87,6 +90,7 @@ class Loss:
     reads: ClassVar[frozenset[str]] = frozenset({"ref_logps"})
     update_first: ClassVar[bool] = True
     takes_groups: ClassVar[bool] = False
+    takes_lists: ClassVar[bool] = False
 
     def __post_init__(self):
         check_hyperparameters(self)
@@ -155,7 +159,8 @@ class Loss:
 
         Args:
             columns (`dict[str, torch.Tensor]`):
-                The dataset's numeric columns that the loss reads, each of shape `(N,)`, finite.
+                The dataset's numeric columns that the loss reads, each of shape `(N,)`, finite; `(N, M)` where they are lists,
+                which a loss is given that `takes_lists`.
 
         Returns:
             `torch.Tensor` of shape `(N,)` or `None`: `True` where a row is unusable; `None` if every row can be used.

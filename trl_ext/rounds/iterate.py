@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 from transformers.integrations import get_reporting_integration_callbacks
 
 from trl_ext.data.cache import content_seed, processes, write_atomically
+from trl_ext.data.columns import takes_each_reward
 from trl_ext.data.groups import from_groups
 from trl_ext.data.rewards import JUDGES, read_columns
 from trl_ext.data.sampling import sample_completions
@@ -121,6 +122,12 @@ class IterativeDPO:
                     f"The loss {name!r} reads log-probs under the policy that sampled the completions, which rounds do not keep. "
                     "Train it online: `trl_ext.OnlineDPOTrainer`."
                 )
+        several = isinstance(config.reward_funcs, (list, tuple)) and len(config.reward_funcs) > 1
+        if several and takes_each_reward(self.losses):
+            raise ValueError(
+                f"The losses {list(self.losses)} take each of several rewards, and rounds keep one score per completion. Give one that "
+                'combines them, `reward_funcs={"mean": [...]}`, or train online: `trl_ext.OnlineDPOTrainer`.'
+            )
         check_reads(self.losses, config.pairing == "group")
         if config.pairing == "group" and "inpo" in self.losses:
             raise ValueError('`inpo` is a loss on pairs: it has no meaning with `pairing="group"`.')

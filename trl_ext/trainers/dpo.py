@@ -86,7 +86,10 @@ class DPOTrainer(WithTerms, trl.DPOTrainer):
             says which). A numeric column `weight`, at least 0, scales the loss of each pair.
         reward_funcs (*optional*):
             What [`~trl_ext.data.score_preferences`] takes: a reward model, a function, or a list of them. Scores the pairs (or
-            groups) where a loss reads scores and the dataset has none.
+            groups) where a loss reads scores and the dataset has none. The rewards of a list are added up, but for a loss that
+            takes each of them (`reward_distillation`): it gets lists, one number per reward, and their sum would make another
+            method of it. Beside a loss that reads one score, or for groups, where one score decides which completion is
+            preferred, it is an error; an [`~trl_ext.data.Ensemble`] says there how to combine them.
         judge (`Callable`, *optional*):
             A judge of two in place of `reward_funcs`, a function or a [`PreferenceModel`]; pairs get the column
             `preference_prob`.

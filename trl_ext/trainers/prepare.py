@@ -15,14 +15,17 @@ from trl_ext.data.columns import (
     WEIGHT,
     checked,
     columns_of,
+    list_lengths,
     over_splits,
     require_same_columns,
+    require_same_lists,
+    takes_each_reward,
     used_columns,
 )
 from trl_ext.data.further import FURTHER, map_further
 from trl_ext.data.groups import BEHAVIOUR_LOGPS, GROUP_SCORES, OTHERS, from_groups, is_grouped
 from trl_ext.data.reasoning import HAS_TRACES, check_pairs, tokenize_empty_trace
-from trl_ext.data.rewards import as_scorer
+from trl_ext.data.rewards import Ensemble, as_scorer
 from trl_ext.data.scores import score_preferences
 from trl_ext.data.tokens import require_chat_template
 from trl_ext.losses.base import SigmoidLoss
@@ -41,6 +44,8 @@ def with_scores(dataset: Any, reward_funcs: Any, judge: Any, losses: Mapping[str
     as_scorer(reward_funcs, None, judge)  # refused even where the data has scores already
     read = {name for loss in losses.values() for name in (*loss.required_columns, *loss.optional_columns)}
     given = "reward_funcs" if judge is None else "judge"
+    if isinstance(reward_funcs, (list, tuple)) and len(reward_funcs) > 1 and takes_each_reward(losses):
+        reward_funcs = Ensemble(list(reward_funcs), "list")
     if not read & {"score_chosen", "score_rejected", "preference_prob"}:
         raise ValueError(
             f"`{given}` would not be used: none of the losses {sorted(losses) or 'of TRL'} reads scores. Leave it out."
@@ -77,6 +82,7 @@ class PreferenceData:
     def __init__(self, names: list[str], losses: dict[str, Any], args: trl.DPOConfig | None):
         self.names, self.losses, self.args = names, losses, args
         self.columns: list[str] = []
+        self.lists: dict[str, int] = {}
         self.pairing: str | None = None
         self.groups = False
 
@@ -120,6 +126,7 @@ class PreferenceData:
         self._check_reads(available)
         self._refuse_vision(available)
         dataset = checked(dataset, self.columns, losses, "train")
+        self.lists = self._list_lengths(dataset)
         for remark in filter(None, (loss.remark(self.columns) for loss in losses.values())):
             logger.warning(remark)
         return dataset
@@ -147,7 +154,14 @@ class PreferenceData:
             used_columns(available, self.losses, split)
         require_same_columns(read, available, split)
         self._check_reads(available)
-        return checked(dataset, self.columns, self.losses, split)
+        dataset = checked(dataset, self.columns, self.losses, split)
+        require_same_lists(self._list_lengths(dataset), self.lists, split)
+        return dataset
+
+    def _list_lengths(self, dataset: Dataset | IterableDataset) -> dict[str, int]:
+        """How long the lists of scores are, where a loss takes them."""
+        takes = any(loss.takes_lists for loss in self.losses.values())
+        return list_lengths(dataset, self.numeric_columns) if takes else {}
 
     def _weighted(self) -> dict[str, Any]:
         """The losses that a `weight` column scales: ours, and TRL's `sigmoid`, which then is computed here."""

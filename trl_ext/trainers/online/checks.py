@@ -7,14 +7,14 @@ import torch
 from transformers import PreTrainedModel
 
 from trl_ext.data.classifier import refuse_preference_model
-from trl_ext.data.columns import PAIRS, TEXT_COLUMNS
+from trl_ext.data.columns import SCORES, TEXT_COLUMNS
 from trl_ext.data.paths import refuse_missing_path
 from trl_ext.data.preference_model import PreferenceModel
 from trl_ext.data.rewards import RewardModel, read_columns
 from trl_ext.data.tokens import require_chat_template
 
 
-SCORE_COLUMNS = PAIRS[0]
+SCORE_COLUMNS = SCORES
 # What a run itself gives the losses, for the completions that it has sampled
 OWN_COLUMNS = (*SCORE_COLUMNS, *TEXT_COLUMNS, "preference_prob")
 
@@ -149,13 +149,17 @@ def check_reward_columns(reward_funcs: Sequence[Any], available: Sequence[str], 
             )
 
 
+def _shown(value: torch.Tensor) -> str:
+    return f"{value.item():g}" if value.dim() == 0 else f"[{', '.join(f'{each:g}' for each in value.tolist())}]"
+
+
 def check_rewards(name: str, loss: Any, columns: Mapping[str, torch.Tensor]) -> None:
     """Raise a `ValueError` for pairs whose columns, the rewards among them, the loss cannot take."""
     bad = loss.check_columns(columns)
     if bad is None or not bad.any():
         return
     row = int(bad.nonzero()[0])
-    shown = ", ".join(f"{column}={values[row].item():g}" for column, values in columns.items())
+    shown = ", ".join(f"{column}={_shown(values[row])}" for column, values in columns.items())
     hint = " A `judge` in place of `reward_funcs` gives win rates." if reads_win_rates(loss) else ""
     raise ValueError(
         f"The loss {name!r} cannot take {int(bad.sum())} of {len(bad)} pairs of this batch, the first with {shown}. "

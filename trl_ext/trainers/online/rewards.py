@@ -27,12 +27,15 @@ class Scores:
             Probability that the row's completion is preferred to the column's, from a judge.
         per_function (`dict[str, torch.Tensor]`, *optional*):
             Reward of each function, shape `(B, K)`, NaN where it had no opinion.
+        each (`torch.Tensor` of shape `(B, K, M)`, *optional*):
+            Where the losses take lists of scores: what each of `M` functions adds to `values`, less the penalties.
     """
 
     values: torch.Tensor
     mask: torch.Tensor | None = None
     probabilities: torch.Tensor | None = None
     per_function: dict[str, torch.Tensor] = field(default_factory=dict)
+    each: torch.Tensor | None = None
 
     def __post_init__(self):
         if self.mask is None:
@@ -182,7 +185,7 @@ def rows_of(inputs: dict[str, Any], count: int) -> list[dict[str, Any]]:
     return [{name: inputs[name][row] for name in names} for row in range(count)]
 
 
-def reward_scores(trainer: Any, inputs: dict[str, Any], completions: Completions) -> Scores:
+def reward_scores(trainer: Any, inputs: dict[str, Any], completions: Completions, each: bool = False) -> Scores:
     """
     What the reward functions and models of a trainer say, weighted and added up, less its penalties.
 
@@ -193,6 +196,9 @@ def reward_scores(trainer: Any, inputs: dict[str, Any], completions: Completions
             A batch of the dataset: lists by column.
         completions ([`~trl_ext.generation.Completions`]):
             `K` of each of `B` prompts.
+        each (`bool`, *optional*, defaults to `False`):
+            Whether the losses take a list with each function's share, times its weight and less the penalties as if it were alone.
+            A completion has scores then where every function has an opinion.
     """
     prompts, b = completions.prompts, len(completions.prompts)
     k = len(completions.ids) // b
@@ -216,17 +222,20 @@ def reward_scores(trainer: Any, inputs: dict[str, Any], completions: Completions
         # Two functions may have one name
         rewards[name if name not in rewards else f"{name}_{len(rewards)}"] = values
     stacked = torch.stack(list(rewards.values()), dim=1)
-    total = (stacked * trainer.reward_weights.cpu()).nansum(dim=1)
+    weighted = stacked * trainer.reward_weights.cpu()
+    totals = torch.cat([weighted.nansum(dim=1, keepdim=True), weighted], dim=1)  # of all functions, and of each
     if trainer.args.missing_eos_penalty is not None:
-        total = total - trainer.args.missing_eos_penalty * ~completions.ended.cpu()
+        totals = totals - trainer.args.missing_eos_penalty * ~completions.ended.cpu().unsqueeze(1)
     if trainer.args.length_penalty:
-        total = total - trainer.args.length_penalty * torch.tensor([len(row) for row in ids])
+        totals = totals - trainer.args.length_penalty * torch.tensor([[len(row)] for row in ids])
 
     def by_prompt(values: torch.Tensor) -> torch.Tensor:
-        return values.view(k, b).T
+        return values.view(k, b, *values.shape[1:]).transpose(0, 1)
 
+    missing = stacked.isnan()
     return Scores(
-        by_prompt(total),
-        by_prompt(~stacked.isnan().all(dim=1)),
+        by_prompt(totals[:, 0]),
+        by_prompt(~(missing.any(dim=1) if each else missing.all(dim=1))),
         per_function={name: by_prompt(values) for name, values in rewards.items()},
+        each=by_prompt(totals[:, 1:]) if each else None,
     )

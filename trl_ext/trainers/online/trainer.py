@@ -17,7 +17,7 @@ from trl.experimental.utils import create_reference_model
 from trl.trainer.callbacks import SyncRefModelCallback
 from trl.trainer.utils import add_fused_lm_head, create_model_from_path
 
-from trl_ext.data.columns import WEIGHT
+from trl_ext.data.columns import WEIGHT, takes_each_reward
 from trl_ext.data.preference_model import PreferenceModel
 from trl_ext.data.tokens import template_arguments
 from trl_ext.generation import Completions
@@ -86,6 +86,11 @@ class OnlineDPOTrainer(Generation, Evaluation, WithTerms, TRLOnlineDPOTrainer):
     ```
 
     Args:
+        reward_funcs (*optional*):
+            TRL's: a function, a reward model, or a list of them, whose rewards times `reward_weights` are added up. That total
+            chooses the pairs and is what losses read as scores, but for a loss that takes each of several (`reward_distillation`):
+            it gets a list per completion, each entry less the penalties, and learns from completions on which all functions have
+            an opinion. Beside a loss that reads one score that is an error.
         args ([`OnlineDPOConfig`] or TRL's, *optional*):
             Configuration.
         judge (`Callable`, *optional*):
@@ -147,6 +152,7 @@ class OnlineDPOTrainer(Generation, Evaluation, WithTerms, TRLOnlineDPOTrainer):
             args,
         )
         self.judge = judge
+        self._each_reward = len(reward_funcs) > 1 and takes_each_reward(losses)
         if train_dataset is None:
             raise ValueError("`train_dataset` is required: a dataset with a column `prompt`.")
         if args.accelerator_config.dispatch_batches is None:
@@ -254,7 +260,7 @@ class OnlineDPOTrainer(Generation, Evaluation, WithTerms, TRLOnlineDPOTrainer):
         """Second step: what each completion is worth, penalties included."""
         if self.judge is not None:
             return judge_scores(self.judge, completions.prompts, completions.texts, self._judge_templates(inputs))
-        return reward_scores(self, inputs, completions)
+        return reward_scores(self, inputs, completions, self._each_reward)
 
     def _judge_templates(self, inputs: dict[str, Any]) -> list[dict[str, Any]] | None:
         """Arguments of the chat template of each prompt, for a judge that renders conversations with its own."""
