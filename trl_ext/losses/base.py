@@ -75,7 +75,10 @@ class Loss:
             - `"token_logps"`: `PreferenceBatch.tokens`, the log-probabilities of each token, and its turn;
             - `"behaviour_logps"`: `GroupBatch.behaviour_logps`, those under the policy that sampled.
         update_first (`bool`): Whether the loss reads the state that has taken the micro-batch in, else the one before.
-        takes_groups (`bool`): Whether it also accepts a [`GroupBatch`].
+        takes_groups (`bool`): Whether it accepts a [`GroupBatch`].
+        takes_pairs (`bool`): Whether it accepts a [`PreferenceBatch`]; one of the two at least. A loss on whole groups alone says
+            `takes_groups = True` and `takes_pairs = False`: `pairing` is then "group" by default, and pairs are refused when the
+            trainer is built.
     """
 
     paper: ClassVar[str] = ""
@@ -87,6 +90,7 @@ class Loss:
     reads: ClassVar[frozenset[str]] = frozenset({"ref_logps"})
     update_first: ClassVar[bool] = True
     takes_groups: ClassVar[bool] = False
+    takes_pairs: ClassVar[bool] = True
 
     def __post_init__(self):
         check_hyperparameters(self)
