@@ -111,6 +111,10 @@ def test_hyperparameters_of_every_kind_are_shown(capsys):
                 "Reads: policy, reference",
             ],
         ),
+        (
+            "drpo",
+            ["Columns: none", "Reads: policy, behaviour log-probs", "Takes groups of completions: yes, and no pairs"],
+        ),
         ("simpo", ["Hyper-parameters: gamma_beta_ratio=0.5", "Columns: none", "Reads: policy", "State: none"]),
         ("alpha_dpo", ["alpha_dpo  (aliases: none)", "Reads: policy, reference", "State: mean, std"]),
         ("beta_dpo", ["Hyper-parameters: a=0.6, rho=0.2, momentum=0.9", "State: mean, std, batches"]),
@@ -144,7 +148,9 @@ def test_what_one_loss_says(name, lines, capsys):
 
 def test_how_sure_a_formula_is(capsys):
     """Said where it was read neither in the paper nor in its authors' code."""
-    unsure = {"asft", "bias_variance", "eurus", "inpo", "length_regularized", "robust_em", "sppo_soft", "step_apo"}
+    unsure = {
+        "asft", "bias_variance", "eurus", "inpo", "length_regularized", "robust_em", "sppo_soft", "step_apo", "trpa",
+    }  # fmt: skip
     for name in ("offset", "cpo", "simpo", *unsure):
         assert main(["losses", name]) == 0
         said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("How sure: ")]

@@ -93,11 +93,12 @@ class DRPOLoss(Loss):
         return right, wrong, right.any(dim=1) & wrong.any(dim=1)
 
     def weights(self, batch: GroupBatch, right: torch.Tensor) -> torch.Tensor:
-        """w, shape `(B, K)`: float32, 1 in sum over the right ones of a group that has some."""
-        rewards = 1 - batch.lengths.float() / self.max_length
+        """w, shape `(B, K)`, float32 or wider: of the right ones of a group that has some, 1 in sum; 0 for its others."""
+        dtype = torch.promote_types(batch.logps.dtype, torch.float32)
+        rewards = 1 - batch.lengths.to(dtype) / self.max_length
         # The most negative number, not -inf, which would make NaN of a group that has none
-        logits = (rewards / self.length_temperature).masked_fill(~right, torch.finfo(torch.float32).min)
-        return torch.softmax(logits, dim=1).masked_fill(~right, 0)
+        logits = (rewards / self.length_temperature).masked_fill(~right, torch.finfo(dtype).min)
+        return torch.softmax(logits, dim=1)
 
     def __call__(self, batch: GroupBatch) -> torch.Tensor:
         check_groups("drpo", batch)
@@ -106,7 +107,7 @@ class DRPOLoss(Loss):
         weights = self.weights(batch, right).to(logps.dtype)
         # Its value is constant, so that nothing overflows or vanishes, and its gradient that of the sum divided by its value
         log_sum = torch.logsumexp((logps / self.tau).masked_fill(~wrong, torch.finfo(logps.dtype).min), dim=1)
-        one = 1 + log_sum - log_sum.detach()
+        one = 1 + (log_sum - log_sum.detach())
         kl = self.kl(batch)
         costs = (self.kl_weight * (kl - self.delta)).clamp(min=0).detach() * kl
         return torch.where(mixed, self.tau * one - (weights * logps).sum(dim=1) + costs, 0)

@@ -230,9 +230,11 @@ def check_reads(losses: Mapping[str, Any], groups: bool) -> None:
     for name, loss in losses.items():
         whole = groups and loss.takes_groups
         if not loss.takes_pairs and not whole:
-            behaviour = ", `behaviour_logps` (each with one entry per completion)" if "behaviour_logps" in loss.reads else ""
+            behaviour = (
+                ", `behaviour_logps` (each with one entry per completion)" if "behaviour_logps" in loss.reads else ""
+            )
             raise ValueError(
-                f"The loss {name!r} learns from whole groups of completions alone, and it was given pairs. Set `pairing=\"group\"`; "
+                f'The loss {name!r} learns from whole groups of completions alone, and it was given pairs. Set `pairing="group"`; '
                 f"offline, give the data as groups: the columns `prompt`, `completions`, `scores`{behaviour}."
             )
         if "behaviour_logps" in loss.reads and not whole:
