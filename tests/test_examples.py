@@ -26,20 +26,23 @@ METRIC = {
     "online_dpo": "completions/mean_length",
     "simpo": "per_token/margins",
     "step_apo": "offset/mean",
+    "trpa": "ranking/pairs",
 }
 
 
 def test_one_for_every_loss():
     in_rounds = {"inpo", "sppo_soft"}  # examples/rounds
-    # Flags of examples/simpo.py: they need no more than it
+    # Flags of an example that needs no less than they do
     by_flag = {
-        "asft",
-        "cpo",
-        "eurus",
+        "asft": "simpo",
+        "cpo": "simpo",
+        "eurus": "simpo",
+        "drpo": "trpa",
     }
-    assert set(EXAMPLES) == set(METRIC) >= set(list_losses()) - in_rounds - by_flag
-    text = (ROOT / "examples" / "simpo.py").read_text()
-    assert all(f"python examples/simpo.py --loss_type {name} " in text for name in by_flag)
+    assert set(EXAMPLES) == set(METRIC) >= set(list_losses()) - in_rounds - set(by_flag)
+    for name, example in by_flag.items():
+        text = (ROOT / "examples" / f"{example}.py").read_text()
+        assert f"python examples/{example}.py --loss_type {name} " in text
     readme = (ROOT / "examples" / "README.md").read_text()
     assert all(f"[{name}.py]({name}.py)" in readme for name in EXAMPLES)
 
@@ -56,6 +59,8 @@ def test_example(name, tiny_model_dir, shared_data, tmp_path):
         rows = [
             row.replace('"score_chosen"', '"q_chosen"').replace('"score_rejected"', '"q_rejected"') for row in rows
         ]
+    if name == "trpa":
+        rows = [json.dumps({"prompt": f"{k} and {k} is", "answer": str(2 * k)}) for k in range(8)]
     data = tmp_path / "pairs.jsonl"
     data.write_text("\n".join(rows))
     command = [sys.executable, ROOT / "examples" / f"{name}.py", "--model_name_or_path", tiny_model_dir, "--dataset_name", data,
@@ -63,7 +68,7 @@ def test_example(name, tiny_model_dir, shared_data, tmp_path):
                "--per_device_train_batch_size", "2", "--report_to", "none"]  # fmt: skip
     if name == "madpo":
         command += ["--reward_max_steps", "2", "--held_out", "0.25"]
-    if name == "online_dpo":
+    if name in ("online_dpo", "trpa"):
         command += ["--max_new_tokens", "8"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_DATASETS_CACHE": str(tmp_path / "cache"),
                    "TRL_EXT_CACHE": str(tmp_path / "scores")}  # fmt: skip
