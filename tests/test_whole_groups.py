@@ -182,6 +182,23 @@ def test_pairs_are_refused_before_the_model_loads(name, tmp_path):
     refused("need a map-style dataset", groups().to_iterable_dataset())
 
 
+@pytest.mark.parametrize("name", LOSSES)
+def test_groups_are_scored_where_they_have_no_scores(name, tiny_model_dir, tmp_path):
+    def vowels(completions, **kwargs):
+        return [float(text.count("a") % 3) for text in completions]
+
+    given = groups().remove_columns("scores")
+    scored = given.add_column("scores", [vowels(completions) for completions in given["completions"]])
+    values = [
+        loss_and_gradients(each, first_batch(each))[0]
+        for each in (
+            trainer(tiny_model_dir, tmp_path, name, given, trainer_kwargs={"reward_funcs": vowels}),
+            trainer(tiny_model_dir, tmp_path, name, scored),
+        )
+    ]
+    assert torch.equal(*values)
+
+
 def test_a_plain_config_of_trls_is_refused_pairs_too(tiny_model_dir, tmp_path):
     import trl
 

@@ -41,7 +41,8 @@ def with_scores(dataset: Any, reward_funcs: Any, judge: Any, losses: Mapping[str
     as_scorer(reward_funcs, None, judge)  # refused even where the data has scores already
     read = {name for loss in losses.values() for name in (*loss.required_columns, *loss.optional_columns)}
     given = "reward_funcs" if judge is None else "judge"
-    if not read & {"score_chosen", "score_rejected", "preference_prob"}:
+    whole = any(not loss.takes_pairs for loss in losses.values())  # whose scores are no column of pairs
+    if not whole and not read & {"score_chosen", "score_rejected", "preference_prob"}:
         raise ValueError(
             f"`{given}` would not be used: none of the losses {sorted(losses) or 'of TRL'} reads scores. Leave it out."
         )
