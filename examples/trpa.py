@@ -6,9 +6,9 @@ the problem, and a column `answer` with the number that solves it. A solution is
 better than nothing (0.5) if there is a number, else 0. From which score on one is right is the hyper-parameter `correct`, 1 by default.
 
     python examples/trpa.py --dataset_name problems.jsonl --output_dir out
-    python examples/trpa.py --loss_type drpo --dataset_name problems.jsonl --output_dir out
+    python examples/trpa.py --loss_type drpo --loss_kwargs '{"max_length": 512}' --dataset_name problems.jsonl --output_dir out
 
-Every field of `OnlineDPOConfig` is a flag, `--loss_kwargs '{"kappa": 1.0}'` among them.
+Every field of `OnlineDPOConfig` is a flag. `max_length` of DRPO is the most tokens that are sampled, `--max_new_tokens`.
 """
 
 import re
@@ -43,8 +43,6 @@ if __name__ == "__main__":
     parser = TrlParser([Script, OnlineDPOConfig])
     parser.set_defaults(loss_type=["trpa"], num_generations=8, temperature=1.0, max_new_tokens=512, max_length=1024)
     script, args = parser.parse_args_and_config()
-    if args.loss_type == ["drpo"] and not args.loss_kwargs:
-        args.loss_kwargs = {"max_length": args.max_new_tokens}  # where the reward for being short ends
 
     trainer = OnlineDPOTrainer(
         model=script.model_name_or_path,
