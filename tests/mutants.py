@@ -58,6 +58,7 @@ TRAINER_TESTS = [
     "tests/test_trl_seam.py",
     "tests/test_trl_seam_parts.py",
     "tests/test_vision.py",
+    "tests/test_whole_groups.py",
     "tests/test_workers.py",
     "tests/online",
 ]

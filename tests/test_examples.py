@@ -29,20 +29,23 @@ METRIC = {
     "simpo": "per_token/margins",
     "step_apo": "offset/mean",
     "preference_model": "eval_accuracy",
+    "trpa": "ranking/pairs",
 }
 
 
 def test_one_for_every_loss():
     in_rounds = {"inpo", "sppo_soft"}  # examples/rounds
-    # Flags of examples/simpo.py: they need no more than it
+    # Flags of an example that needs no less than they do
     by_flag = {
-        "asft",
-        "cpo",
-        "eurus",
+        "asft": "simpo",
+        "cpo": "simpo",
+        "eurus": "simpo",
+        "drpo": "trpa",
     }
-    assert set(EXAMPLES) == set(METRIC) >= set(list_losses()) - in_rounds - by_flag
-    text = (ROOT / "examples" / "simpo.py").read_text()
-    assert all(f"python examples/simpo.py --loss_type {name} " in text for name in by_flag)
+    assert set(EXAMPLES) == set(METRIC) >= set(list_losses()) - in_rounds - set(by_flag)
+    for name, example in by_flag.items():
+        text = (ROOT / "examples" / f"{example}.py").read_text()
+        assert f"python examples/{example}.py --loss_type {name} " in text
     readme = (ROOT / "examples" / "README.md").read_text()
     assert all(f"[{name}.py]({name}.py)" in readme for name in EXAMPLES)
 
@@ -62,6 +65,8 @@ def test_example(name, tiny_model_dir, shared_data, tmp_path):
     name, _, with_references = name.partition(" ")
     if with_references:
         rows = [row.replace('"chosen"', '"reference"') for row in rows]
+    if name == "trpa":
+        rows = [json.dumps({"prompt": f"{k} and {k} is", "answer": str(2 * k)}) for k in range(8)]
     data = tmp_path / "pairs.jsonl"
     data.write_text("\n".join(rows))
     command = [sys.executable, ROOT / "examples" / f"{name}.py", "--model_name_or_path", tiny_model_dir, "--dataset_name", data,
@@ -71,6 +76,8 @@ def test_example(name, tiny_model_dir, shared_data, tmp_path):
         command += ["--reward_max_steps", "2", "--held_out", "0.25"]
     if name == "online_dpo":
         command += ["--max_new_tokens", "8", *(["--overlap", "bleu"] if with_references else [])]
+    if name == "trpa":
+        command += ["--max_new_tokens", "8"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_DATASETS_CACHE": str(tmp_path / "cache"),
                    "TRL_EXT_CACHE": str(tmp_path / "scores")}  # fmt: skip
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, env=environment, cwd=tmp_path)

@@ -181,10 +181,16 @@ def _one_loss(name: str) -> str:
         f"Columns: {', '.join(cls.columns) or 'none'}",
         f"Optional columns: {', '.join(_optional(cls)) or none}",
         *_reads_and_state(name),
-        f"Takes groups of completions: {'yes' if cls.takes_groups else 'no'}",
+        f"Takes groups of completions: {_groups(cls)}",
         *(["Takes lists of scores, one number per reward model: yes"] if cls.takes_lists is True else []),
     ]
     return "\n".join(lines)
+
+
+def _groups(cls: type) -> str:
+    if not cls.takes_groups:
+        return "no"
+    return "yes" if cls.takes_pairs else "yes, and no pairs"
 
 
 def _reads_and_state(name: str) -> list[str]:

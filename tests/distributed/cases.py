@@ -199,10 +199,11 @@ def groups(model_dir: Path, folder: Path, **options) -> dict[str, Any]:
             "prompt": row["prompt"],
             "completions": [row["chosen"], row["rejected"], row["chosen_empty_trace"]][: 2 + index % 2],
             "scores": [row["score_chosen"], row["score_rejected"], 0.4][: 2 + index % 2],
+            "behaviour_logps": [-30.0, -20.0 - index, -10.0][: 2 + index % 2],
         }
         for index, row in enumerate(preference_rows(ROWS))
     ]
-    return train(model_dir, folder, evaluate=True, rows=rows, loss_type="anchored", **options)
+    return train(model_dir, folder, evaluate=True, rows=rows, **{"loss_type": "anchored", **options})
 
 
 def moved_reference(model_dir: Path, folder: Path) -> dict[str, Any]:
@@ -356,11 +357,21 @@ def fine_tuned(model_dir: Path, folder: Path, steps: int = 1, **options) -> dict
 
 EVERY = prompts(ROWS)
 ADAPTER = partial(scripted, peft=lora(), loss_type="anchored", **MOVES, max_steps=3, learning_rate=1.0)
+ALONE = ["trpa", "drpo"]
 HEAD = partial(train, peft=lora(modules_to_save=["lm_head"]), loss_type="offset")
 CASES = {
     "ddp": {
         "every loss": every_loss,
         "groups, precomputed": partial(groups, precompute_ref_log_probs=True, share_prefix=True),
+        "whole groups": partial(
+            groups,
+            loss_type=ALONE,
+            learning_rate=0.01,
+            loss_kwargs={"trpa": {"correct": 0.75}, "drpo": {"correct": 0.45, "max_length": 16, "kl_weight": 1.0}},
+        ),
+        "whole groups online": partial(
+            scripted, num_generations=4, loss_type=ALONE, loss_kwargs={"drpo": {"correct": 30.0, "max_length": 16}}
+        ),
         "lora, shared prompts": partial(train, peft=lora(), loss_type="offset", share_prefix=True),
         "accumulation": partial(
             train, steps=2, loss_type=["inpo", "sppo_soft"], share_prefix=False, learning_rate=1e-3

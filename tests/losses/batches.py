@@ -55,6 +55,16 @@ def group(logratios, scores, mask=None, *, beta=0.1, dtype=torch.float64) -> Gro
     )
 
 
+def sampled(logps, scores, lengths, *, ref=None, old=None, mask=None, beta=0.1, dtype=torch.float64) -> GroupBatch:
+    """Groups with their log-probs under the policy, with gradients, the reference and the policy that sampled, the same by default."""
+    values = [torch.tensor(logps if each is None else each, dtype=dtype) for each in (logps, ref, old)]
+    mask = torch.ones_like(values[0], dtype=torch.bool) if mask is None else torch.tensor(mask)
+    scores = torch.tensor(scores, dtype=torch.float32)
+    return GroupBatch(
+        values[0].requires_grad_(), values[1], torch.tensor(lengths), scores, mask, beta, behaviour_logps=values[2]
+    )
+
+
 def slope(loss, batch) -> torch.Tensor:
     """dL/d delta of each pair, by autograd: the derivative in the chosen log-prob."""
     (gradient,) = torch.autograd.grad(loss(batch).sum(), batch.chosen_logps, retain_graph=True)

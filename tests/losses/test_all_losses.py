@@ -58,6 +58,8 @@ OF_BATCHES = ("beta_dpo",)
 
 
 REFERENCE_FREE = [variant for variant in VARIANTS if variant[0] in ("asft", "cpo", "simpo")]
+# These learn from whole groups alone: test_whole_groups.py
+WHOLE_GROUPS = {"drpo": {"behaviour_logps"}, "trpa": {"ref_logps", "behaviour_logps"}}
 WITH_REFERENCE = [variant for variant in VARIANTS if variant not in REFERENCE_FREE]
 
 
@@ -75,7 +77,7 @@ def full(deltas, *, dtype=torch.float64, margins=None, lengths=None, requires_gr
 
 
 def test_every_loss_is_here():
-    assert {name for name, _ in VARIANTS} == set(list_losses())
+    assert {*dict(VARIANTS), *WHOLE_GROUPS} == set(list_losses())
 
 
 @pytest.mark.parametrize(("name", "kwargs"), VARIANTS, ids=IDS)
@@ -218,8 +220,9 @@ def test_states_what_it_needs(name):
     assert cls.title
     assert cls.citation.startswith("@")
     assert isinstance(cls.columns, tuple)
-    assert get_loss(name).reads == (frozenset() if name in dict(REFERENCE_FREE) else {"ref_logps"})
-    assert cls.takes_groups == (name == "anchored")
+    reads = frozenset() if name in dict(REFERENCE_FREE) else {"ref_logps"}
+    assert get_loss(name).reads == WHOLE_GROUPS.get(name, reads)
+    assert cls.takes_groups == (name in ("anchored", *WHOLE_GROUPS)) and cls.takes_pairs == (name not in WHOLE_GROUPS)
     assert get_loss(name).takes_lists == (name == "reward_distillation")
     with pytest.raises(dataclasses.FrozenInstanceError):
         get_loss(name).alpha = 3

@@ -120,6 +120,10 @@ def test_hyperparameters_of_every_kind_are_shown(capsys):
                 "Takes lists of scores, one number per reward model: yes",
             ],
         ),
+        (
+            "drpo",
+            ["Columns: none", "Reads: policy, behaviour log-probs", "Takes groups of completions: yes, and no pairs"],
+        ),
         ("simpo", ["Hyper-parameters: gamma_beta_ratio=0.5", "Columns: none", "Reads: policy", "State: none"]),
         ("alpha_dpo", ["alpha_dpo  (aliases: none)", "Reads: policy, reference", "State: mean, std"]),
         ("beta_dpo", ["Hyper-parameters: a=0.6, rho=0.2, momentum=0.9", "State: mean, std, batches"]),
@@ -163,6 +167,7 @@ def test_how_sure_a_formula_is(capsys):
         "robust_em",
         "sppo_soft",
         "step_apo",
+        "trpa",
     }
     for name in ("offset", "cpo", "simpo", *unsure):
         assert main(["losses", name]) == 0

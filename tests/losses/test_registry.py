@@ -19,6 +19,7 @@ OURS = [
     "beta_dpo",
     "bias_variance",
     "cpo",
+    "drpo",
     "eurus",
     "inpo",
     "length_regularized",
@@ -29,6 +30,7 @@ OURS = [
     "simpo",
     "sppo_soft",
     "step_apo",
+    "trpa",
 ]
 
 
@@ -152,6 +154,14 @@ def test_unknown_name(name, message):
         ("simpo", {"gamma_beta_ratio": -0.1}, "simpo: `gamma_beta_ratio=-0.1` must be at least 0"),
         ("simpo", {"gamma": 1.0}, r"The loss 'simpo' has no hyper-parameter 'gamma'.*\['gamma_beta_ratio'\]"),
         ("step_apo", {"alpha": -0.5}, r"step_apo: `alpha=-0.5` must be at least 0 \(0 is DPO\)"),
+        ("trpa", {"kappa": 0.0}, "trpa: `kappa=0.0` must be positive"),
+        ("trpa", {"kl_weight": -0.1}, "trpa: `kl_weight=-0.1` must be at least 0"),
+        ("drpo", {"tau": 0.0}, "drpo: `tau=0.0` must be positive"),
+        ("drpo", {"length_temperature": 0.0}, "drpo: `length_temperature=0.0` must be positive"),
+        ("drpo", {"max_length": 0}, "drpo: `max_length=0` must be positive"),
+        ("drpo", {"max_length": 12.5}, "`max_length=12.5` is not a whole number"),
+        ("drpo", {"delta": -0.1}, "drpo: `delta=-0.1` must be at least 0"),
+        ("drpo", {"kl_weight": -1.0}, "drpo: `kl_weight=-1.0` must be at least 0"),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -186,6 +196,8 @@ def test_refused_hyperparameters(name, hyperparameters, message):
         ("eurus", {"absolute_weight": 0}),
         ("simpo", {"gamma_beta_ratio": 0}),
         ("step_apo", {"alpha": 0}),
+        ("trpa", {"kappa": 1e-9, "kl_weight": 0, "correct": -3}),
+        ("drpo", {"tau": 1e-9, "length_temperature": 1e-9, "max_length": 1, "delta": 0, "kl_weight": 0, "correct": 0}),
     ],
     ids=str,
 )
@@ -208,6 +220,15 @@ def test_defaults():
         "eurus": {"absolute_weight": 1.0},
         "simpo": {"gamma_beta_ratio": 0.5},
         "step_apo": {"alpha": 1.0},
+        "trpa": {"kappa": 2.5, "kl_weight": 0.001, "correct": 1.0},
+        "drpo": {
+            "tau": 10.0,
+            "delta": 1e-4,
+            "kl_weight": 1e3,
+            "length_temperature": 0.1,
+            "max_length": 8192,
+            "correct": 1.0,
+        },
         "alpha_dpo": {"alpha": 0.2, "gamma_beta_ratio": 0.6, "momentum": 0.9},
         "beta_dpo": {"a": 0.6, "rho": 0.2, "momentum": 0.9},
         "robust_em": {"base": "sigmoid", "eta": 0.9, "rate": 0.1, "gamma_beta_ratio": 0.5, "annotators": 1},

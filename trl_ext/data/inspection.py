@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from trl_ext.data.cache import content_key
 from trl_ext.data.checks import check_count, is_finite_number, require_columns
 from trl_ext.data.columns import SCORES, checked, columns_of, list_lengths, used_columns
-from trl_ext.data.groups import check_group, from_groups, is_grouped
+from trl_ext.data.groups import BEHAVIOUR_LOGPS, check_group, from_groups, is_grouped
 from trl_ext.data.tokens import pair_lengths, require_chat_template
 from trl_ext.losses import get_loss, list_losses
 
@@ -99,7 +99,8 @@ def inspect_preferences(
             conversations where the tokenizer has no chat template.
     """
     check_count("max_length", max_length)
-    facts = {"rows": f"{len(dataset):,}", "columns": ", ".join(columns_of(dataset, "inspected"))}
+    given = columns_of(dataset, "inspected")
+    facts = {"rows": f"{len(dataset):,}", "columns": ", ".join(given)}
     if is_grouped(dataset.column_names):
         for row, example in enumerate(dataset):
             check_group(example, row, "inspected")
@@ -142,7 +143,7 @@ def inspect_preferences(
         facts["margins of the scores"] = _quantiles(margins)
         facts["scores contradict the label"] = _share(sum(margin < 0 for margin in margins), len(margins))
         facts["scores tie"] = _share(sum(margin == 0 for margin in margins), len(margins))
-    losses = {"sigmoid and TRL's others": ""} | {name: _why_not(name, dataset) for name in list_losses()}
+    losses = {"sigmoid and TRL's others": ""} | {name: _why_not(name, dataset, given) for name in list_losses()}
     return Inspection(facts, losses, _remarks(dataset, margins), lengths, margins, unit)
 
 
@@ -272,10 +273,18 @@ def _remarks(dataset: Dataset, margins: list[float]) -> dict[str, str]:
     return remarks
 
 
-def _why_not(name: str, dataset: Dataset) -> str:
-    """Why a loss with its default hyper-parameters cannot train on the data; as training would say it."""
+def _why_not(name: str, dataset: Dataset, given: list[str]) -> str:
+    """Why a loss with its default hyper-parameters cannot train on the data, which came with the columns `given`."""
     try:
         losses = {name: get_loss(name)}
+        needed = [] if losses[name].takes_pairs else ["prompt", "completions", "scores"]
+        needed += [BEHAVIOUR_LOGPS] if "behaviour_logps" in losses[name].reads else []
+        missing = [column for column in needed if column not in given]
+        if missing:
+            return (
+                f"The loss {name!r} learns from whole groups with the columns {needed}, and {missing} are absent. Online training "
+                "samples such groups."
+            )
         checked(dataset, used_columns(dataset.column_names, losses, "inspected"), losses, "inspected")
     except (ValueError, TypeError) as error:
         return str(error)

@@ -12,6 +12,7 @@ from .batch import GroupBatch, PreferenceBatch, TokenBatch
 from .beta_dpo import BetaDPOLoss
 from .bias_variance import BiasVarianceLoss
 from .cpo import CPOLoss
+from .drpo import DRPOLoss
 from .eurus import EurusLoss
 from .inpo import INPOLoss
 from .length_regularized import LengthRegularizedLoss
@@ -32,6 +33,7 @@ from .robust_em import RobustEMLoss
 from .simpo import SimPOLoss
 from .sppo_soft import SoftSPPOLoss
 from .step_apo import StepAPOLoss
+from .trpa import TRPALoss
 
 
 __all__ = [
@@ -42,6 +44,7 @@ __all__ = [
     "BetaDPOLoss",
     "BiasVarianceLoss",
     "CPOLoss",
+    "DRPOLoss",
     "EurusLoss",
     "GroupBatch",
     "INPOLoss",
@@ -55,6 +58,7 @@ __all__ = [
     "SimPOLoss",
     "SoftSPPOLoss",
     "StepAPOLoss",
+    "TRPALoss",
     "TokenBatch",
     "get_loss",
     "list_aliases",

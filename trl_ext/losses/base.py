@@ -75,10 +75,14 @@ class Loss:
             - `"token_logps"`: `PreferenceBatch.tokens`, the log-probabilities of each token, and its turn;
             - `"behaviour_logps"`: `GroupBatch.behaviour_logps`, those under the policy that sampled.
         update_first (`bool`): Whether the loss reads the state that has taken the micro-batch in, else the one before.
-        takes_groups (`bool`): Whether it also accepts a [`GroupBatch`].
+        takes_groups (`bool`): Whether it accepts a [`GroupBatch`].
+        takes_pairs (`bool`): Whether it accepts a [`PreferenceBatch`]; one of the two at least. A loss on whole groups alone says
+            `takes_groups = True` and `takes_pairs = False`: `pairing` is then "group" by default, and pairs are refused when the
+            trainer is built.
         takes_lists (`bool`): Whether `score_chosen` and `score_rejected` may hold a list in each row, one number per reward
-            model: `batch.column(name, lists=True)` then has the shape `(B, M)`. Where they are numbers it is given `(B,)`, as every loss. A loss
-            that does not say so is never given lists: where it stands beside one that does, scores have to be numbers.
+            model: `batch.column(name, lists=True)` then has the shape `(B, M)`. Where they are numbers it is given `(B,)`, as
+            every loss. A loss that does not say so is never given lists: where it stands beside one that does, scores have to be
+            numbers.
     """
 
     paper: ClassVar[str] = ""
@@ -90,6 +94,7 @@ class Loss:
     reads: ClassVar[frozenset[str]] = frozenset({"ref_logps"})
     update_first: ClassVar[bool] = True
     takes_groups: ClassVar[bool] = False
+    takes_pairs: ClassVar[bool] = True
     takes_lists: ClassVar[bool] = False
 
     def __post_init__(self):

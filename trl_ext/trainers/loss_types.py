@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from trl_ext.data.pairing import PAIRINGS
 from trl_ext.losses import TRL_LOSS_TYPES, get_loss, list_aliases, loss_class, resolve_name
 from trl_ext.losses.base import warn_once
 
@@ -82,6 +83,18 @@ def build_losses(names: list[str], loss_kwargs: dict[str, Any] | None) -> dict[s
             f"it: {ours}. Give one dict per loss: {{{ours[0]!r}: {{...}}, {ours[1]!r}: {{...}}}}."
         )
     return {name: get_loss(name, **keyed.get(name, {})) for name in ours}
+
+
+def check_pairing(pairing: str | None, losses: dict[str, Any]) -> None:
+    """Raise a `ValueError` for a `pairing` that is unknown, or makes pairs of what `losses` learn from as whole groups alone."""
+    if pairing is not None and pairing not in PAIRINGS:
+        raise ValueError(f"`pairing={pairing!r}` is unknown; choose one of {list(PAIRINGS)}.")
+    whole = [name for name, loss in losses.items() if not loss.takes_pairs]
+    if whole and pairing not in (None, "group"):
+        raise ValueError(
+            f"`pairing={pairing!r}` makes pairs, and {whole} learn from whole groups alone. Leave it out, or set "
+            '`pairing="group"`.'
+        )
 
 
 def check_combination(args: TrainingArguments, names: list[str], losses: dict[str, Any]) -> None:

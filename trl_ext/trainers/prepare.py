@@ -46,7 +46,8 @@ def with_scores(dataset: Any, reward_funcs: Any, judge: Any, losses: Mapping[str
     given = "reward_funcs" if judge is None else "judge"
     if isinstance(reward_funcs, (list, tuple)) and len(reward_funcs) > 1 and takes_each_reward(losses):
         reward_funcs = Ensemble(list(reward_funcs), "list")
-    if not read & {"score_chosen", "score_rejected", "preference_prob"}:
+    whole = any(not loss.takes_pairs for loss in losses.values())  # whose scores are no column of pairs
+    if not whole and not read & {"score_chosen", "score_rejected", "preference_prob"}:
         raise ValueError(
             f"`{given}` would not be used: none of the losses {sorted(losses) or 'of TRL'} reads scores. Leave it out."
         )

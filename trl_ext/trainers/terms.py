@@ -229,6 +229,14 @@ def check_reads(losses: Mapping[str, Any], groups: bool) -> None:
     """Raise a `ValueError` for losses that read what batches of pairs, or of `groups`, do not hold."""
     for name, loss in losses.items():
         whole = groups and loss.takes_groups
+        if not loss.takes_pairs and not whole:
+            behaviour = (
+                ", `behaviour_logps` (each with one entry per completion)" if "behaviour_logps" in loss.reads else ""
+            )
+            raise ValueError(
+                f'The loss {name!r} learns from whole groups of completions alone, and it was given pairs. Set `pairing="group"`; '
+                f"offline, give the data as groups: the columns `prompt`, `completions`, `scores`{behaviour}."
+            )
         if "behaviour_logps" in loss.reads and not whole:
             raise ValueError(
                 f"The loss {name!r} reads log-probs under the policy that sampled the completions, which whole groups have and "

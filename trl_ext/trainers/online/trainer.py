@@ -29,7 +29,7 @@ from trl_ext.trainers.online.checks import (
     check_rewards,
     reads_win_rates,
 )
-from trl_ext.trainers.online.config import OnlineDPOConfig, build_online_losses
+from trl_ext.trainers.online.config import OnlineDPOConfig, build_online_losses, default_pairing
 from trl_ext.trainers.online.evaluate import Evaluation
 from trl_ext.trainers.online.generate import Generation
 from trl_ext.trainers.online.metrics import Ties, dropped_prompts, of_completions, of_learnt
@@ -136,6 +136,8 @@ class OnlineDPOTrainer(Generation, Evaluation, WithTerms, TRLOnlineDPOTrainer):
             if not hasattr(args, field.name):
                 setattr(args, field.name, field.default)
         losses = build_online_losses(args)
+        if args.pairing is None:
+            args.pairing = default_pairing(losses)
         terms = Terms(
             losses, dict(zip(losses, args.loss_weights or [1.0] * len(losses), strict=True)), can_be_empty=True
         )
