@@ -15,6 +15,7 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 
 from trl_ext.data.further import FURTHER
+from trl_ext.data.turns import TURNS
 
 
 # What reasoning models with thinking switched off have after the prompt
@@ -125,7 +126,7 @@ def tokenize_empty_trace(example: dict, tokenizer: Any) -> dict[str, list]:
         ids = {f"{side}_ids": tokens[length:] for side, tokens in whole.items()}
         row[FURTHER].append({"prompt_ids": whole["chosen"][:length], **ids})
     if not example[HAS_TRACES]:
-        row.update(chosen_ids=[], rejected_ids=[])
+        row.update({name: [] for name in ("chosen_ids", "rejected_ids", *TURNS) if name in example})
     return row
 
 

@@ -12,6 +12,7 @@ from .batch import GroupBatch, PreferenceBatch, TokenBatch
 from .beta_dpo import BetaDPOLoss
 from .bias_variance import BiasVarianceLoss
 from .cpo import CPOLoss
+from .dmpo import DMPOLoss
 from .eurus import EurusLoss
 from .inpo import INPOLoss
 from .length_regularized import LengthRegularizedLoss
@@ -41,6 +42,7 @@ __all__ = [
     "BetaDPOLoss",
     "BiasVarianceLoss",
     "CPOLoss",
+    "DMPOLoss",
     "EurusLoss",
     "GroupBatch",
     "INPOLoss",

@@ -176,8 +176,9 @@ class DPOTrainer(WithTerms, trl.DPOTrainer):
         if losses or (self._scorer.head is not None and not dispatched):
             data = self._data
             self.accelerator.dataloader_config.dispatch_batches = False  # which a stream would have turned on
+            kinds = {"empty_trace": data.empty_trace, "groups": data.groups, "turns": data.turns}
             self.data_collator = RowsCollator(
-                self.data_collator, data.numeric_columns, data.empty_trace, data.groups, self._scorer.sharing
+                self.data_collator, data.numeric_columns, sharing=self._scorer.sharing, **kinds
             )
 
     @staticmethod

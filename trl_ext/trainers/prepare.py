@@ -1,6 +1,7 @@
 """The data of an offline run: which columns the losses read, groups made into rows, and what is tokenized beside TRL's pair."""
 
 import copy
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -25,6 +26,7 @@ from trl_ext.data.reasoning import HAS_TRACES, check_pairs, tokenize_empty_trace
 from trl_ext.data.rewards import as_scorer
 from trl_ext.data.scores import score_preferences
 from trl_ext.data.tokens import require_chat_template
+from trl_ext.data.turns import TURNS, checked_turns, range_of_turns, with_turns
 from trl_ext.losses.base import SigmoidLoss
 from trl_ext.trainers.loss_types import check_combination
 from trl_ext.trainers.terms import check_reads
@@ -90,9 +92,14 @@ class PreferenceData:
         return [column for column in self.columns if column not in TEXT_COLUMNS]
 
     @property
+    def turns(self) -> bool:
+        """Whether a loss reads tokens, so that of conversations the assistant's turns alone are scored."""
+        return any("token_logps" in loss.reads for loss in self.losses.values())
+
+    @property
     def signature(self) -> list[str]:
         """Columns of a prepared dataset that the collator reads, beside TRL's."""
-        return [*self.numeric_columns, FURTHER, GROUP_SCORES, BEHAVIOUR_LOGPS]
+        return [*self.numeric_columns, FURTHER, GROUP_SCORES, BEHAVIOUR_LOGPS, *(TURNS if self.turns else ())]
 
     # Before the model is loaded
 
@@ -119,6 +126,7 @@ class PreferenceData:
                 )
         self._check_reads(available)
         self._refuse_vision(available)
+        dataset = self._one_turn_beside_images(dataset, "train")
         dataset = checked(dataset, self.columns, losses, "train")
         for remark in filter(None, (loss.remark(self.columns) for loss in losses.values())):
             logger.warning(remark)
@@ -147,6 +155,7 @@ class PreferenceData:
             used_columns(available, self.losses, split)
         require_same_columns(read, available, split)
         self._check_reads(available)
+        dataset = self._one_turn_beside_images(dataset, split)
         return checked(dataset, self.columns, self.losses, split)
 
     def _weighted(self) -> dict[str, Any]:
@@ -180,6 +189,21 @@ class PreferenceData:
                     f"The loss {name!r} reads the reference's log-probs of tokens, and `precompute_ref_log_probs=True` keeps one "
                     "number per completion. Set `precompute_ref_log_probs=False`."
                 )
+            if "token_logps" in loss.reads and getattr(self.args, "ld_alpha", None) is not None:
+                raise ValueError(
+                    f"The loss {name!r} reads log-probs of tokens, which `ld_alpha={self.args.ld_alpha}` (LD-DPO) does not weigh: it "
+                    "weighs sums. Leave one of the two out."
+                )
+
+    def _one_turn_beside_images(self, dataset: Dataset | IterableDataset, split: str) -> Dataset | IterableDataset:
+        """The dataset, once it is known that no row with images has a completion of several messages where turns are read."""
+        if not self.turns or not {"image", "images"} & set(columns_of(dataset, split)):
+            return dataset
+        if isinstance(dataset, IterableDataset):
+            return dataset.map(_refuse_messages, with_indices=True, fn_kwargs={"split": split})
+        for row, example in enumerate(dataset.select_columns(["chosen", "rejected"])):
+            _refuse_messages(example, row, split)
+        return dataset
 
     def _refuse_vision(self, available: Sequence[str]) -> None:
         vision = {"image", "images"} & set(available)
@@ -227,13 +251,17 @@ class PreferenceData:
             if available & PREPARED:
                 return dataset  # prepared here before, such as `trainer.eval_dataset` handed to `evaluate`
             # Tokenized by the user, such as steps that no end of sequence follows
+            if self.turns and available & set(TURNS):
+                dataset = checked_turns(dataset, name)
+            self._remark_on_turns(dataset, name)
             return check_tokenized(dataset, name, args.max_length, args.truncation_mode == "keep_start")
-        if is_conversational(next(iter(dataset))):
+        conversational = is_conversational(next(iter(dataset)))
+        if conversational:
             require_chat_template(processing_class)
-        if any("token_logps" in loss.reads for loss in self.losses.values()):
+        if conversational and self.turns:
             if "prompt" not in available:  # else earlier turns would count as the completion's
                 dataset = dataset.map(extract_prompt)
-            dataset = dataset.map(refuse_turns, with_indices=True, fn_kwargs={"split": name})
+            tokenize = functools.partial(with_turns, tokenize)
         if self.empty_trace:
             dataset = dataset.map(check_pairs, with_indices=True, fn_kwargs={"split": name})
         else:
@@ -242,6 +270,7 @@ class PreferenceData:
         dataset = tokenize(dataset, processing_class, args, name)
         if rows is not None:
             say_what_was_dropped(rows, len(dataset), name, args.max_length)
+        self._remark_on_turns(dataset, name)
         if self.groups:
             return self._with_others(dataset, processing_class, args, name, tokenize)
         if not self.empty_trace:
@@ -258,6 +287,20 @@ class PreferenceData:
             tokenize_empty_trace, fn_kwargs={"tokenizer": tokenizer}, remove_columns=[HAS_TRACES], **options
         )
 
+    def _remark_on_turns(self, dataset: Dataset | IterableDataset, name: str) -> None:
+        """Say what follows where no completion has a second turn, and refuse what does not go with several. Streams are not read."""
+        if not self.turns or not isinstance(dataset, Dataset):
+            return
+        lowest, highest = range_of_turns(dataset) if TURNS[0] in dataset.column_names else (0, 0)
+        if lowest < 0 and self.args.precompute_ref_log_probs:
+            raise ValueError(
+                f"`precompute_ref_log_probs=True` scores whole completions, and of the {name} dataset the assistant's turns alone are "
+                "scored, since a loss in use reads them. Set `precompute_ref_log_probs=False`."
+            )
+        if name == "train" and highest < 1:
+            for remark in filter(None, (loss.one_turn for loss in self.losses.values())):
+                logger.warning(remark)
+
     def _with_others(
         self, dataset: Dataset, processing_class: Any, args: Any, name: str, tokenize: Callable
     ) -> Dataset:
@@ -270,18 +313,19 @@ class PreferenceData:
             return tokenize(flat, processing_class, whole, f"{name} (other completions)")
 
         beside = [column for column in ("prompt", "tools", "chat_template_kwargs") if column in dataset.column_names]
-        dataset = map_further(dataset, OTHERS, others, TOKENIZED, beside)
+        made = [*TOKENIZED, *(name for name in TURNS if name in dataset.column_names)]
+        dataset = map_further(dataset, OTHERS, others, made, beside)
         return dataset.map(_single_last)
 
 
-def refuse_turns(example: dict, index: int, split: str) -> dict:
-    """Raise a `ValueError` for a completion of several assistant turns: their tokens cannot be told apart."""
+def _refuse_messages(example: dict, index: int, split: str) -> dict:
+    """Raise a `ValueError` for a completion of several messages: tokenized while training, its turns cannot be told apart."""
     for side in ("chosen", "rejected"):
-        messages = example[side] if isinstance(example[side], list) else ()
-        if sum(message.get("role") == "assistant" for message in messages) > 1:
+        if isinstance(example[side], list) and len(example[side]) > 1:
             raise ValueError(
-                f"Row {index} of the {split} dataset: {side!r} has several assistant turns, and a loss in use reads log-probs of "
-                "tokens, whose turns are not told apart. Split the conversation at its last turn, or choose another loss."
+                f"Row {index} of the {split} dataset: {side!r} has several messages beside images, and a loss in use reads the "
+                "assistant's turns. Completions with images are tokenized while training, where turns cannot be told apart. Split the "
+                "conversation at its last turn, remove the images, or choose another loss."
             )
     return example
 
@@ -289,5 +333,6 @@ def refuse_turns(example: dict, index: int, split: str) -> dict:
 def _single_last(example: dict) -> dict:
     """The last of an odd number of others stands alone; to be tokenized it stood twice."""
     if len(example[GROUP_SCORES]) % 2:
-        example[FURTHER][-1]["rejected_ids"] = []
+        last = example[FURTHER][-1]
+        last.update({name: [] for name in ("rejected_ids", TURNS[1]) if name in last})
     return example
