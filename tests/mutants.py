@@ -119,6 +119,7 @@ REPEATED = [
             "sppo_soft",
             "asft",
             "cpo",
+            "dmpo",
             "eurus",
             "simpo",
             "step_apo",

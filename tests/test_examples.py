@@ -24,6 +24,7 @@ METRIC = {
     "robust_em": "Reliability of each annotator",
     "madpo": "weight/mean",
     "online_dpo": "completions/mean_length",
+    "dmpo": "turns/chosen",
     "simpo": "per_token/margins",
     "step_apo": "offset/mean",
 }
@@ -44,6 +45,17 @@ def test_one_for_every_loss():
     assert all(f"[{name}.py]({name}.py)" in readme for name in EXAMPLES)
 
 
+def in_turns(row):
+    def messages(text):
+        first, _, rest = text.partition(". ")
+        said = [("assistant", first), ("user", "Go on."), ("assistant", rest or "That is all.")]
+        return [{"role": role, "content": content} for role, content in said]
+
+    return {"prompt": [{"role": "user", "content": row["prompt"]}]} | {
+        side: messages(row[side]) for side in ("chosen", "rejected")
+    }
+
+
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_example(name, tiny_model_dir, shared_data, tmp_path):
     rows = (shared_data / "imdb_sentiment" / "pairs_train.jsonl").read_text().splitlines()[:24]
@@ -56,6 +68,8 @@ def test_example(name, tiny_model_dir, shared_data, tmp_path):
         rows = [
             row.replace('"score_chosen"', '"q_chosen"').replace('"score_rejected"', '"q_rejected"') for row in rows
         ]
+    if name == "dmpo":  # the first sentence is a turn, and the rest another
+        rows = [json.dumps(in_turns(json.loads(row))) for row in rows]
     data = tmp_path / "pairs.jsonl"
     data.write_text("\n".join(rows))
     command = [sys.executable, ROOT / "examples" / f"{name}.py", "--model_name_or_path", tiny_model_dir, "--dataset_name", data,
