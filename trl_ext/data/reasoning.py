@@ -126,7 +126,7 @@ def tokenize_empty_trace(example: dict, tokenizer: Any) -> dict[str, list]:
         ids = {f"{side}_ids": tokens[length:] for side, tokens in whole.items()}
         row[FURTHER].append({"prompt_ids": whole["chosen"][:length], **ids})
     if not example[HAS_TRACES]:
-        row.update({name: [] for name in ("chosen_ids", "rejected_ids", *TURNS) if name in example})
+        row.update(chosen_ids=[], rejected_ids=[], **{name: [] for name in TURNS if name in example})
     return row
 
 
