@@ -130,17 +130,20 @@ def test_a_generation_prompt_that_conversations_do_not_have(tokenizer):
 def test_a_template_that_drops_earlier_reasoning(tokenizer):
     """Its own marks are taken, for the turns in the middle as they stand; without them it is refused."""
     messages = [assistant("good"), user("why"), assistant("so"), user("and"), assistant("end")]
-    tokenizer.chat_template = say(DROPS, marks=GENERATION)
+    # The line break stands behind the marks: of the last turn alone it is scored, as TRL scores one
+    tokenizer.chat_template = say(DROPS.removesuffix("\n"), marks=(GENERATION[0], GENERATION[1] + "{{ '\n' }}"))
     runs = spoken(tokenizer, [user("what"), assistant("this"), user("how")], messages)
-    assert [(turn, text) for turn, text in runs if turn >= 0][1:] == [
-        (1, "so<|im_end|>\n"),
+    assert runs[0][1].startswith("<|im_start|>user\nwhat") and runs[0][1].endswith("good<|im_end|>")
+    assert runs[1:] == [
+        (-1, "\n<|im_start|>user\nwhy<|im_end|>\n<|im_start|>assistant\n"),
+        (1, "so<|im_end|>"),
+        (-1, "\n<|im_start|>user\nand<|im_end|>\n<|im_start|>assistant\n"),
         (2, "<think>so</think>end<|im_end|>\n"),
     ]
-    assert runs[0][1].endswith("good<|im_end|>\n") and runs[1] == (
-        -1, "<|im_start|>user\nwhy<|im_end|>\n<|im_start|>assistant\n",
-    )  # fmt: skip
     for template in (
         say(DROPS),
+        # What a user says depends on whether it is the last message
+        say().replace("{{ message.content }}<|im_end|>\n{% endif %}", "{{ message.content }}{% if loop.last %} now{% endif %}<|im_end|>\n{% endif %}"),
         # Two marked parts in one message
         say(DROPS.replace("{{ message.content }}", "{% generation %}{{ message.content }}{% endgeneration %} {% generation %}")
             + "{% endgeneration %}"),
@@ -248,12 +251,10 @@ def test_turns_that_are_none(turns, message):
 
 
 def test_turns_that_are_no_whole_numbers():
-    row = {**TOKENS, "chosen_turns": [0.0, 0.5, 1.0, 1.0], "rejected_turns": [0.0, 0.0]}
-    with pytest.raises(ValueError, match=r"Row 0 .* \[0.0, 0.5, 1.0, 1.0\] in 'chosen_turns'; expected whole numbers"):
-        checked_turns(Dataset.from_list([row]), "train")
-    for values in ([0.0, 0.0, 1.0, 1.0], [False, False, True, True]):
-        with pytest.raises(ValueError, match="expected whole numbers"):
-            checked_turns(Dataset.from_list([{**row, "chosen_turns": values}]), "train")
+    for values in ([0.0, 0.5, 1.0, 1.0], [0.0, 0.0, 1.0, 1.0], [False, False, True, True]):
+        row = {**TOKENS, "chosen_turns": values, "rejected_turns": [0, 0]}
+        with pytest.raises(ValueError, match=r"Row 0 .* in 'chosen_turns'; expected whole numbers"):
+            checked_turns(Dataset.from_list([row]), "train")
 
 
 def test_turns_of_one_side_alone():

@@ -113,6 +113,16 @@ def test_finite_at_extremes(gamma, dtype):
     assert given.tokens.chosen_logps.grad.isfinite().all()
 
 
+def test_turns_are_not_rounded_to_the_log_probs():
+    """bf16 holds 299 as 300: the last of 300 turns would count nothing."""
+    turns = torch.arange(300)[None]
+    values = torch.zeros(1, 300)
+    values[0, -1] = 600.0
+    given = token_batch(values, torch.zeros(1, 300), turns, turns, beta=0.5, dtype=torch.bfloat16)
+    value = get_loss("dmpo", gamma=1.0)(given)
+    assert value.item() == pytest.approx(math.log1p(math.exp(-1.0)), rel=0.01) and value.dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("gamma", [0.0, -0.5, 1.0001, 2.0])
 def test_gamma_out_of_range(gamma):
     with pytest.raises(ValueError, match=rf"dmpo: `gamma={gamma}` must lie in \(0, 1\]"):
