@@ -333,6 +333,5 @@ def _refuse_messages(example: dict, index: int, split: str) -> dict:
 def _single_last(example: dict) -> dict:
     """The last of an odd number of others stands alone; to be tokenized it stood twice."""
     if len(example[GROUP_SCORES]) % 2:
-        last = example[FURTHER][-1]
-        last.update({name: [] for name in ("rejected_ids", TURNS[1]) if name in last})
+        example[FURTHER][-1]["rejected_ids"] = []
     return example
