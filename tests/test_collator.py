@@ -99,6 +99,15 @@ def test_turns_are_cut_and_padded_with_their_tokens(options, chosen, rejected):
     assert plain.turns is None and torch.equal(plain.completion_mask, expected["completion_mask"])
 
 
+def test_turns_of_a_completion_that_was_emptied():
+    examples = [
+        pair([1], [], [6], chosen_turns=[0] * 9, rejected_turns=[0]),
+        pair([1], [2, 3], [4], chosen_turns=[0, 1]),
+    ]
+    rows, _ = from_batch(RowsCollator(trls(), turns=True)(examples))
+    assert rows.turns.tolist() == [[-1, -1, -1], [-1, 0, 1], [-1, 0, -1], [-1, 0, -1]]
+
+
 FURTHER = pair([1, 9], [5], [6, 7, 8])
 
 

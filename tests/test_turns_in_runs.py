@@ -27,6 +27,7 @@ from tests.online.runs import Scripted, batch, online
 from tests.plain import assert_equals_plain, token_logps
 from tests.stateful import keep_registry
 from trl_ext.losses.base import Loss
+from trl_ext.trainers.prepare import PreferenceData
 
 
 SIDES = ("chosen", "rejected")
@@ -367,12 +368,12 @@ def test_token_ids_with_turns(tiny_model_dir, tmp_path):
 def test_several_messages_beside_images_are_refused(tiny_model_dir, tmp_path):
     """They are tokenized while training, by a processor."""
     data = Dataset.from_list([{**row, "images": ["none"]} for row in (rows()[3], rows()[0])])
+    given = PreferenceData(["dmpo"], {"dmpo": trl_ext.get_loss("dmpo")}, None)
     for each in (data, data.to_iterable_dataset()):
-        with pytest.raises(
-            ValueError, match=r"Row 1 of the train dataset: 'chosen' has several messages beside images"
-        ):
-            losses = {"dmpo": trl_ext.get_loss("dmpo")}
-            list(trl_ext.trainers.prepare.PreferenceData(["dmpo"], losses, None).training(each))
+        for split in ("train", "held_out"):
+            message = rf"Row 1 of the {split} dataset: 'chosen' has several messages beside images"
+            with pytest.raises(ValueError, match=message):
+                list(given.training(each) if split == "train" else given.evaluation({split: each})[split])
 
 
 def test_what_would_be_scored_whole_is_refused(tiny_model_dir, tmp_path):

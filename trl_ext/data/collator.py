@@ -109,8 +109,10 @@ class RowsCollator:
         # In the place of token ids, so that the collator cuts and pads them as it does these
         numbered = []
         for pair in pairs:
-            of = zip(TOKENIZED[1:], TURNS, strict=True)
-            numbers = {ids: pair.get(name) or [0] * len(pair[ids]) for ids, name in of}
+            numbers = {}
+            for ids, name in zip(TOKENIZED[1:], TURNS, strict=True):
+                count = len(pair[ids])  # 0 where preparation emptied a completion that is not there
+                numbers[ids] = (pair.get(name) or [0] * count)[:count]
             numbered.append({**pair, **numbers})
         turns = torch.where(mask != 0, self.collator(numbered)["input_ids"], NOT_SCORED)
         there = turns != NOT_SCORED

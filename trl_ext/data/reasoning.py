@@ -15,7 +15,6 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 
 from trl_ext.data.further import FURTHER
-from trl_ext.data.turns import TURNS
 
 
 # What reasoning models with thinking switched off have after the prompt
@@ -126,7 +125,7 @@ def tokenize_empty_trace(example: dict, tokenizer: Any) -> dict[str, list]:
         ids = {f"{side}_ids": tokens[length:] for side, tokens in whole.items()}
         row[FURTHER].append({"prompt_ids": whole["chosen"][:length], **ids})
     if not example[HAS_TRACES]:
-        row.update(chosen_ids=[], rejected_ids=[], **{name: [] for name in TURNS if name in example})
+        row.update(chosen_ids=[], rejected_ids=[])
     return row
 
 
