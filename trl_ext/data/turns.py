@@ -22,6 +22,7 @@ from trl.chat_template_utils import has_generation_markers
 from trl.data_utils import common_prefix_length, prepare_multimodal_messages
 
 from trl_ext.data.checks import TOKENIZED
+from trl_ext.data.columns import columns_of
 from trl_ext.data.tokens import template_arguments
 
 
@@ -221,6 +222,28 @@ def checked_turns(dataset: Dataset | IterableDataset, split: str) -> Dataset | I
         return example
 
     return dataset.map(checked, with_indices=True)
+
+
+def one_message_beside_images(dataset: Dataset | IterableDataset, split: str) -> Dataset | IterableDataset:
+    """The dataset, once it is known that no row of one with images has a completion of several messages; a stream as it is read."""
+    if not {"image", "images"} & set(columns_of(dataset, split)):
+        return dataset
+    if isinstance(dataset, IterableDataset):
+        return dataset.map(_refuse_messages, with_indices=True, fn_kwargs={"split": split})
+    for row, example in enumerate(dataset.select_columns(["chosen", "rejected"])):
+        _refuse_messages(example, row, split)
+    return dataset
+
+
+def _refuse_messages(example: dict, row: int, split: str) -> dict:
+    for side in ("chosen", "rejected"):
+        if isinstance(example[side], list) and len(example[side]) > 1:
+            raise ValueError(
+                f"Row {row} of the {split} dataset: {side!r} has several messages beside images, and a loss in use reads the "
+                "assistant's turns. Completions with images are tokenized while training, where turns cannot be told apart. Split the "
+                "conversation at its last turn, remove the images, or choose another loss."
+            )
+    return example
 
 
 def range_of_turns(dataset: Dataset) -> tuple[int, int]:

@@ -83,7 +83,8 @@ class DPOTrainer(WithTerms, trl.DPOTrainer):
             Configuration. With TRL's class, losses of ours have their default hyper-parameters.
         train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
             Preference data in any form that TRL takes, with the columns that the losses require (`trl-ext losses NAME`
-            says which). A numeric column `weight`, at least 0, scales the loss of each pair.
+            says which). A numeric column `weight`, at least 0, scales the loss of each pair. Where a loss reads tokens (`dmpo`), of
+            conversations the assistant's turns alone are scored.
         reward_funcs (*optional*):
             What [`~trl_ext.data.score_preferences`] takes: a reward model, a function, or a list of them. Scores the pairs (or
             groups) where a loss reads scores and the dataset has none.

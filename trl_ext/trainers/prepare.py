@@ -26,7 +26,7 @@ from trl_ext.data.reasoning import HAS_TRACES, check_pairs, tokenize_empty_trace
 from trl_ext.data.rewards import as_scorer
 from trl_ext.data.scores import score_preferences
 from trl_ext.data.tokens import require_chat_template
-from trl_ext.data.turns import TURNS, checked_turns, range_of_turns, with_turns
+from trl_ext.data.turns import TURNS, checked_turns, one_message_beside_images, range_of_turns, with_turns
 from trl_ext.losses.base import SigmoidLoss
 from trl_ext.trainers.loss_types import check_combination
 from trl_ext.trainers.terms import check_reads
@@ -126,7 +126,7 @@ class PreferenceData:
                 )
         self._check_reads(available)
         self._refuse_vision(available)
-        dataset = self._one_turn_beside_images(dataset, "train")
+        dataset = one_message_beside_images(dataset, "train") if self.turns else dataset
         dataset = checked(dataset, self.columns, losses, "train")
         for remark in filter(None, (loss.remark(self.columns) for loss in losses.values())):
             logger.warning(remark)
@@ -155,7 +155,7 @@ class PreferenceData:
             used_columns(available, self.losses, split)
         require_same_columns(read, available, split)
         self._check_reads(available)
-        dataset = self._one_turn_beside_images(dataset, split)
+        dataset = one_message_beside_images(dataset, split) if self.turns else dataset
         return checked(dataset, self.columns, self.losses, split)
 
     def _weighted(self) -> dict[str, Any]:
@@ -194,16 +194,6 @@ class PreferenceData:
                     f"The loss {name!r} reads log-probs of tokens, which `ld_alpha={self.args.ld_alpha}` (LD-DPO) does not weigh: it "
                     "weighs sums. Leave one of the two out."
                 )
-
-    def _one_turn_beside_images(self, dataset: Dataset | IterableDataset, split: str) -> Dataset | IterableDataset:
-        """The dataset, once it is known that no row with images has a completion of several messages where turns are read."""
-        if not self.turns or not {"image", "images"} & set(columns_of(dataset, split)):
-            return dataset
-        if isinstance(dataset, IterableDataset):
-            return dataset.map(_refuse_messages, with_indices=True, fn_kwargs={"split": split})
-        for row, example in enumerate(dataset.select_columns(["chosen", "rejected"])):
-            _refuse_messages(example, row, split)
-        return dataset
 
     def _refuse_vision(self, available: Sequence[str]) -> None:
         vision = {"image", "images"} & set(available)
@@ -316,18 +306,6 @@ class PreferenceData:
         made = [*TOKENIZED, *(name for name in TURNS if name in dataset.column_names)]
         dataset = map_further(dataset, OTHERS, others, made, beside)
         return dataset.map(_single_last)
-
-
-def _refuse_messages(example: dict, index: int, split: str) -> dict:
-    """Raise a `ValueError` for a completion of several messages: tokenized while training, its turns cannot be told apart."""
-    for side in ("chosen", "rejected"):
-        if isinstance(example[side], list) and len(example[side]) > 1:
-            raise ValueError(
-                f"Row {index} of the {split} dataset: {side!r} has several messages beside images, and a loss in use reads the "
-                "assistant's turns. Completions with images are tokenized while training, where turns cannot be told apart. Split the "
-                "conversation at its last turn, remove the images, or choose another loss."
-            )
-    return example
 
 
 def _single_last(example: dict) -> dict:
