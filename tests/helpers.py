@@ -45,6 +45,7 @@ OUR_LOSSES = (
     "sppo_soft",
     "asft",
     "cpo",
+    "dmpo",
     "eurus",
     "simpo",
     "step_apo",
@@ -55,6 +56,8 @@ REFERENCE_FREE = (
     "cpo",
     "simpo",
 )
+# Those that read log-probs of tokens, which cannot be precomputed
+OF_TOKENS = ("dmpo",)
 # Their state moves with each micro-batch, so how rows are cut into micro-batches is part of the method
 WITH_STATE = ("alpha_dpo", "beta_dpo", "robust_em")
 # What each of our losses logs
@@ -72,6 +75,7 @@ LOSS_METRICS = {
     "sppo_soft": {"target/chosen", "target/rejected"},
     "asft": {"nll/mean", "log_odds/chosen", "log_odds/rejected"},
     "cpo": {"nll/mean"},
+    "dmpo": {"turns/chosen", "turns/rejected"},
     "eurus": {"absolute/mean"},
     "simpo": {"per_token/margins", "per_token/accuracies"},
     "step_apo": {"offset/mean"},

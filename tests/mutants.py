@@ -125,6 +125,7 @@ REPEATED = [
             "sppo_soft",
             "asft",
             "cpo",
+            "dmpo",
             "eurus",
             "reward_distillation",
             "simpo",

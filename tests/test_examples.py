@@ -26,6 +26,7 @@ METRIC = {
     "madpo": "weight/mean",
     "online_dpo": "completions/mean_length",
     "c_rlft": "mean_token_accuracy",
+    "dmpo": "turns/chosen",
     "simpo": "per_token/margins",
     "step_apo": "offset/mean",
     "preference_model": "eval_accuracy",
@@ -50,6 +51,17 @@ def test_one_for_every_loss():
     assert all(f"[{name}.py]({name}.py)" in readme for name in EXAMPLES)
 
 
+def in_turns(row):
+    def messages(text):
+        first, _, rest = text.partition(". ")
+        said = [("assistant", first), ("user", "Go on."), ("assistant", rest or "That is all.")]
+        return [{"role": role, "content": content} for role, content in said]
+
+    return {"prompt": [{"role": "user", "content": row["prompt"]}]} | {
+        side: messages(row[side]) for side in ("chosen", "rejected")
+    }
+
+
 @pytest.mark.parametrize("name", [*EXAMPLES, "online_dpo with reference answers"])
 def test_example(name, tiny_model_dir, shared_data, tmp_path):
     rows = (shared_data / "imdb_sentiment" / "pairs_train.jsonl").read_text().splitlines()[:24]
@@ -67,6 +79,8 @@ def test_example(name, tiny_model_dir, shared_data, tmp_path):
         rows = [row.replace('"chosen"', '"reference"') for row in rows]
     if name == "trpa":
         rows = [json.dumps({"prompt": f"{k} and {k} is", "answer": str(2 * k)}) for k in range(8)]
+    if name == "dmpo":  # the first sentence is a turn, and the rest another
+        rows = [json.dumps(in_turns(json.loads(row))) for row in rows]
     data = tmp_path / "pairs.jsonl"
     data.write_text("\n".join(rows))
     command = [sys.executable, ROOT / "examples" / f"{name}.py", "--model_name_or_path", tiny_model_dir, "--dataset_name", data,

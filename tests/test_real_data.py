@@ -134,3 +134,36 @@ def test_the_class_with_the_weight_is_learnt(imdb, shared_data, tmp_path):
         losses.append([logged[f"eval_{kind}_loss"] for kind in kinds])
     (review, summary), (other_review, other_summary) = losses
     assert review < other_review - 0.05 and summary > other_summary + 0.05, losses
+
+
+def test_real_conversations_turn_by_turn(shared_data, imdb, tmp_path):
+    """Conversations from their first question on: earlier turns are shared, the last one is not."""
+    path = str(shared_data / "hh_harmless" / "test_500.jsonl")
+    dataset = load_dataset("json", data_files=path, split="train[:24]", cache_dir=str(tmp_path / "cache"))
+
+    def whole(row):
+        first, *rest = row["prompt"]
+        return {"prompt": [first]} | {side: rest + row[side] for side in ("chosen", "rejected")}
+
+    trainer = DPOTrainer(
+        model=str(imdb[0]),
+        args=DPOConfig(
+            **options(
+                tmp_path, loss_type="dmpo", max_steps=8, per_device_train_batch_size=6, learning_rate=1e-3, max_length=384,
+                logging_steps=2, gradient_checkpointing=False, share_prefix=True,
+            )
+        ),
+        train_dataset=dataset.map(whole),
+    )  # fmt: skip
+    for row, example in zip(dataset, trainer.train_dataset, strict=True):
+        for side in ("chosen", "rejected"):
+            assert max(example[f"{side}_turns"]) == len(row["prompt"]) // 2
+            said = [
+                number for number, turn in zip(example[f"{side}_ids"], example[f"{side}_turns"], strict=True) if turn >= 0
+            ]  # fmt: skip
+            texts = [message["content"] for message in [*row["prompt"], *row[side]] if message["role"] == "assistant"]
+            written = trainer.processing_class.decode(said)
+            assert written == "".join(f"{text}<|im_end|>\n" for text in texts)
+    trainer.train()
+    first, *_, last = [entry for entry in trainer.state.log_history if "turns/chosen" in entry]
+    assert first["turns/chosen"] > 1.5 and first["rewards/margins"] < last["rewards/margins"]

@@ -42,6 +42,9 @@ class Rows:
             Log-probabilities under the reference, in nats, where they are precomputed.
         behaviour_logps (`torch.Tensor` of shape `(N,)`, *optional*):
             Log-probabilities under the policy that sampled the completions, in nats, where they are known beforehand.
+        turns (`torch.Tensor` of shape `(N, T)`, *optional*):
+            Number of the assistant's turn of each token to score, from 0 in each row, -1 elsewhere. By default each completion is
+            one turn.
     """
 
     inputs: Mapping[str, torch.Tensor]
@@ -51,6 +54,7 @@ class Rows:
     layout: SharedPrefixLayout | None = None
     ref_logps: torch.Tensor | None = None
     behaviour_logps: torch.Tensor | None = None
+    turns: torch.Tensor | None = None
 
     @classmethod
     def of_pairs(cls, inputs: Mapping[str, torch.Tensor], completion_mask: torch.Tensor, **known: Any) -> "Rows":

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 import trl_ext
 from tests import stateful
 from tests.conftest import preference_rows
+from tests.conversations import rows as conversations
 from tests.helpers import OUR_LOSSES, WITH_STATE, build, history, masked_rows
 from tests.helpers import options as short
 from tests.online.runs import Scripted, online, prompts
@@ -385,6 +386,7 @@ CASES = {
         "statistics": statistics,
         "selfish": selfish,
         "one process logs": one_process_logs,
+        "turns": partial(train, rows=conversations() * 2, loss_type="dmpo", evaluate=True, learning_rate=1e-3),
         "online": partial(scripted, num_generations=4, loss_type=["offset", "anchored"]),
         "remembering online": remembering_online,
         "preferring": preferring,

@@ -124,6 +124,7 @@ def test_hyperparameters_of_every_kind_are_shown(capsys):
             "drpo",
             ["Columns: none", "Reads: policy, behaviour log-probs", "Takes groups of completions: yes, and no pairs"],
         ),
+        ("dmpo", ["Hyper-parameters: gamma=0.7", "Columns: none", "Reads: policy, reference, token log-probs"]),
         ("simpo", ["Hyper-parameters: gamma_beta_ratio=0.5", "Columns: none", "Reads: policy", "State: none"]),
         ("alpha_dpo", ["alpha_dpo  (aliases: none)", "Reads: policy, reference", "State: mean, std"]),
         ("beta_dpo", ["Hyper-parameters: a=0.6, rho=0.2, momentum=0.9", "State: mean, std, batches"]),
@@ -169,7 +170,7 @@ def test_how_sure_a_formula_is(capsys):
         "step_apo",
         "trpa",
     }
-    for name in ("offset", "cpo", "simpo", *unsure):
+    for name in ("offset", "cpo", "dmpo", "simpo", *unsure):
         assert main(["losses", name]) == 0
         said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("How sure: ")]
         assert said == ([f"How sure: {loss_class(name).evidence}"] if name in unsure else [])

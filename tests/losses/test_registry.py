@@ -19,6 +19,7 @@ OURS = [
     "beta_dpo",
     "bias_variance",
     "cpo",
+    "dmpo",
     "drpo",
     "eurus",
     "inpo",
@@ -150,6 +151,8 @@ def test_unknown_name(name, message):
         ),
         ("asft", {"weight": -0.1}, r"asft: `weight=-0.1` must be at least 0 \(0 is plain SFT\)"),
         ("cpo", {"nll_weight": -1.0}, "cpo: `nll_weight=-1.0` must be at least 0"),
+        ("dmpo", {"gamma": 0.0}, r"dmpo: `gamma=0.0` must lie in \(0, 1\]"),
+        ("dmpo", {"gamma": 1.1}, r"dmpo: `gamma=1.1` must lie in \(0, 1\]"),
         ("eurus", {"absolute_weight": -0.5}, r"eurus: `absolute_weight=-0.5` must be at least 0 \(0 is DPO\)"),
         ("simpo", {"gamma_beta_ratio": -0.1}, "simpo: `gamma_beta_ratio=-0.1` must be at least 0"),
         ("simpo", {"gamma": 1.0}, r"The loss 'simpo' has no hyper-parameter 'gamma'.*\['gamma_beta_ratio'\]"),
@@ -193,6 +196,8 @@ def test_refused_hyperparameters(name, hyperparameters, message):
         ("reward_distillation", {"combine": "min"}),
         ("asft", {"weight": 0}),
         ("cpo", {"nll_weight": 0}),
+        ("dmpo", {"gamma": 1e-9}),
+        ("dmpo", {"gamma": 1}),
         ("eurus", {"absolute_weight": 0}),
         ("simpo", {"gamma_beta_ratio": 0}),
         ("step_apo", {"alpha": 0}),
@@ -217,6 +222,7 @@ def test_defaults():
         "reward_distillation": {"combine": "mean"},
         "asft": {"weight": 0.1},
         "cpo": {"nll_weight": 1.0},
+        "dmpo": {"gamma": 0.7},
         "eurus": {"absolute_weight": 1.0},
         "simpo": {"gamma_beta_ratio": 0.5},
         "step_apo": {"alpha": 1.0},
@@ -255,7 +261,7 @@ def test_register_a_plain_dataclass():
     assert not loss.takes_lists
     assert (loss.required_columns, loss.divides_by_beta, loss.column_help) == ((), False, "")
     assert (loss.title, loss.citation, loss.reads, loss.reads_beta) == ("", "", {"ref_logps"}, True)
-    assert (loss.remark(("chosen",)), loss.evidence) == ("", "")
+    assert (loss.remark(("chosen",)), loss.evidence, loss.one_turn) == ("", "", "")
     assert loss.metrics(pairs([1.0])) == {}
     assert loss.check_columns({}) is None
     assert "squared" in list_losses()

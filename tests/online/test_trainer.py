@@ -26,6 +26,7 @@ OURS = (
     "beta_dpo",
     "bias_variance",
     "cpo",
+    "dmpo",
     "eurus",
     "length_regularized",
     "margin_adaptive",

@@ -12,6 +12,7 @@ from .batch import GroupBatch, PreferenceBatch, TokenBatch
 from .beta_dpo import BetaDPOLoss
 from .bias_variance import BiasVarianceLoss
 from .cpo import CPOLoss
+from .dmpo import DMPOLoss
 from .drpo import DRPOLoss
 from .eurus import EurusLoss
 from .inpo import INPOLoss
@@ -44,6 +45,7 @@ __all__ = [
     "BetaDPOLoss",
     "BiasVarianceLoss",
     "CPOLoss",
+    "DMPOLoss",
     "DRPOLoss",
     "EurusLoss",
     "GroupBatch",

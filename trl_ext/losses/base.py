@@ -65,6 +65,7 @@ class Loss:
         citation (`str`): BibTeX entry for the model card.
         evidence (`str`): How sure the formula is, in a sentence, where it was read neither in the paper nor in its authors' code:
             third party, recalled, or ours. `trl-ext losses NAME` shows it, and a trainer says it once in the log.
+        one_turn (`str`): What a user should know where every completion has one assistant turn; a trainer says it once.
         columns (`tuple[str, ...]`): Dataset columns the loss requires.
         optional_columns (`tuple[str, ...]`): Dataset columns it uses where they are there.
         reads (`frozenset[str]`): What it is given beside the policy's log-probabilities of whole completions; what no loss in
@@ -89,6 +90,7 @@ class Loss:
     title: ClassVar[str] = ""
     citation: ClassVar[str] = ""
     evidence: ClassVar[str] = ""
+    one_turn: ClassVar[str] = ""
     columns: ClassVar[tuple[str, ...]] = ()
     optional_columns: ClassVar[tuple[str, ...]] = ()
     reads: ClassVar[frozenset[str]] = frozenset({"ref_logps"})

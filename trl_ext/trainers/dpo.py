@@ -83,7 +83,8 @@ class DPOTrainer(WithTerms, trl.DPOTrainer):
             Configuration. With TRL's class, losses of ours have their default hyper-parameters.
         train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
             Preference data in any form that TRL takes, with the columns that the losses require (`trl-ext losses NAME`
-            says which). A numeric column `weight`, at least 0, scales the loss of each pair.
+            says which). A numeric column `weight`, at least 0, scales the loss of each pair. Where a loss reads tokens (`dmpo`), of
+            conversations the assistant's turns alone are scored.
         reward_funcs (*optional*):
             What [`~trl_ext.data.score_preferences`] takes: a reward model, a function, or a list of them. Scores the pairs (or
             groups) where a loss reads scores and the dataset has none. The rewards of a list are added up, but for a loss that
@@ -180,8 +181,9 @@ class DPOTrainer(WithTerms, trl.DPOTrainer):
         if losses or (self._scorer.head is not None and not dispatched):
             data = self._data
             self.accelerator.dataloader_config.dispatch_batches = False  # which a stream would have turned on
+            kinds = {"empty_trace": data.empty_trace, "groups": data.groups, "turns": data.turns}
             self.data_collator = RowsCollator(
-                self.data_collator, data.numeric_columns, data.empty_trace, data.groups, self._scorer.sharing
+                self.data_collator, data.numeric_columns, sharing=self._scorer.sharing, **kinds
             )
 
     @staticmethod

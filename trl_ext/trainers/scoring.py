@@ -161,7 +161,7 @@ class Scorer:
             ref_logps = sum_completions(ref_token_logps, mask, ld_alpha, rows.partner)
         if "token_logps" in reads:
             tokens["token_logps"], scored = scored_tokens(token_logps, mask)
-            tokens["turns"] = scored.long() - 1
+            tokens["turns"] = scored.long() - 1 if rows.turns is None else rows.turns[:, 1:]
             if ref_token_logps is not None:
                 tokens["ref_token_logps"], _ = scored_tokens(ref_token_logps, mask)
         behaviour_logps = rows.behaviour_logps if "behaviour_logps" in reads else None

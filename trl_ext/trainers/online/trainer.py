@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model, send_to_device
 from transformers import Trainer
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -42,6 +43,9 @@ from trl_ext.trainers.scoring import build_scorer
 from trl_ext.trainers.terms import Terms
 from trl_ext.trainers.trl_seam import base_model, bind_forward, unbind_forward
 from trl_ext.trainers.with_terms import WithTerms
+
+
+logger = get_logger(__name__)
 
 
 class OnlineDPOTrainer(Generation, Evaluation, WithTerms, TRLOnlineDPOTrainer):
@@ -143,6 +147,8 @@ class OnlineDPOTrainer(Generation, Evaluation, WithTerms, TRLOnlineDPOTrainer):
         )
         self._keep_terms(terms, "Online " + " + ".join(losses))
         check_reference(losses, args)
+        for remark in filter(None, (loss.one_turn for loss in losses.values())):
+            logger.warning_once(remark)
         reward_funcs = check_arguments(
             model,
             ref_model,
