@@ -45,7 +45,8 @@ def here(tmp_path, monkeypatch):
     for name in ("path/to/reward-model", "path/to/dpo-model", "path/to/sft-model", "path/to/preference-model"):
         (tmp_path / name).mkdir(parents=True)
     (tmp_path / "examples").symlink_to(ROOT / "examples")
-    (tmp_path / "pairs.jsonl").write_text("")
+    for name in ("pairs", "problems", "answers"):
+        (tmp_path / f"{name}.jsonl").write_text("")
     (tmp_path / "my_judge.py").write_text("def prefer(prompts, completions_a, completions_b):\n    return [0.5]\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))

@@ -21,7 +21,7 @@ from trl_ext.trainers.loss_types import build_losses, check_combination, resolve
 from trl_ext.trainers.metrics import pair_metrics
 from trl_ext.trainers.mixing import MeasuredMixing
 from trl_ext.trainers.policy_copy import frozen_copy
-from trl_ext.trainers.prepare import PreferenceData, with_scores
+from trl_ext.trainers.prepare import PreferenceData
 from trl_ext.trainers.reference import copies_policy, precomputed, reference_forward, refuse_reference
 from trl_ext.trainers.scoring import Scorer, build_scorer, statistics_of_step
 from trl_ext.trainers.terms import Terms
@@ -38,6 +38,7 @@ from trl_ext.trainers.trl_seam import (
     reference_in_inputs,
     unbind_forward,
 )
+from trl_ext.trainers.with_scores import with_scores
 from trl_ext.trainers.with_terms import WithTerms
 
 

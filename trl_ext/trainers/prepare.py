@@ -2,7 +2,7 @@
 
 import copy
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import trl
@@ -20,14 +20,11 @@ from trl_ext.data.columns import (
     over_splits,
     require_same_columns,
     require_same_lists,
-    takes_each_reward,
     used_columns,
 )
 from trl_ext.data.further import FURTHER, map_further
 from trl_ext.data.groups import BEHAVIOUR_LOGPS, GROUP_SCORES, OTHERS, from_groups, is_grouped
 from trl_ext.data.reasoning import HAS_TRACES, check_pairs, tokenize_empty_trace
-from trl_ext.data.rewards import Ensemble, as_scorer
-from trl_ext.data.scores import score_preferences
 from trl_ext.data.tokens import require_chat_template
 from trl_ext.data.turns import TURNS, checked_turns, one_message_beside_images, range_of_turns, with_turns
 from trl_ext.losses.base import SigmoidLoss
@@ -39,34 +36,6 @@ logger = get_logger(__name__)
 
 # Of a dataset that is handed to `evaluate` and was prepared here before
 PREPARED = {FURTHER, GROUP_SCORES, *REFERENCES}
-
-
-def with_scores(dataset: Any, reward_funcs: Any, judge: Any, losses: Mapping[str, Any]) -> Any:
-    """The dataset, or each of several, with scores where a loss reads them and there are none."""
-    as_scorer(reward_funcs, None, judge)  # refused even where the data has scores already
-    read = {name for loss in losses.values() for name in (*loss.required_columns, *loss.optional_columns)}
-    given = "reward_funcs" if judge is None else "judge"
-    if isinstance(reward_funcs, (list, tuple)) and len(reward_funcs) > 1 and takes_each_reward(losses):
-        reward_funcs = Ensemble(list(reward_funcs), "list")
-    whole = any(not loss.takes_pairs for loss in losses.values())  # whose scores are no column of pairs
-    if not whole and not read & {"score_chosen", "score_rejected", "preference_prob"}:
-        raise ValueError(
-            f"`{given}` would not be used: none of the losses {sorted(losses) or 'of TRL'} reads scores. Leave it out."
-        )
-
-    def scored(each: Dataset | IterableDataset, split: str) -> Dataset:
-        if not isinstance(each, Dataset):
-            raise ValueError(f"`{given}` scores map-style datasets; load the data without `streaming=True`.")
-        there = {"score_chosen", "preference_prob", "scores"} & set(each.column_names)
-        needy = [name for name, loss in losses.items() if "score_chosen" in loss.required_columns]
-        if judge is not None and needy and not there and "completions" not in each.column_names:
-            raise ValueError(
-                f"The losses {needy} require scores, and a `judge` gives the pairs of the {split} dataset the column "
-                "'preference_prob'. Give `reward_funcs`, groups of completions, or another loss."
-            )
-        return each if there else score_preferences(each, reward_funcs, judge=judge)
-
-    return over_splits(dataset, scored)
 
 
 class PreferenceData:
