@@ -3,7 +3,7 @@
 import importlib.util
 import json
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from accelerate.utils import is_xpu_available
@@ -33,7 +33,16 @@ class LossArguments:
             that is exact for the model and costs less. Rows have no padding then. A few rows of the first batch are
             scored both ways, forward and backward: if more than rounding differs, `"auto"` goes on in plain rows, with a
             warning, and `True` stops. Not used with `logprob_backend="trl"`.
+        teacher_model_name_or_path (`str`, *optional*):
+            Folder or hub name of the trainer's `teacher_model`, a model trained by DPO, for a loss that reads teachers
+            (`aligndistil`).
+        reverse_model_name_or_path (`str`, *optional*):
+            The same of its `reverse_model`, trained by DPO on swapped pairs.
+        teacher_model_init_kwargs (`dict[str, Any]` or `str`, *optional*):
+            What `from_pretrained` is given for both. By default they have the policy's dtype and attention.
     """
+
+    DICT_FIELDS: ClassVar[tuple[str, ...]] = ("loss_kwargs", "teacher_model_init_kwargs")
 
     loss_kwargs: dict[str, Any] | str | None = field(
         default=None,
@@ -63,6 +72,20 @@ class LossArguments:
             "help": "Whether a prompt runs through the model once for all of its completions: 'true', 'false', or "
             "'auto' (where that is exact for the model and costs less)."
         },
+    )
+    teacher_model_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder or hub name of a model trained by DPO, the teacher of a loss that reads teachers (aligndistil)."
+        },
+    )
+    reverse_model_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "The same of a model trained by DPO on pairs with chosen and rejected swapped."},
+    )
+    teacher_model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "What `from_pretrained` is given for both teachers, as a JSON object."},
     )
 
     def check_shared_arguments(self) -> None:

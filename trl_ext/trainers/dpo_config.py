@@ -22,7 +22,8 @@ class DPOConfig(LossArguments, trl.DPOConfig):
             What is made of a dataset of groups (`prompt`, `completions`, `scores`): `"group"`, whole groups for the losses
             that take them (`anchored`) and the best against the worst for the others; `"best_worst"`; or `"all"`, each two
             completions of different scores. By default whole groups where a loss takes them, else best against worst.
-        loss_kwargs, logprob_backend, logprob_memory_mb, share_prefix:
+        loss_kwargs, logprob_backend, logprob_memory_mb, share_prefix, teacher_model_name_or_path, reverse_model_name_or_path,
+        teacher_model_init_kwargs:
             See [`LossArguments`].
 
     Raises:
@@ -30,7 +31,7 @@ class DPOConfig(LossArguments, trl.DPOConfig):
             that exclude each other.
     """
 
-    _VALID_DICT_FIELDS = [*trl.DPOConfig._VALID_DICT_FIELDS, "loss_kwargs"]
+    _VALID_DICT_FIELDS = [*trl.DPOConfig._VALID_DICT_FIELDS, *LossArguments.DICT_FIELDS]
 
     loss_type: list[str] = field(
         default_factory=lambda: ["sigmoid"],

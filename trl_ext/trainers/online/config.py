@@ -67,7 +67,8 @@ class OnlineDPOConfig(LossArguments, TRLOnlineDPOConfig):
             Steps between two synchronisations.
         ref_model_mixup_alpha (`float`, *optional*, defaults to `0.6`):
             `reference = alpha policy + (1 - alpha) reference`; 1.0 copies.
-        loss_kwargs, logprob_backend, logprob_memory_mb, share_prefix:
+        loss_kwargs, logprob_backend, logprob_memory_mb, share_prefix, teacher_model_name_or_path, reverse_model_name_or_path,
+        teacher_model_init_kwargs:
             See [`LossArguments`].
 
     Raises:
@@ -75,7 +76,7 @@ class OnlineDPOConfig(LossArguments, TRLOnlineDPOConfig):
             that exclude each other.
     """
 
-    _VALID_DICT_FIELDS = [*TRLOnlineDPOConfig._VALID_DICT_FIELDS, "loss_kwargs", "generation_kwargs"]
+    _VALID_DICT_FIELDS = [*TRLOnlineDPOConfig._VALID_DICT_FIELDS, *LossArguments.DICT_FIELDS, "generation_kwargs"]
 
     loss_type: list[str] = field(
         default_factory=lambda: ["sigmoid"],
