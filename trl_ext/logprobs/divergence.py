@@ -17,8 +17,8 @@ from .products import statistics_dtype
 from .torch_head import logits_tile
 
 
-# Tiles that are in memory at once: the logits of three models, their distributions, what autograd keeps of a function of them
-TILES = 12
+# Tiles in memory at once, measured: the logits of three models, their distributions, what autograd keeps of a function of them
+TILES = 10
 
 
 @dataclass(frozen=True)
