@@ -316,9 +316,3 @@ def test_teachers_that_cannot_be_used_are_refused(tiny_model_dir, tmp_path, teac
                 train_dataset=Dataset.from_list(preference_rows(4)),
                 **arguments,
             )
-
-
-def test_data_parallel_is_refused(tiny_model_dir, tmp_path, teachers, monkeypatch):
-    monkeypatch.setattr(trl_ext.DPOConfig, "n_gpu", 2, raising=False)
-    with pytest.raises(ValueError, match="not run under `DataParallel`"):
-        trainer(tiny_model_dir, tmp_path, teachers)

@@ -117,6 +117,11 @@ class IterativeDPO:
                     f"The loss {name!r} reads log-probs under the policy that sampled the completions, which rounds do not keep. "
                     "Train it online: `trl_ext.OnlineDPOTrainer`."
                 )
+            if "teachers" in loss.reads:
+                raise ValueError(
+                    f"The loss {name!r} learns from a teacher and a reverse teacher, which rounds have not. Train it online, on what "
+                    "the policy samples: `trl_ext.OnlineDPOTrainer`."
+                )
         check_reads(self.losses, config.pairing == "group")
         if config.pairing == "group" and "inpo" in self.losses:
             raise ValueError('`inpo` is a loss on pairs: it has no meaning with `pairing="group"`.')

@@ -38,7 +38,7 @@ class DPOConfig(LossArguments, trl.DPOConfig):
         metadata={
             "help": "Type of loss to use: TRL's own ('sigmoid', 'hinge', 'ipo', ...), those of trl_ext ('offset', "
             "'anchored', 'margin_adaptive', 'bias_variance', 'length_regularized', 'inpo', 'sppo_soft', "
-            "'alpha_dpo', 'asft', 'beta_dpo', 'cpo', 'eurus', 'robust_em', 'simpo', 'step_apo') and "
+            "'alpha_dpo', 'asft', 'beta_dpo', 'cpo', 'eurus', 'robust_em', 'simpo', 'step_apo', 'aligndistil') and "
             "registered ones; `trl-ext losses` lists them. Several are combined with `loss_weights`."
         },
     )

@@ -83,7 +83,7 @@ class OnlineDPOConfig(LossArguments, TRLOnlineDPOConfig):
         metadata={
             "help": "Type of loss to use: 'sigmoid', 'ipo', 'hinge' on summed log-probabilities, those of trl_ext "
             "('offset', 'anchored', 'margin_adaptive', 'bias_variance', 'length_regularized', 'sppo_soft', "
-            "'alpha_dpo', 'asft', 'beta_dpo', 'cpo', 'eurus', 'robust_em', 'simpo') and registered ones. "
+            "'alpha_dpo', 'asft', 'beta_dpo', 'cpo', 'eurus', 'robust_em', 'simpo', 'aligndistil') and registered ones. "
             "Several are combined with `loss_weights`."
         },
     )
