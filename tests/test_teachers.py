@@ -1,11 +1,13 @@
 """A loss that reads teachers, in the trainers: what it is given, against full logits; which models it takes."""
 
 import copy
+from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, PromptTuningConfig
 from transformers import AutoModelForCausalLM
 
 import trl_ext
@@ -20,7 +22,9 @@ from tests.helpers import (
     parameters,
 )
 from tests.plain import assert_equals_plain
-from trl_ext.logprobs import divergence as tiles
+from tests.stateful import keep_registry
+from trl_ext.losses.base import Loss
+from trl_ext.trainers import teachers as module
 
 
 def changed(model_dir, seed: int, dtype=torch.float32):
@@ -100,6 +104,22 @@ def chosen_of(ours, count=4):
     return [(row["prompt_ids"], row["chosen_ids"]) for row in ours.train_dataset.select(range(count))]
 
 
+@pytest.mark.parametrize("share_prefix", [False, True])
+def test_teachers_run_on_chosen_completions_alone(share_prefix, tiny_model_dir, tmp_path, teachers, monkeypatch):
+    ours = trainer(tiny_model_dir, tmp_path, teachers, share_prefix=share_prefix)
+    seen = []
+    forward = module.fused_forward
+
+    def watched(model, inputs, router_logits):
+        assert not torch.is_grad_enabled() and not model.training
+        seen.append((inputs["input_ids"].shape[0], int(inputs["completion_mask"].sum())))
+        return forward(model, inputs, router_logits)
+
+    monkeypatch.setattr(module, "fused_forward", watched)
+    loss_and_gradients(ours, first_batch(ours))
+    assert seen == [(4, sum(len(ids) for _, ids in chosen_of(ours)))] * 2
+
+
 def test_masked_rows_that_share_a_prompt(tiny_model_dir, tmp_path, teachers):
     with masked_rows():
         ours = trainer(tiny_model_dir, tmp_path, teachers, share_prefix=True)
@@ -137,6 +157,36 @@ def test_an_adapter_learns_and_its_base_does_not(tiny_model_dir, tmp_path, teach
             torch.testing.assert_close(gradients[name].double(), parameter.grad, rtol=1e-3, atol=1e-6)
 
 
+def test_a_learnt_prompt(tiny_model_dir, tmp_path, teachers):
+    """Its virtual tokens stand before the policy's tokens, and not before the teachers'."""
+    peft = PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
+    ours = trainer(tiny_model_dir, tmp_path, teachers, trainer_kwargs={"peft_config": peft})
+    loss, gradients = loss_and_gradients(ours, first_batch(ours))
+    policy = copy.deepcopy(ours.model).double()
+
+    def without_virtual(input_ids):
+        outputs = policy(input_ids=input_ids)
+        outputs.logits = outputs.logits[:, 3:]
+        return outputs
+
+    expected = expected_of(chosen_of(ours), without_virtual, doubles(*teachers.values()))
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    (gradient,) = gradients.values()
+    torch.testing.assert_close(
+        gradient.double(), policy.prompt_encoder.default.embedding.weight.grad, rtol=1e-3, atol=1e-6
+    )
+
+
+def test_half_precision_is_close_to_full(tiny_model_dir, tmp_path, teachers):
+    (exact, full), (loss, half) = (
+        loss_and_gradients(ours, first_batch(ours))
+        for ours in (trainer(tiny_model_dir, tmp_path, teachers, bf16=bf16) for bf16 in (False, True))
+    )
+    assert loss.item() == pytest.approx(exact.item(), rel=0.01) and loss != exact
+    assert all((half[name] - full[name]).norm() < 0.1 * full[name].norm() for name in full)
+
+
 WORDS = [" good", " bad film", " slow sad film", " very long sad film"]
 GROUPS = [
     {"prompt": "what a", "completions": WORDS, "scores": [0.0, 2.0, 1.0, 3.0]},
@@ -149,7 +199,10 @@ def test_groups_teach_by_all_of_their_completions(pairing, tiny_model_dir, tmp_p
     options = {"per_device_train_batch_size": 2, "pairing": pairing}
     ours = trainer(tiny_model_dir, tmp_path, teachers, dataset=Dataset.from_list(GROUPS), **options)
     loss, _ = loss_and_gradients(ours, first_batch(ours))
-    policy, plain = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float64), doubles(*teachers.values())
+    policy, plain = (
+        AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float64),
+        doubles(*teachers.values()),
+    )
     tokenizer, each = ours.processing_class, []
     for row in GROUPS:
         prompt = tokenizer(row["prompt"])["input_ids"]
@@ -268,7 +321,9 @@ def folders(tiny_model_dir, tmp_path, teachers):
 def test_names_are_loaded_with_the_policys_dtype_and_attention(tiny_model_dir, tmp_path, teachers, folders):
     args = {"loss_type": "aligndistil", **folders}
     named = build(trl_ext.DPOTrainer, trl_ext.DPOConfig, tiny_model_dir, tmp_path, **args)
-    objects = trainer(tiny_model_dir, tmp_path, teachers, share_prefix="auto", beta=0.1, train_sampling_strategy="random")
+    objects = trainer(
+        tiny_model_dir, tmp_path, teachers, share_prefix="auto", beta=0.1, train_sampling_strategy="random"
+    )
     batch = first_batch(named)
     torch.testing.assert_close(loss_and_gradients(named, batch)[0], loss_and_gradients(objects, batch)[0])
     assert {model.dtype for model in named._teachers.models} == {torch.float32}
@@ -282,7 +337,14 @@ def test_names_are_loaded_with_the_policys_dtype_and_attention(tiny_model_dir, t
     assert trainer(tiny_model_dir, tmp_path, given)._teachers.models[1].dtype == torch.float32
 
 
-def test_teachers_that_cannot_be_used_are_refused(tiny_model_dir, tmp_path, teachers, folders):
+def test_teachers_that_cannot_be_used_are_refused(tiny_model_dir, tmp_path, teachers, folders, monkeypatch):
+    keep_registry(monkeypatch)
+
+    @trl_ext.register_loss("silent")
+    @dataclass(frozen=True)
+    class Silent(Loss):
+        reads: ClassVar[frozenset[str]] = frozenset({"teachers"})
+
     good, bad = teachers.values()
     wide = copy.deepcopy(bad)
     wide.resize_token_embeddings(bad.config.vocab_size + 8)
@@ -305,6 +367,9 @@ def test_teachers_that_cannot_be_used_are_refused(tiny_model_dir, tmp_path, teac
         ({**teachers, "teacher_model": "/no/such/folder"}, {}, "teacher_model"),
         ({**teachers, "ref_model": policy}, {}, "reads a reference model.*What AlignDistil's own code calls"),
         (teachers, {"logprob_backend": "trl"}, "TRL's forward gives log-probs of tokens alone"),
+        (teachers, {"loss_type": ["aligndistil", "silent"]}, r"\['aligndistil', 'silent'\] all read teachers.*one of them"),
+        (teachers, {"loss_type": "silent"}, "'silent' reads teachers and does not say.*`per_token"),
+        (teachers, {"loss_type": "bias_variance", "loss_kwargs": {"base": "aligndistil"}}, "reads 'teachers', but the mix"),
         (teachers, {"precompute_ref_log_probs": True}, "reads a reference model, so .*'precompute_ref_log_probs'"),
     ]  # fmt: skip
     for given, options, message in cases:
@@ -312,7 +377,9 @@ def test_teachers_that_cannot_be_used_are_refused(tiny_model_dir, tmp_path, teac
             arguments = {"model": str(tiny_model_dir), **given}
             options = {"loss_type": "aligndistil", **options}
             trl_ext.DPOTrainer(
-                args=trl_ext.DPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", **options),
+                args=trl_ext.DPOConfig(
+                    output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", **options
+                ),
                 train_dataset=Dataset.from_list(preference_rows(4)),
                 **arguments,
             )

@@ -205,7 +205,12 @@ def teachers(model_dir: Path) -> dict[str, Any]:
 def taught(model_dir: Path, folder: Path, **options) -> dict[str, Any]:
     """The policy begins away from its teacher; some rows lack what is learnt from."""
     trained = trainer(
-        model_dir, folder, rows=lacking(), given=teachers(model_dir), loss_type=["aligndistil", "bias_variance"], **options
+        model_dir,
+        folder,
+        rows=lacking(),
+        given=teachers(model_dir),
+        loss_type=["aligndistil", "bias_variance"],
+        **options,
     )
     trained.train()
     trained.evaluate()

@@ -62,17 +62,19 @@ def test_against_full_logits(rows, trained, transforms, bias):
     upstream = torch.randn(TOKENS, generator=torch.Generator().manual_seed(9))
     exact = [None if each is None else each.double().requires_grad_() for each in mine]
     there = NUMBERS >= 0
-    full = [logits(values, transform)[NUMBERS[there]] for values, transform in zip(theirs, transforms[1:], strict=True)]
+    full = [
+        logits(values, transform)[NUMBERS[there]] for values, transform in zip(theirs, transforms[1:], strict=True)
+    ]
     expected = torch.zeros(TOKENS, dtype=torch.float64)
     expected[there] = squared(logits(exact, transforms[0])[there], *full)
     (expected * upstream).sum().backward()
 
     mine = [None if each is None else each.requires_grad_(i in trained) for i, each in enumerate(mine)]
     others = [values[i].requires_grad_() for values in theirs for i in (0, 1)]
-    projections = tuple(Projection(*values, transform) for values, transform in zip(theirs, transforms[1:], strict=True))
-    values = Divergence(squared, projections, NUMBERS)(
-        Head("torch", tiles_of(rows)), *mine, transforms[0], gather
+    projections = tuple(
+        Projection(*values, transform) for values, transform in zip(theirs, transforms[1:], strict=True)
     )
+    values = Divergence(squared, projections, NUMBERS)(Head("torch", tiles_of(rows)), *mine, transforms[0], gather)
     torch.testing.assert_close(values.double(), expected.detach(), rtol=1e-4, atol=1e-5)
     (values * upstream).sum().backward()
     for i, each in enumerate(mine):
@@ -143,7 +145,9 @@ def test_no_token_at_all():
     mine, theirs = draw(0, 8, TOKENS, False), draw(1, 8, 0, False)
     mine = [each.requires_grad_() for each in mine[:2]]
     other = Projection(*theirs, Transform())
-    values = Divergence(squared, (other, other), torch.full((TOKENS,), -1))(Head("torch"), *mine, None, Transform(), gather)
+    values = Divergence(squared, (other, other), torch.full((TOKENS,), -1))(
+        Head("torch"), *mine, None, Transform(), gather
+    )
     assert not values.any()
     values.sum().backward()
     assert not mine[0].grad.any() and not mine[1].grad.any()

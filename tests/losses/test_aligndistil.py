@@ -102,7 +102,9 @@ def test_a_completion_counts_by_the_mean_over_its_tokens():
 
 
 def test_a_group_is_the_mean_over_its_completions():
-    batch = groups([[6.0, 4.0, float("nan")], [5.0, 1.0, 3.0]], [[3, 1, 0], [1, 1, 3]], [[True, True, False], [True] * 3])
+    batch = groups(
+        [[6.0, 4.0, float("nan")], [5.0, 1.0, 3.0]], [[3, 1, 0], [1, 1, 3]], [[True, True, False], [True] * 3]
+    )
     assert get_loss("aligndistil")(batch).tolist() == pytest.approx([0.3, 0.1 * 7 / 3])
     assert get_loss("aligndistil", length_norm=False)(batch).tolist() == pytest.approx([0.5, 0.3])
     # Per token of the group, whatever the completion
@@ -111,5 +113,5 @@ def test_a_group_is_the_mean_over_its_completions():
 
 
 def test_a_batch_without_divergences_is_refused():
-    with pytest.raises(ValueError, match="no divergences from the teachers.*`chosen_divergences`"):
+    with pytest.raises(ValueError, match=r"no divergences from the teachers.*`chosen_divergences`"):
         get_loss("aligndistil")(pairs(None, [1]))

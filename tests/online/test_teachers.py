@@ -86,7 +86,10 @@ def test_beside_a_loss_that_compares(tiny_model_dir, tmp_path, teachers):
 def test_what_is_refused(tiny_model_dir, tmp_path, teachers):
     policy = changed(tiny_model_dir, 3)
     for options, message in [
-        ({"pairing": "best_worst"}, r"no `reward_funcs` and no `judge`. Set `pairing=\"group\"`: \['aligndistil'\] then"),
+        (
+            {"pairing": "best_worst"},
+            r"no `reward_funcs` and no `judge`. Set `pairing=\"group\"`: \['aligndistil'\] then",
+        ),
         ({"loss_type": ["aligndistil", "anchored"]}, "got neither"),
         ({"missing_eos_penalty": 1.0}, r"\['missing_eos_penalty'\] take something off a reward, and there are no"),
         ({"teachers": {}}, r"missing: \['teacher_model', 'reverse_model'\]"),

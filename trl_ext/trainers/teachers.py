@@ -55,7 +55,9 @@ def given_teachers(losses: Mapping[str, Any], args: Any, models: Mapping[str, An
     for name in TEACHERS:
         option, named = f"{name}_name_or_path", getattr(args, f"{name}_name_or_path", None)
         if models[name] is not None and named is not None:
-            raise ValueError(f"`{name}` is given to the trainer and `{option}={named!r}` in the config. Give one of them.")
+            raise ValueError(
+                f"`{name}` is given to the trainer and `{option}={named!r}` in the config. Give one of them."
+            )
         given[name] = named if models[name] is None else models[name]
     there = [name for name, model in given.items() if model is not None]
     readers = read_teachers(losses)
@@ -72,14 +74,18 @@ def given_teachers(losses: Mapping[str, Any], args: Any, models: Mapping[str, An
         raise ValueError(f"The loss {readers[0]!r} reads two models beside the policy; missing: {missing}. {NEEDED}")
     for name, model in given.items():
         if not isinstance(model, (str, torch.nn.Module)):
-            raise ValueError(f"`{name}` is a {type(model).__name__}; expected a model, or the folder or hub name of one.")
+            raise ValueError(
+                f"`{name}` is a {type(model).__name__}; expected a model, or the folder or hub name of one."
+            )
         refuse_missing_path(model, name)
     if init_kwargs and not any(isinstance(model, str) for model in given.values()):
         raise ValueError(
             f"`teacher_model_init_kwargs={init_kwargs}` would have no effect: both models are loaded already. Leave it out."
         )
     if given["teacher_model"] == given["reverse_model"]:
-        raise ValueError(f"`teacher_model` and `reverse_model` are the same, and differ in nothing to learn from. {NEEDED}")
+        raise ValueError(
+            f"`teacher_model` and `reverse_model` are the same, and differ in nothing to learn from. {NEEDED}"
+        )
     for name, model in given.items():
         same = [other for other in ("model", "ref_model") if models[other] is model]
         if same and not isinstance(model, str):

@@ -139,7 +139,12 @@ class OnlineDPOTrainer(Generation, Evaluation, WithTerms, TRLOnlineDPOTrainer):
         )
         self._keep_terms(terms, "Online " + " + ".join(losses))
         check_reference(losses, args)
-        models = {"model": model, "ref_model": ref_model, "teacher_model": teacher_model, "reverse_model": reverse_model}
+        models = {
+            "model": model,
+            "ref_model": ref_model,
+            "teacher_model": teacher_model,
+            "reverse_model": reverse_model,
+        }
         teachers = given_teachers(losses, args, models)
         reward_funcs = check_arguments(
             losses,
@@ -173,7 +178,9 @@ class OnlineDPOTrainer(Generation, Evaluation, WithTerms, TRLOnlineDPOTrainer):
         self._needs_reference = "ref_logps" in terms.reads
         if ref_model is not None and not self._needs_reference:
             hint = " What AlignDistil's own code calls the reference is `reverse_model` here." if teachers else ""
-            raise ValueError(f"None of the losses {list(losses)} reads a reference model. Leave `ref_model` out.{hint}")
+            raise ValueError(
+                f"None of the losses {list(losses)} reads a reference model. Leave `ref_model` out.{hint}"
+            )
         if ref_model is None and self._needs_reference and peft_config is None:
             if not (args.sync_ref_model and is_peft_model(model)):
                 # TRL's says what ZeRO-3 needs in place of a copy
@@ -264,7 +271,9 @@ class OnlineDPOTrainer(Generation, Evaluation, WithTerms, TRLOnlineDPOTrainer):
 
     def pair(self, completions: Completions, scores: Scores) -> Selection:
         """Third step: which completions are learnt from, and which are preferred to which."""
-        return select(completions, scores, self.args.pairing, self._keep_ties, learns_without_scores(self._terms.losses))
+        return select(
+            completions, scores, self.args.pairing, self._keep_ties, learns_without_scores(self._terms.losses)
+        )
 
     def learn(self, model: torch.nn.Module, inputs: dict[str, Any], selections: list[Selection]) -> torch.Tensor:
         """
