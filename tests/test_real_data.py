@@ -104,7 +104,6 @@ def test_what_two_models_have_learnt_is_distilled(imdb, tmp_path):
     before = trainer.evaluate()
     trainer.train()
     after = trainer.evaluate()
-    print(before, after)
     assert after["eval_divergence/per_token"] < 0.5 * before["eval_divergence/per_token"]
-    # TRL's rewards of both completions: sums of log-probs, of which the chosen one's grows
+    # TRL's rewards: sums of log-probs, of which that of the chosen text gains on the other
     assert after["eval_rewards/accuracies"] > before["eval_rewards/accuracies"] + 0.1

@@ -6,6 +6,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+import trl
 from datasets import Dataset
 from peft import LoraConfig, PromptTuningConfig
 from transformers import AutoModelForCausalLM
@@ -106,6 +107,7 @@ def chosen_of(ours, count=4):
 
 @pytest.mark.parametrize("share_prefix", [False, True])
 def test_teachers_run_on_chosen_completions_alone(share_prefix, tiny_model_dir, tmp_path, teachers, monkeypatch):
+    teachers["teacher_model"].train()
     ours = trainer(tiny_model_dir, tmp_path, teachers, share_prefix=share_prefix)
     seen = []
     forward = module.fused_forward
@@ -288,15 +290,19 @@ def test_a_resumed_run_goes_on_exactly_and_checkpoints_hold_no_teacher(tiny_mode
 
 def test_teachers_that_a_trainer_has_trained_on_a_stream(tiny_model_dir, tmp_path, teachers):
     """The way of the paper in one process: the objects come with that trainer's forward, and are trained on afterwards."""
-    dpo = trainer(tiny_model_dir, tmp_path, {}, "sigmoid", max_steps=1)
+    dpo = build(trl.DPOTrainer, trl.DPOConfig, tiny_model_dir, tmp_path, max_steps=1)
     dpo.train()
-    trained = dpo.accelerator.unwrap_model(dpo.model)
+    trained = copy.deepcopy(dpo.accelerator.unwrap_model(dpo.model))
+    with torch.no_grad():
+        trained.lm_head.weight.mul_(1.1)  # no longer what it was copied from
     stream = Dataset.from_list(preference_rows(12)).to_iterable_dataset()
     given = {"teacher_model": trained, "reverse_model": teachers["reverse_model"]}
     ours = run(tiny_model_dir, tmp_path, given, dataset=stream, max_steps=2)
     other = run(tiny_model_dir, tmp_path, {**given, "teacher_model": fresh(trained)}, dataset=stream, max_steps=2)
     assert history(ours)[-1]["train_loss"] == pytest.approx(history(other)[-1]["train_loss"], rel=1e-6)
     assert all(parameter.requires_grad for parameter in trained.parameters())
+    ids = torch.tensor([[5, 6, 7]])
+    torch.testing.assert_close(trained(input_ids=ids).logits, fresh(trained)(input_ids=ids).logits)
 
 
 def fresh(model):

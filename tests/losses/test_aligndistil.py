@@ -103,7 +103,7 @@ def test_a_completion_counts_by_the_mean_over_its_tokens():
 
 def test_a_group_is_the_mean_over_its_completions():
     batch = groups(
-        [[6.0, 4.0, float("nan")], [5.0, 1.0, 3.0]], [[3, 1, 0], [1, 1, 3]], [[True, True, False], [True] * 3]
+        [[6.0, 4.0, float("nan")], [5.0, 1.0, 3.0]], [[3, 1, 7], [1, 1, 3]], [[True, True, False], [True] * 3]
     )
     assert get_loss("aligndistil")(batch).tolist() == pytest.approx([0.3, 0.1 * 7 / 3])
     assert get_loss("aligndistil", length_norm=False)(batch).tolist() == pytest.approx([0.5, 0.3])
