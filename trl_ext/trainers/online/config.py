@@ -51,8 +51,8 @@ class OnlineDPOConfig(LossArguments, TRLOnlineDPOConfig):
             Completions sampled for each prompt, at least 2.
         pairing (`str`, *optional*, defaults to `"best_worst"`):
             `"best_worst"`: the best against the worst of them; `"all"`: each two of different rewards; `"group"`: all of
-            them at once, for losses that take groups (`anchored`). Prompts whose completions tie are dropped, and the
-            share of them is logged as `pairs/dropped_prompts`.
+            them at once, for losses that take groups (`anchored`, `aligndistil`). Prompts whose completions tie are dropped,
+            and the share of them is logged as `pairs/dropped_prompts`; `aligndistil` alone learns from them too.
         length_penalty (`float`, *optional*, defaults to `0.0`):
             What each completion token takes off the reward, in the reward's unit.
         mixture_coef (`float`, *optional*, defaults to `0.0`):

@@ -64,7 +64,8 @@ class OnlineDPOTrainer(Generation, Evaluation, WithTerms, TRLOnlineDPOTrainer):
     `rewards/rejected`, `rewards/margins`, `rewards/accuracies`, `logps/*`, `lengths/*` and `logratios/*` are over the pairs that
     are learnt from (for groups: the best completion against the worst). `completions/*`, `val/contain_eos_token`,
     `rewards/unscored` and each reward function's `rewards/NAME/mean` are over all sampled completions; `pairs/dropped_prompts` is
-    the share of prompts of which nothing is learnt. `loss/NAME` of several losses is each one's own mean over prompts.
+    the share of prompts of which nothing is learnt. `loss/NAME` of several losses is each one's own mean over prompts. Where there
+    are neither rewards nor a judge, what compares completions is not logged.
 
     Example:
 
