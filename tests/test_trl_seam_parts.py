@@ -147,7 +147,7 @@ def test_the_cache_of_references_is_one_for_all_processes(monkeypatch, tmp_path)
 
 
 def test_a_divergence_comes_out_of_the_forward(tiny_model_dir, tmp_path):
-    """In the field of WPO, which is free: TRL's loss reads it under `use_weighting` alone. It has a gradient, and nothing else changes."""
+    """In the field of WPO, which TRL's loss reads under `use_weighting` alone. It has a gradient, and nothing else changes."""
     trainer = build(trl.DPOTrainer, trl.DPOConfig, tiny_model_dir, tmp_path)
     batch = first_batch(trainer)
     scored = batch["completion_mask"][:, 1:] != 0

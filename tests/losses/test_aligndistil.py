@@ -1,6 +1,6 @@
 """
-AlignDistil by hand. Over three words the DPO model has (1/2, 1/4, 1/4), the reverse one (1/4, 1/2, 1/4): the sum of the differences is
-1/2, so that with `beta2` 1.998 the weight is 1. The target is then proportional to p_dpo^2 / p_rev, (1, 1/8, 1/4), that is
+AlignDistil by hand. Over three words the DPO model has (1/2, 1/4, 1/4), the reverse one (1/4, 1/2, 1/4): the sum of the differences
+is 1/2, so that with `beta2` 1.998 the weight is 1. The target is then proportional to p_dpo^2 / p_rev, (1, 1/8, 1/4), that is
 (8, 1, 2) / 11.
 """
 

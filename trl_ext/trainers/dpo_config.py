@@ -20,8 +20,9 @@ class DPOConfig(LossArguments, trl.DPOConfig):
             alias; several are combined with `loss_weights`.
         pairing (`str`, *optional*):
             What is made of a dataset of groups (`prompt`, `completions`, `scores`): `"group"`, whole groups for the losses
-            that take them (`anchored`, `aligndistil`) and the best against the worst for the others; `"best_worst"`; or `"all"`, each two
-            completions of different scores. By default whole groups where a loss takes them, else best against worst.
+            that take them (`anchored`, `aligndistil`) and the best against the worst for the others; `"best_worst"`; or
+            `"all"`, each two completions of different scores. By default whole groups where a loss takes them, else best
+            against worst.
         loss_kwargs, logprob_backend, logprob_memory_mb, share_prefix, teacher_model_name_or_path, reverse_model_name_or_path,
         teacher_model_init_kwargs:
             See [`LossArguments`].
