@@ -5,9 +5,9 @@ AlignDistil end to end, in one command: train a DPO model and one on swapped pai
     python examples/aligndistil.py --model_name_or_path path/to/model --dataset_name pairs.jsonl --output_dir out --max_steps 100
 
 Every field of `DPOConfig` is a flag. The two models go to `OUTPUT_DIR/teacher` and `OUTPUT_DIR/reverse`; folders that are there are
-used again, and `--teacher_model_name_or_path`, `--reverse_model_name_or_path` name others. On the policy's own samples, without
-rewards: `OnlineDPOTrainer(..., teacher_model=..., reverse_model=...)` with `loss_type="aligndistil"`, `loss_kwargs={"beta2": 15.0}`
-and `pairing="group"`.
+used again, and `--teacher_model_name_or_path`, `--reverse_model_name_or_path` name others. On what the policy itself samples, with no
+rewards, `OnlineDPOTrainer(..., teacher_model=..., reverse_model=...)` learns with `loss_type="aligndistil"`,
+`loss_kwargs={"beta2": 15.0}` and `pairing="group"`.
 """
 
 from dataclasses import dataclass, field

@@ -3,12 +3,16 @@
 import importlib.util
 import json
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from accelerate.utils import is_xpu_available
 
 from trl_ext.trainers.scoring import LOGPROB_BACKENDS
+
+
+# Fields that are JSON objects on the command line
+DICT_FIELDS = ("loss_kwargs", "teacher_model_init_kwargs")
 
 
 @dataclass
@@ -41,8 +45,6 @@ class LossArguments:
         teacher_model_init_kwargs (`dict[str, Any]` or `str`, *optional*):
             What `from_pretrained` is given for both. By default they have the policy's dtype and attention.
     """
-
-    DICT_FIELDS: ClassVar[tuple[str, ...]] = ("loss_kwargs", "teacher_model_init_kwargs")
 
     loss_kwargs: dict[str, Any] | str | None = field(
         default=None,

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import trl
 
 from trl_ext.data.pairing import PAIRINGS
-from trl_ext.trainers.arguments import LossArguments
+from trl_ext.trainers.arguments import DICT_FIELDS, LossArguments
 from trl_ext.trainers.loss_types import build_losses, check_combination, resolve_loss_types
 
 
@@ -32,7 +32,7 @@ class DPOConfig(LossArguments, trl.DPOConfig):
             that exclude each other.
     """
 
-    _VALID_DICT_FIELDS = [*trl.DPOConfig._VALID_DICT_FIELDS, *LossArguments.DICT_FIELDS]
+    _VALID_DICT_FIELDS = [*trl.DPOConfig._VALID_DICT_FIELDS, *DICT_FIELDS]
 
     loss_type: list[str] = field(
         default_factory=lambda: ["sigmoid"],

@@ -9,7 +9,7 @@ from trl.experimental.online_dpo import OnlineDPOConfig as TRLOnlineDPOConfig
 from trl_ext.data.pairing import PAIRINGS
 from trl_ext.losses.base import HingeLoss, SigmoidLoss
 from trl_ext.losses.online_ipo import OnlineIPOLoss
-from trl_ext.trainers.arguments import LossArguments
+from trl_ext.trainers.arguments import DICT_FIELDS, LossArguments
 from trl_ext.trainers.loss_types import build_losses, check_combination, resolve_loss_types
 from trl_ext.trainers.online.checks import check_losses, check_reference
 from trl_ext.trainers.terms import check_reads
@@ -76,7 +76,7 @@ class OnlineDPOConfig(LossArguments, TRLOnlineDPOConfig):
             that exclude each other.
     """
 
-    _VALID_DICT_FIELDS = [*TRLOnlineDPOConfig._VALID_DICT_FIELDS, *LossArguments.DICT_FIELDS, "generation_kwargs"]
+    _VALID_DICT_FIELDS = [*TRLOnlineDPOConfig._VALID_DICT_FIELDS, *DICT_FIELDS, "generation_kwargs"]
 
     loss_type: list[str] = field(
         default_factory=lambda: ["sigmoid"],
