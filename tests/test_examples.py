@@ -19,6 +19,7 @@ METRIC = {
     "margin_adaptive": "weight/mean",
     "bias_variance": "empty_trace/share",
     "length_regularized": "length_gap/mean",
+    "aligndistil": "divergence/per_token",
     "alpha_dpo": "gap/running_mean",
     "beta_dpo": "beta/adapted",
     "reward_distillation": "reward_gap/wanted",
@@ -88,6 +89,8 @@ def test_example(name, tiny_model_dir, shared_data, tmp_path):
                "--per_device_train_batch_size", "2", "--report_to", "none"]  # fmt: skip
     if name == "madpo":
         command += ["--reward_max_steps", "2", "--held_out", "0.25"]
+    if name == "aligndistil":
+        command += ["--teacher_max_steps", "1"]
     if name == "online_dpo":
         command += ["--max_new_tokens", "8", *(["--overlap", "bleu"] if with_references else [])]
     if name == "trpa":

@@ -167,3 +167,31 @@ def test_real_conversations_turn_by_turn(shared_data, imdb, tmp_path):
     trainer.train()
     first, *_, last = [entry for entry in trainer.state.log_history if "turns/chosen" in entry]
     assert first["turns/chosen"] > 1.5 and first["rewards/margins"] < last["rewards/margins"]
+
+
+def test_what_two_models_have_learnt_is_distilled(imdb, tmp_path):
+    """A policy that is shown the chosen texts alone, and no label, comes to prefer held-out ones as its teachers do."""
+    path, dataset, _ = imdb
+
+    def build(name, data, loss_type, **given):
+        config = DPOConfig(
+            **options(
+                tmp_path / name, loss_type=loss_type, max_steps=25, per_device_train_batch_size=8, learning_rate=1e-3,
+                per_device_eval_batch_size=32, max_length=96, logging_steps=25, gradient_checkpointing=False,
+            )
+        )  # fmt: skip
+        return DPOTrainer(model=str(path), args=config, train_dataset=data, eval_dataset=dataset["test"], **given)
+
+    swapped = dataset["train"].rename_columns({"chosen": "rejected", "rejected": "chosen"})
+    teachers = {}
+    for name, data in (("teacher_model", dataset["train"]), ("reverse_model", swapped)):
+        trainer = build(name, data, "sigmoid")
+        trainer.train()
+        teachers[name] = trainer.model
+    trainer = build("policy", dataset["train"], "aligndistil", **teachers)
+    before = trainer.evaluate()
+    trainer.train()
+    after = trainer.evaluate()
+    assert after["eval_divergence/per_token"] < 0.5 * before["eval_divergence/per_token"]
+    # TRL's rewards: sums of log-probs, of which that of the chosen text gains on the other
+    assert after["eval_rewards/accuracies"] > before["eval_rewards/accuracies"] + 0.1

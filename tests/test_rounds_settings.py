@@ -232,6 +232,7 @@ def test_accepted(change, tiny_model_dir, prompts, tmp_path):
     ("reads", "pairing", "message"),
     [
         ({"behaviour_logps"}, "group", "under the policy that sampled the completions, which rounds do not keep"),
+        ({"teachers"}, "group", "learns from a teacher and a reverse teacher, which rounds have not"),
         ({"ref_logps", "token_logps"}, "group", "reads log-probs of tokens, which pairs have"),
     ],
 )

@@ -4,9 +4,10 @@ import json
 import shutil
 
 import pytest
+import torch
 import trl
 from datasets import Dataset, DatasetDict
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.conftest import preference_rows
 from trl_ext import run_dpo
@@ -261,3 +262,20 @@ def test_scores_as_lists(tiny_model_dir, here, capsys):
     assert "Traceback" not in said
     assert main(["inspect", "lists.jsonl"]) == 0
     assert "2, one of each reward model" in capsys.readouterr().out
+
+
+def test_a_loss_with_teachers(tiny_model_dir, here, capsys):
+    reverse = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    with torch.no_grad():
+        reverse.lm_head.weight.mul_(0.5)
+    reverse.save_pretrained(here / "reverse")
+    given = command(tiny_model_dir, *CPU, "--loss_type", "aligndistil", "--loss_kwargs", '{"beta2": 5.0}')
+    assert main([*given, "--teacher_model_name_or_path", str(tiny_model_dir)]) == 2
+    error = capsys.readouterr().err
+    assert (
+        "missing: ['reverse_model']" in error and "`reverse_model_name_or_path`" in error and "Traceback" not in error
+    )
+    models = ["--teacher_model_name_or_path", str(tiny_model_dir), "--reverse_model_name_or_path", "reverse"]
+    assert main([*given, *models, "--teacher_model_init_kwargs", '{"dtype": "bfloat16"}']) == 0
+    card = (here / "out" / "README.md").read_text()
+    assert "2503.02832" in card and '"beta2": 5.0' in card

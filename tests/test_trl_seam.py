@@ -159,7 +159,7 @@ def test_every_private_name_stands_in_the_seam():
 
 def test_online_arguments_are_trls():
     theirs, ours = (inspect.signature(cls.__init__).parameters for cls in (OnlineDPOTrainer, trl_ext.OnlineDPOTrainer))
-    assert list(ours) == [*theirs, "judge"]
+    assert list(ours) == [*theirs, "judge", "teacher_model", "reverse_model"]
     assert all(ours[name].default == theirs[name].default for name in theirs)
 
 
@@ -177,7 +177,7 @@ def test_signatures():
 
 def test_arguments_of_the_trainer_are_trls():
     theirs, ours = (inspect.signature(cls.__init__).parameters for cls in (trl.DPOTrainer, trl_ext.DPOTrainer))
-    assert list(ours) == [*theirs, "reward_funcs", "judge"]
+    assert list(ours) == [*theirs, "reward_funcs", "judge", "teacher_model", "reverse_model"]
     assert all(ours[name].default == theirs[name].default for name in theirs)
 
 

@@ -205,7 +205,12 @@ def _reads_and_state(name: str) -> list[str]:
     depends = "depends on the hyper-parameters"
     fixed = isinstance(cls.reads, frozenset)
     stated = cls.reads if fixed else getattr(loss, "reads", None)
-    words = {"ref_logps": "reference", "token_logps": "token log-probs", "behaviour_logps": "behaviour log-probs"}
+    words = {
+        "ref_logps": "reference",
+        "token_logps": "token log-probs",
+        "behaviour_logps": "behaviour log-probs",
+        "teachers": "teachers",
+    }
     reads, state = depends, "none"
     if stated is not None:
         reads = ", ".join(["policy", *(word for name, word in words.items() if name in stated)])

@@ -147,6 +147,9 @@ class Scored:
             Under the reference, where a loss reads both.
         turns (`torch.Tensor` of shape `(N, T)`, *optional*):
             Number of the assistant turn of each token, -1 where none is scored; beside `token_logps`.
+        divergences (`torch.Tensor` of shape `(N,)`, *optional*):
+            Sum of what a loss makes of each token's logits and its teachers', where a loss reads teachers; 0 for a completion
+            that is not learnt from.
     """
 
     logps: torch.Tensor
@@ -156,6 +159,7 @@ class Scored:
     token_logps: torch.Tensor | None = None
     ref_token_logps: torch.Tensor | None = None
     turns: torch.Tensor | None = None
+    divergences: torch.Tensor | None = None
 
     def pair_batch(self, plan: Plan, beta: float) -> PreferenceBatch:
         """What losses on pairs are given; a pair that is not there has no tokens."""
@@ -175,6 +179,7 @@ class Scored:
             beta=beta,
             columns=plan.columns,
             behaviour_logps=_gathered(self.behaviour_logps, plan.groups, True),
+            divergences=_gathered(self.divergences, plan.groups, True),
         )
 
     def _pairs(self, pairs: torch.Tensor, beta: float, columns: Mapping, partial: bool, **fields: Any):
@@ -185,6 +190,7 @@ class Scored:
 
         if self.token_logps is not None:
             fields["tokens"] = TokenBatch(*of(self.token_logps), *of(self.ref_token_logps), *of(self.turns, fill=-1))
+        fields["chosen_divergences"] = of(self.divergences)[0]
         known = (*of(self.logps), *of(self.ref_logps), *of(self.lengths))
         return PreferenceBatch(*known, beta=beta, columns=columns, **fields)
 

@@ -53,7 +53,9 @@ def lora(**options) -> LoraConfig:
     return LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", **options)
 
 
-def trainer(model_dir: Path, folder: Path, *, rows=None, peft=None, steps: int = 1, stream=False, **options) -> Any:
+def trainer(
+    model_dir: Path, folder: Path, *, rows=None, peft=None, steps: int = 1, stream=False, given=None, **options
+) -> Any:
     torch.manual_seed(0)  # of an adapter's weights
     dataset = Dataset.from_list(rows or preference_rows(ROWS))
     return build(
@@ -65,7 +67,7 @@ def trainer(model_dir: Path, folder: Path, *, rows=None, peft=None, steps: int =
         per_device_train_batch_size=ROWS // WORLD // steps,
         per_device_eval_batch_size=ROWS // WORLD,
         gradient_accumulation_steps=steps,
-        trainer_kwargs={"peft_config": peft},
+        trainer_kwargs={"peft_config": peft, **(given or {})},
         **{**SGD, **PLACED, **options},
     )
 
@@ -207,6 +209,30 @@ def groups(model_dir: Path, folder: Path, **options) -> dict[str, Any]:
     return train(model_dir, folder, evaluate=True, rows=rows, **{"loss_type": "anchored", **options})
 
 
+def teachers(model_dir: Path) -> dict[str, Any]:
+    """One by its name, and one that is there."""
+    reverse = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in reverse.parameters():
+            parameter.mul_(0.9)
+    return {"teacher_model": str(model_dir), "reverse_model": reverse}
+
+
+def taught(model_dir: Path, folder: Path, **options) -> dict[str, Any]:
+    """The policy begins away from its teacher; some rows lack what is learnt from."""
+    trained = trainer(
+        model_dir,
+        folder,
+        rows=lacking(),
+        given=teachers(model_dir),
+        loss_type=["aligndistil", "bias_variance"],
+        **options,
+    )
+    trained.train()
+    trained.evaluate()
+    return outcome(trained)
+
+
 def moved_reference(model_dir: Path, folder: Path) -> dict[str, Any]:
     """A run with a reference that moves, and the second half of it resumed from its checkpoint."""
     options = {
@@ -256,6 +282,11 @@ def scripted(model_dir: Path, folder: Path, peft=None, trainer_kwargs=None, **op
     )
     trained.train()
     return outcome(trained)
+
+
+def taught_online(model_dir: Path, folder: Path) -> dict[str, Any]:
+    given = {"reward_funcs": None, **teachers(model_dir)}
+    return scripted(model_dir, folder, trainer_kwargs=given, loss_type="aligndistil", pairing="group")
 
 
 def remembering_online(model_dir: Path, folder: Path) -> dict[str, Any]:
@@ -363,6 +394,7 @@ HEAD = partial(train, peft=lora(modules_to_save=["lm_head"]), loss_type="offset"
 CASES = {
     "ddp": {
         "every loss": every_loss,
+        "taught": taught,
         "groups, precomputed": partial(groups, precompute_ref_log_probs=True, share_prefix=True),
         "whole groups": partial(
             groups,
@@ -395,6 +427,7 @@ CASES = {
     },
     "fsdp": {
         "every loss": every_loss,
+        "taught": taught,
         "remembering": remembering,
         "masked": masked,
         "trained head": HEAD,
@@ -403,12 +436,14 @@ CASES = {
         "groups, precomputed": partial(groups, precompute_ref_log_probs=True),
         "alpha": refused_alpha,
         "online": partial(scripted, num_generations=4, loss_type="anchored", pairing="group"),
+        "taught online": taught_online,
         "generated": partial(generated, generation_kwargs={"do_sample": False}),
         "sampled": partial(generated, temperature=1e-4),
         "fine-tuned": fine_tuned,
     },
     "zero": {
         "every loss": every_loss,
+        "taught": taught,
         "masked": masked,
         "trained head": HEAD,
         "moved reference": moved_reference,

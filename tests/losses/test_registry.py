@@ -13,6 +13,7 @@ from trl_ext.losses import TRL_LOSS_TYPES, Loss, list_aliases, loss_class, resol
 
 
 OURS = [
+    "aligndistil",
     "alpha_dpo",
     "anchored",
     "asft",
@@ -156,6 +157,9 @@ def test_unknown_name(name, message):
         ("eurus", {"absolute_weight": -0.5}, r"eurus: `absolute_weight=-0.5` must be at least 0 \(0 is DPO\)"),
         ("simpo", {"gamma_beta_ratio": -0.1}, "simpo: `gamma_beta_ratio=-0.1` must be at least 0"),
         ("simpo", {"gamma": 1.0}, r"The loss 'simpo' has no hyper-parameter 'gamma'.*\['gamma_beta_ratio'\]"),
+        ("aligndistil", {"beta2": -0.1}, "aligndistil: `beta2=-0.1` must be at least 0"),
+        ("aligndistil", {"temperature": 0.0}, "aligndistil: `temperature=0.0` must be positive"),
+        ("aligndistil", {"length_norm": 1.0}, "`length_norm=1.0` is a float"),
         ("step_apo", {"alpha": -0.5}, r"step_apo: `alpha=-0.5` must be at least 0 \(0 is DPO\)"),
         ("trpa", {"kappa": 0.0}, "trpa: `kappa=0.0` must be positive"),
         ("trpa", {"kl_weight": -0.1}, "trpa: `kl_weight=-0.1` must be at least 0"),
@@ -200,6 +204,7 @@ def test_refused_hyperparameters(name, hyperparameters, message):
         ("dmpo", {"gamma": 1}),
         ("eurus", {"absolute_weight": 0}),
         ("simpo", {"gamma_beta_ratio": 0}),
+        ("aligndistil", {"beta2": 0, "temperature": 1e-9}),
         ("step_apo", {"alpha": 0}),
         ("trpa", {"kappa": 1e-9, "kl_weight": 0, "correct": -3}),
         ("drpo", {"tau": 1e-9, "length_temperature": 1e-9, "max_length": 1, "delta": 0, "kl_weight": 0, "correct": 0}),
@@ -235,6 +240,7 @@ def test_defaults():
             "max_length": 8192,
             "correct": 1.0,
         },
+        "aligndistil": {"beta2": 10.0, "temperature": 1.0, "length_norm": True},
         "alpha_dpo": {"alpha": 0.2, "gamma_beta_ratio": 0.6, "momentum": 0.9},
         "beta_dpo": {"a": 0.6, "rho": 0.2, "momentum": 0.9},
         "robust_em": {"base": "sigmoid", "eta": 0.9, "rate": 0.1, "gamma_beta_ratio": 0.5, "annotators": 1},

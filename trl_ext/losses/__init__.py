@@ -4,6 +4,7 @@ Preference losses: pure tensor maths, one file per paper. `README.md` beside thi
 A loss of ours is registered by its own file, which is imported here.
 """
 
+from .aligndistil import AlignDistilLoss
 from .alpha_dpo import AlphaDPOLoss
 from .anchored import AnchoredLoss
 from .asft import ASFTLoss
@@ -40,6 +41,7 @@ from .trpa import TRPALoss
 __all__ = [
     "TRL_LOSS_TYPES",
     "ASFTLoss",
+    "AlignDistilLoss",
     "AlphaDPOLoss",
     "AnchoredLoss",
     "BetaDPOLoss",

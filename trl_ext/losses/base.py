@@ -15,7 +15,7 @@ from .hyperparameters import check_hyperparameters
 
 logger = logging.getLogger(__name__)
 
-READABLE = ("ref_logps", "token_logps", "behaviour_logps")
+READABLE = ("ref_logps", "token_logps", "behaviour_logps", "teachers")
 
 
 @functools.cache
@@ -74,7 +74,9 @@ class Loss:
             - `"ref_logps"`: those of the reference. Without it a batch may hold `None` in their place, and log-ratios then
               raise a `ValueError`; where no loss reads it, there is no reference model and no second forward;
             - `"token_logps"`: `PreferenceBatch.tokens`, the log-probabilities of each token, and its turn;
-            - `"behaviour_logps"`: `GroupBatch.behaviour_logps`, those under the policy that sampled.
+            - `"behaviour_logps"`: `GroupBatch.behaviour_logps`, those under the policy that sampled;
+            - `"teachers"`: `PreferenceBatch.chosen_divergences` or `GroupBatch.divergences`, what `per_token` makes of the logits
+              of the policy and of two more models that the trainer is given.
         update_first (`bool`): Whether the loss reads the state that has taken the micro-batch in, else the one before.
         takes_groups (`bool`): Whether it accepts a [`GroupBatch`].
         takes_pairs (`bool`): Whether it accepts a [`PreferenceBatch`]; one of the two at least. A loss on whole groups alone says
@@ -104,6 +106,28 @@ class Loss:
 
     def __call__(self, batch: PreferenceBatch) -> torch.Tensor:
         """Unreduced loss, shape `(B,)`, in the dtype of the log-probs."""
+        raise NotImplementedError
+
+    def per_token(
+        self, logits: torch.Tensor, teacher_logits: torch.Tensor, reverse_logits: torch.Tensor
+    ) -> torch.Tensor:
+        """
+        What a loss whose `reads` holds `"teachers"` says of each token: a pure function, row by row.
+
+        The trainers call it on a few tokens at a time, so that no model's logits are in memory at once, and hand the loss
+        its sums over the tokens of each completion.
+
+        Args:
+            logits (`torch.Tensor` of shape `(n, V)`):
+                Logits of the policy, in float32 or wider. The one argument with a gradient.
+            teacher_logits (`torch.Tensor` of shape `(n, V)`):
+                Those of the teacher at the same tokens.
+            reverse_logits (`torch.Tensor` of shape `(n, V)`):
+                Those of the reverse teacher.
+
+        Returns:
+            `torch.Tensor` of shape `(n,)`.
+        """
         raise NotImplementedError
 
     def metrics(self, batch: PreferenceBatch | GroupBatch) -> dict[str, float | torch.Tensor]:

@@ -86,6 +86,9 @@ class PreferenceBatch:
             The state of the loss, by the names that its `init_state` gives.
         tokens ([`TokenBatch`], *optional*):
             The same completions token by token; there for a loss whose `reads` holds `"token_logps"`.
+        chosen_divergences (`torch.Tensor` of shape `(B,)`, *optional*):
+            Sum, over the tokens of the chosen completion, of what the loss's `per_token` makes of the logits of the policy and of
+            its teachers; there for a loss whose `reads` holds `"teachers"`.
     """
 
     chosen_logps: torch.Tensor
@@ -99,6 +102,7 @@ class PreferenceBatch:
     empty_trace: "PreferenceBatch | None" = None
     state: Mapping[str, torch.Tensor] = field(default_factory=dict)
     tokens: TokenBatch | None = None
+    chosen_divergences: torch.Tensor | None = None
 
     @cached_property
     def chosen_logratios(self) -> torch.Tensor:
@@ -163,6 +167,9 @@ class GroupBatch:
         behaviour_logps (`torch.Tensor` of shape `(B, K)`, *optional*):
             Log-probability of each completion under the policy that sampled it, in nats; there for a loss whose `reads`
             holds `"behaviour_logps"`. What stands where `mask` is `False` is not read.
+        divergences (`torch.Tensor` of shape `(B, K)`, *optional*):
+            Sum, over the tokens of each completion, of what the loss's `per_token` makes of the logits of the policy and of its
+            teachers; there for a loss whose `reads` holds `"teachers"`. What stands where `mask` is `False` is not read.
     """
 
     logps: torch.Tensor
@@ -174,6 +181,7 @@ class GroupBatch:
     columns: Mapping[str, torch.Tensor] = field(default_factory=dict)
     state: Mapping[str, torch.Tensor] = field(default_factory=dict)
     behaviour_logps: torch.Tensor | None = None
+    divergences: torch.Tensor | None = None
 
     @cached_property
     def logratios(self) -> torch.Tensor:

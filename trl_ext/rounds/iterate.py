@@ -122,6 +122,11 @@ class IterativeDPO:
                     f"The loss {name!r} reads log-probs under the policy that sampled the completions, which rounds do not keep. "
                     "Train it online: `trl_ext.OnlineDPOTrainer`."
                 )
+            if "teachers" in loss.reads:
+                raise ValueError(
+                    f"The loss {name!r} learns from a teacher and a reverse teacher, which rounds have not. Train it online, on what "
+                    "the policy samples: `trl_ext.OnlineDPOTrainer`."
+                )
         several = isinstance(config.reward_funcs, (list, tuple)) and len(config.reward_funcs) > 1
         if several and takes_each_reward(self.losses):
             raise ValueError(

@@ -24,6 +24,7 @@ from trl_ext.trainers.policy_copy import frozen_copy
 from trl_ext.trainers.prepare import PreferenceData
 from trl_ext.trainers.reference import copies_policy, precomputed, reference_forward, refuse_reference
 from trl_ext.trainers.scoring import Scorer, build_scorer, statistics_of_step
+from trl_ext.trainers.teachers import Teachers, given_teachers, with_divergences
 from trl_ext.trainers.terms import Terms
 from trl_ext.trainers.trl_seam import (
     PAIR_METRICS,
@@ -95,6 +96,10 @@ class DPOTrainer(WithTerms, trl.DPOTrainer):
         judge (`Callable`, *optional*):
             A judge of two in place of `reward_funcs`, a function or a [`PreferenceModel`]; pairs get the column
             `preference_prob`.
+        teacher_model, reverse_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
+            For a loss whose `reads` holds `"teachers"`, such as `aligndistil`: a model trained by DPO, and one trained by DPO on
+            the same pairs with `chosen` and `rejected` swapped. They are run, never trained. A run has them from here or from the
+            config.
         kwargs:
             All other arguments of [`trl.DPOTrainer`], with their meaning there.
 
@@ -119,12 +124,21 @@ class DPOTrainer(WithTerms, trl.DPOTrainer):
         peft_config: Any | None = None,
         reward_funcs: Any | None = None,
         judge: Callable | None = None,
+        teacher_model: "str | PreTrainedModel | None" = None,
+        reverse_model: "str | PreTrainedModel | None" = None,
     ):
         names, losses = ["sigmoid"], {}
         if args is not None:
             names = resolve_loss_types(args.loss_type)
             losses = build_losses(names, args.loss_kwargs if isinstance(args, DPOConfig) else None)
             check_combination(args, names, losses)
+        models = {
+            "model": model,
+            "ref_model": ref_model,
+            "teacher_model": teacher_model,
+            "reverse_model": reverse_model,
+        }
+        teachers = given_teachers(losses, args, models)
         if reward_funcs is not None or judge is not None:
             self._check_paths(model, ref_model)  # before the scoring, which may take long
             train_dataset, eval_dataset = (
@@ -151,7 +165,7 @@ class DPOTrainer(WithTerms, trl.DPOTrainer):
         self._keep_terms(terms, " + ".join(names))
         self._needs_reference = "ref_logps" in terms.reads
         if not self._needs_reference:
-            refuse_reference(names, ref_model, args)
+            refuse_reference(names, ref_model, args, teachers)
         copied = ref_model is None and self._needs_reference and copies_policy(model, peft_config, args)
         if copied:
             ref_model = frozen_copy(model)
@@ -176,6 +190,7 @@ class DPOTrainer(WithTerms, trl.DPOTrainer):
         if copied and self.precompute_ref_logps:
             self.ref_model = None  # it has served
         bind_forward(base_model(self.model))
+        self._teachers = Teachers(self, teachers) if teachers else None
         self._mixing = MeasuredMixing(self)
         if losses:  # TRL computes its own loss types, we the rest
             self.loss_types, self.loss_weights = [name for name, _ in theirs], [weight for _, weight in theirs]
@@ -255,10 +270,13 @@ class DPOTrainer(WithTerms, trl.DPOTrainer):
         if self._needs_reference and rows.ref_logps is None:
             reference = self.model if self.ref_model is None else self.ref_model
             ref_token_logps = self._reference_token_logps(reference, rows)
+        divergence = None if self._teachers is None else self._teachers.divergence(rows, plan)
         # One forward for all rows, through the wrapped model
         statistics = None if scorer.head is None else statistics_of_step(self)
-        outputs = scorer(model, rows, statistics, router_logits=self.aux_loss_enabled)
+        outputs = scorer(model, rows, statistics, router_logits=self.aux_loss_enabled, divergence=divergence)
         scored = scorer.scored(rows, outputs.log_probs, ref_token_logps, terms.reads, self.ld_alpha)
+        if divergence is not None:
+            scored = with_divergences(scored, outputs, rows)
 
         # TRL's method is given the rows of its pairs, which come first. It adds its own loss types, the auxiliary loss and all of
         # its metrics, on the outputs that are there.

@@ -117,6 +117,16 @@ def check_combination(args: TrainingArguments, names: list[str], losses: dict[st
             raise ValueError(f"`loss_weights={weights}` has {len(weights)} weights for {len(names)} losses: {names}.")
         if not all(isinstance(weight, (int, float)) and math.isfinite(weight) for weight in weights):
             raise ValueError(f"`loss_weights={weights}` must be finite numbers, one for each of {names}.")
+    taught = [name for name, loss in losses.items() if "teachers" in loss.reads]
+    if len(taught) > 1:
+        raise ValueError(
+            f"The losses {taught} all read teachers, of which a run computes one number per token. Train one of them at a time."
+        )
+    if taught and getattr(args, "logprob_backend", "auto") == "trl":
+        raise ValueError(
+            f"The loss {taught[0]!r} compares logits with those of its teachers, and TRL's forward gives log-probs of tokens alone. "
+            "Set `logprob_backend` to 'auto'."
+        )
     if not losses or not hasattr(args, "f_divergence_type"):
         return
     if args.f_divergence_type != "reverse_kl":

@@ -63,7 +63,13 @@ def reads_win_rates(loss: Any) -> bool:
     return refuses(1.5) and not refuses(0.75)
 
 
+def learns_without_scores(losses: Mapping[str, Any]) -> bool:
+    """Whether all losses learn from completions, whatever they are worth."""
+    return all("teachers" in loss.reads for loss in losses.values())
+
+
 def check_arguments(
+    losses: Mapping[str, Any],
     model: Any,
     ref_model: Any,
     reward_funcs: Any,
@@ -74,7 +80,14 @@ def check_arguments(
     args: Any,
 ) -> list:
     """The reward functions as a list; a `ValueError` for arguments that exclude each other or cannot be used."""
-    if (reward_funcs is None or reward_funcs == []) == (judge is None):
+    scored = not (reward_funcs is None or reward_funcs == [])
+    if learns_without_scores(losses) and not scored and judge is None:
+        if args.pairing != "group":
+            raise ValueError(
+                f"`pairing={args.pairing!r}` prefers one completion to another, and there are no `reward_funcs` and no `judge`. Set "
+                f'`pairing="group"`: {list(losses)} then learn from every completion.'
+            )
+    elif scored == (judge is not None):
         given = "neither" if judge is None else "both"
         raise ValueError(
             f"Completions are judged by `reward_funcs` or by a `judge`; got {given}. Give one of the two."
@@ -87,6 +100,8 @@ def check_arguments(
             "`judge=PreferenceModel(model)`, a reward model as `reward_funcs`."
         )
     penalties = [name for name in ("missing_eos_penalty", "length_penalty") if getattr(args, name, None)]
+    if judge is None and not scored and penalties:
+        raise ValueError(f"{penalties} take something off a reward, and there are no `reward_funcs`. Leave them out.")
     if judge is not None and penalties:
         raise ValueError(
             f"{penalties} take something off a reward, and a `judge` gives none. Leave them out, or have the "

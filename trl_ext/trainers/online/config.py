@@ -9,7 +9,7 @@ from trl.experimental.online_dpo import OnlineDPOConfig as TRLOnlineDPOConfig
 from trl_ext.data.pairing import PAIRINGS
 from trl_ext.losses.base import HingeLoss, SigmoidLoss, warn_once
 from trl_ext.losses.online_ipo import OnlineIPOLoss
-from trl_ext.trainers.arguments import LossArguments
+from trl_ext.trainers.arguments import DICT_FIELDS, LossArguments
 from trl_ext.trainers.loss_types import build_losses, check_combination, check_pairing, resolve_loss_types
 from trl_ext.trainers.online.checks import check_losses, check_reference
 from trl_ext.trainers.terms import check_reads
@@ -56,9 +56,9 @@ class OnlineDPOConfig(LossArguments, TRLOnlineDPOConfig):
             Completions sampled for each prompt, at least 2.
         pairing (`str`, *optional*):
             `"best_worst"`: the best against the worst of them; `"all"`: each two of different rewards; `"group"`: all of
-            them at once, for losses that take groups (`anchored`, `trpa`, `drpo`). By default `"group"` where a loss takes
-            whole groups alone (`trpa`, `drpo`), else `"best_worst"`. Prompts whose completions tie are dropped, and the share of
-            them is logged as `pairs/dropped_prompts`.
+            them at once, for losses that take groups (`anchored`, `aligndistil`, `trpa`, `drpo`). By default `"group"` where a
+            loss takes whole groups alone (`trpa`, `drpo`), else `"best_worst"`. Prompts whose completions tie are dropped, and the
+            share of them is logged as `pairs/dropped_prompts`; `aligndistil` alone learns from them too.
         length_penalty (`float`, *optional*, defaults to `0.0`):
             What each completion token takes off the reward, in the reward's unit.
         mixture_coef (`float`, *optional*, defaults to `0.0`):
@@ -73,7 +73,8 @@ class OnlineDPOConfig(LossArguments, TRLOnlineDPOConfig):
             Steps between two synchronisations.
         ref_model_mixup_alpha (`float`, *optional*, defaults to `0.6`):
             `reference = alpha policy + (1 - alpha) reference`; 1.0 copies.
-        loss_kwargs, logprob_backend, logprob_memory_mb, share_prefix:
+        loss_kwargs, logprob_backend, logprob_memory_mb, share_prefix, teacher_model_name_or_path, reverse_model_name_or_path,
+        teacher_model_init_kwargs:
             See [`LossArguments`].
 
     Raises:
@@ -81,7 +82,7 @@ class OnlineDPOConfig(LossArguments, TRLOnlineDPOConfig):
             that exclude each other.
     """
 
-    _VALID_DICT_FIELDS = [*TRLOnlineDPOConfig._VALID_DICT_FIELDS, "loss_kwargs", "generation_kwargs"]
+    _VALID_DICT_FIELDS = [*TRLOnlineDPOConfig._VALID_DICT_FIELDS, *DICT_FIELDS, "generation_kwargs"]
 
     loss_type: list[str] = field(
         default_factory=lambda: ["sigmoid"],
@@ -89,7 +90,7 @@ class OnlineDPOConfig(LossArguments, TRLOnlineDPOConfig):
             "help": "Type of loss to use: 'sigmoid', 'ipo', 'hinge' on summed log-probabilities, those of trl_ext "
             "('offset', 'anchored', 'margin_adaptive', 'bias_variance', 'length_regularized', 'sppo_soft', "
             "'alpha_dpo', 'asft', 'beta_dpo', 'cpo', 'drpo', 'eurus', 'reward_distillation', 'robust_em', 'simpo', "
-            "'trpa') and registered ones. "
+            "'trpa', 'aligndistil') and registered ones. "
             "Several are combined with `loss_weights`."
         },
     )

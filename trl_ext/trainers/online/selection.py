@@ -66,7 +66,9 @@ class Selection:
         return dataclasses.replace(self, pairs=self.pairs[kept], groups=groups)
 
 
-def select(completions: Completions, scores: Scores, pairing: str, keep_ties: bool = False) -> Selection:
+def select(
+    completions: Completions, scores: Scores, pairing: str, keep_ties: bool = False, whole_groups: bool = False
+) -> Selection:
     """
     Which completions are learnt from, and which are preferred to which.
 
@@ -79,11 +81,13 @@ def select(completions: Completions, scores: Scores, pairing: str, keep_ties: bo
             `"best_worst"`, `"all"` or `"group"`.
         keep_ties (`bool`, *optional*, defaults to `False`):
             Whether two equal completions form a pair too.
+        whole_groups (`bool`, *optional*, defaults to `False`):
+            Whether a group whose completions are all equal is learnt from too.
     """
     values, mask = scores.values.cpu(), scores.mask.cpu()
     b, k = values.shape
     if pairing == "group":  # those with anything to learn
-        found = pair_up(values, mask, "best_worst")
+        found = pair_up(values, mask, "best_worst", keep_ties=whole_groups)
     else:
         probabilities = None if scores.probabilities is None else scores.probabilities.cpu()
         found = pair_up(values, mask, pairing, probabilities, keep_ties)

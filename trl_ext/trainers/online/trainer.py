@@ -28,18 +28,20 @@ from trl_ext.trainers.online.checks import (
     check_preference_model,
     check_reference,
     check_rewards,
+    learns_without_scores,
     reads_win_rates,
 )
 from trl_ext.trainers.online.config import OnlineDPOConfig, build_online_losses, default_pairing
 from trl_ext.trainers.online.evaluate import Evaluation
 from trl_ext.trainers.online.generate import Generation
-from trl_ext.trainers.online.metrics import Ties, dropped_prompts, of_completions, of_learnt
+from trl_ext.trainers.online.metrics import Ties, dropped_prompts, of_completions, of_learnt, without_comparisons
 from trl_ext.trainers.online.prompts import PromptData
 from trl_ext.trainers.online.rewards import Scores, judge_scores, reward_scores, rows_of
 from trl_ext.trainers.online.selection import Selection, build_table, select
 from trl_ext.trainers.policy_copy import frozen_copy
 from trl_ext.trainers.reference import SyncReferenceAdapter, add_reference_adapter
 from trl_ext.trainers.scoring import build_scorer
+from trl_ext.trainers.teachers import Teachers, given_teachers, with_divergences
 from trl_ext.trainers.terms import Terms
 from trl_ext.trainers.trl_seam import base_model, bind_forward, unbind_forward
 from trl_ext.trainers.with_terms import WithTerms
@@ -69,7 +71,8 @@ class OnlineDPOTrainer(Generation, Evaluation, WithTerms, TRLOnlineDPOTrainer):
     `rewards/rejected`, `rewards/margins`, `rewards/accuracies`, `logps/*`, `lengths/*` and `logratios/*` are over the pairs that
     are learnt from (for groups: the best completion against the worst). `completions/*`, `val/contain_eos_token`,
     `rewards/unscored` and each reward function's `rewards/NAME/mean` are over all sampled completions; `pairs/dropped_prompts` is
-    the share of prompts of which nothing is learnt. `loss/NAME` of several losses is each one's own mean over prompts.
+    the share of prompts of which nothing is learnt. `loss/NAME` of several losses is each one's own mean over prompts. Where there
+    are neither rewards nor a judge, what compares completions is not logged.
 
     Example:
 
@@ -101,7 +104,10 @@ class OnlineDPOTrainer(Generation, Evaluation, WithTerms, TRLOnlineDPOTrainer):
             Judge of two completions in place of `reward_funcs`: `judge(prompts, completions_a, completions_b)` gives for
             each the probability, in [0, 1], that the first completion is preferred; or a [`PreferenceModel`], of which each
             process has a copy. Reaches `ipo` and `anchored` as a soft target, and `sppo_soft` as win rates against the prompt's
-            other completions.
+            other completions. A run whose losses all learn from completions and not from preferences (`aligndistil`) needs
+            neither rewards nor a judge, and `pairing="group"`.
+        teacher_model, reverse_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
+            For a loss that reads teachers, as in [`DPOTrainer`].
         train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
             Prompts in a column `prompt`, as text or as messages. All columns are handed to reward functions. A numeric column
             `weight`, at least 0, scales the loss of each prompt.
@@ -132,6 +138,8 @@ class OnlineDPOTrainer(Generation, Evaluation, WithTerms, TRLOnlineDPOTrainer):
         optimizers=(None, None),
         preprocess_logits_for_metrics=None,
         judge: Callable[[list, list, list], Any] | None = None,
+        teacher_model: Any = None,
+        reverse_model: Any = None,
     ):
         if args is None:
             name = model if isinstance(model, str) else model.config._name_or_path
@@ -149,7 +157,15 @@ class OnlineDPOTrainer(Generation, Evaluation, WithTerms, TRLOnlineDPOTrainer):
         check_reference(losses, args)
         for remark in filter(None, (loss.one_turn for loss in losses.values())):
             logger.warning_once(remark)
+        models = {
+            "model": model,
+            "ref_model": ref_model,
+            "teacher_model": teacher_model,
+            "reverse_model": reverse_model,
+        }
+        teachers = given_teachers(losses, args, models)
         reward_funcs = check_arguments(
+            losses,
             model,
             ref_model,
             reward_funcs,
@@ -182,7 +198,10 @@ class OnlineDPOTrainer(Generation, Evaluation, WithTerms, TRLOnlineDPOTrainer):
                 unbind_forward(base_model(given))
         self._needs_reference = "ref_logps" in terms.reads
         if ref_model is not None and not self._needs_reference:
-            raise ValueError(f"None of the losses {list(losses)} reads a reference model. Leave `ref_model` out.")
+            hint = " What AlignDistil's own code calls the reference is `reverse_model` here." if teachers else ""
+            raise ValueError(
+                f"None of the losses {list(losses)} reads a reference model. Leave `ref_model` out.{hint}"
+            )
         if ref_model is None and self._needs_reference and peft_config is None:
             if not (args.sync_ref_model and is_peft_model(model)):
                 # TRL's says what ZeRO-3 needs in place of a copy
@@ -221,6 +240,7 @@ class OnlineDPOTrainer(Generation, Evaluation, WithTerms, TRLOnlineDPOTrainer):
             "preference_prob" in loss.optional_columns or reads_win_rates(loss) for loss in losses.values()
         )
         self._scorer = build_scorer(self.model, args, False, self.ref_model if self._has_ref_model else None)
+        self._teachers = Teachers(self, teachers) if teachers else None
         self._ties = Ties()
         self._sampling = self._sampling_config()
         if self.use_vllm:
@@ -268,6 +288,8 @@ class OnlineDPOTrainer(Generation, Evaluation, WithTerms, TRLOnlineDPOTrainer):
         """Second step: what each completion is worth, penalties included."""
         if self.judge is not None:
             return judge_scores(self.judge, completions.prompts, completions.texts, self._judge_templates(inputs))
+        if not self.reward_funcs:  # nothing is preferred, and nothing has to be
+            return Scores(torch.zeros(len(completions.prompts), len(completions.ids) // len(completions.prompts)))
         return reward_scores(self, inputs, completions, self._each_reward)
 
     def _judge_templates(self, inputs: dict[str, Any]) -> list[dict[str, Any]] | None:
@@ -278,7 +300,9 @@ class OnlineDPOTrainer(Generation, Evaluation, WithTerms, TRLOnlineDPOTrainer):
 
     def pair(self, completions: Completions, scores: Scores) -> Selection:
         """Third step: which completions are learnt from, and which are preferred to which."""
-        return select(completions, scores, self.args.pairing, self._keep_ties)
+        return select(
+            completions, scores, self.args.pairing, self._keep_ties, learns_without_scores(self._terms.losses)
+        )
 
     def learn(self, model: torch.nn.Module, inputs: dict[str, Any], selections: list[Selection]) -> torch.Tensor:
         """
@@ -313,18 +337,23 @@ class OnlineDPOTrainer(Generation, Evaluation, WithTerms, TRLOnlineDPOTrainer):
         if self._needs_reference:
             with torch.no_grad(), self._reference() as reference, self.accelerator.autocast():
                 ref_token_logps = scorer(reference, rows, statistics=()).log_probs
-        token_logps = scorer(model, rows, statistics=()).log_probs
-        scored = scorer.scored(rows, token_logps, ref_token_logps, terms.reads)
+        divergence = None if self._teachers is None else self._teachers.divergence(rows, plan)
+        outputs = scorer(model, rows, statistics=(), divergence=divergence)
+        scored = scorer.scored(rows, outputs.log_probs, ref_token_logps, terms.reads)
+        if divergence is not None:
+            scored = with_divergences(scored, outputs, rows)
         if "behaviour_logps" in terms.reads:  # the policy that has just sampled
             scored = dataclasses.replace(scored, behaviour_logps=scored.logps.detach())
         total, metrics, alone = terms.total(scored, plan, self.beta, self.model.training, self._over_processes)
-        self._note(metrics, len(plan.pairs))
+        compared = bool(self.judge or self.reward_funcs)
+        self._note(metrics if compared else without_comparisons(metrics), len(plan.pairs))
         self._note({"beta": self.beta})
         if len(terms.losses) > 1:
             self._note(alone, plan.count)
         for selection, place, lost, suffix in zip(selections, places, dropped, ("", "_empty_trace"), strict=False):
             values = of_completions(selection.completions, selection.scores) | {"pairs/dropped_prompts": lost}
             values |= of_learnt(selection, place, scored.logps, scored.ref_logps, self.beta)
+            values = values if compared else without_comparisons(values)
             self._note({name + suffix: value for name, value in values.items()})
         if self.model.training:
             self._ties.count(learnt=any(bool((lost == 0).any()) for lost in dropped))
