@@ -144,6 +144,7 @@ REFUSED = [
     ),
     ({"model": "nothing"}, "The model 'nothing' cannot be loaded"),
     ({"pairing": "best"}, "choose one of"),
+    ({"reference": "keep", "training": {"loss_type": "simpo"}}, r"none of the losses \['simpo'\] reads a reference"),
     ({"reference": "ema"}, "choose one of"),
     ({"length_shaping": "penalty"}, "choose one of"),
     ({"reward_funcs": "implicit"}, "give that one as `implicit_reference`"),

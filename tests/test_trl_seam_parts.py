@@ -1,5 +1,6 @@
 """What of TRL is wrapped, by hand: its fused forward, its loss, and its preparation of pairs."""
 
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -8,6 +9,7 @@ import trl
 from datasets import Dataset
 from torch.distributed.tensor import Partial
 from transformers import AutoTokenizer
+from trl.trainer import dpo_trainer
 
 from tests.conftest import preference_rows
 from tests.helpers import build, first_batch
@@ -96,11 +98,21 @@ def test_what_is_set_for_a_while_is_as_it_was_even_after_an_error():
         assert trainer.precompute_ref_logps is True
         raise RuntimeError("stop")
     assert trainer.precompute_ref_logps is False
-    args = SimpleNamespace(precompute_ref_log_probs=False)
-    with pytest.raises(RuntimeError, match="stop"), trl_seam.no_reference(args):
-        assert args.precompute_ref_log_probs is True
+
+
+def test_nothing_but_the_policy_is_loaded(monkeypatch):
+    def load(path):
+        return path
+
+    monkeypatch.setattr(dpo_trainer, "create_model_from_path", load)
+    with trl_seam.no_reference("policy"):
+        assert [dpo_trainer.create_model_from_path(name) for name in ("policy", "reference")] == ["policy", None]
+        with ThreadPoolExecutor() as pool:  # another trainer, built meanwhile
+            assert pool.submit(dpo_trainer.create_model_from_path, "other").result() == "other"
+    with pytest.raises(RuntimeError, match="stop"), trl_seam.no_reference(torch.nn.Linear(1, 1)):
+        assert dpo_trainer.create_model_from_path("reference") is None
         raise RuntimeError("stop")
-    assert args.precompute_ref_log_probs is False
+    assert dpo_trainer.create_model_from_path is load
 
 
 def test_reference_cache_key():

@@ -1,12 +1,13 @@
 """Losses on whole groups alone, offline: groups with a column of log-probs under the policy that sampled."""
 
+import functools
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset, load_dataset
-from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
 import trl_ext
 from tests.conftest import build_tokenizer, preference_rows
@@ -289,3 +290,25 @@ def test_right_ones_gain_on_wrong_ones_in_held_out_groups(name, reviews, tmp_pat
     else:
         gaps = [found["eval_per_token/right"] - found["eval_per_token/wrong"] for found in (before, after)]
         assert before["eval_groups/mixed"] == 1 and gaps[1] > gaps[0] + 0.02
+
+
+@pytest.mark.parametrize(("over", "cut"), [(0, False), (1, True)])
+def test_a_completion_that_would_be_cut_is_refused(over, cut, tiny_model_dir, tmp_path):
+    """What was sampled is the whole completion, and so is its log-prob."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    data = groups()
+    longest = max(
+        len(tokenizer(row["prompt"] + text + tokenizer.eos_token)["input_ids"])
+        for row in data
+        for text in row["completions"]
+    )
+    run = functools.partial(trainer, tiny_model_dir, tmp_path, "trpa", max_length=longest - over)
+    if not cut:
+        run()
+        return
+    with pytest.raises(
+        ValueError, match=rf"of 4 groups of the train dataset, .* completions that `max_length={longest - 1}` cuts"
+    ):
+        run()
+    # A loss that does not read those log-probs takes what is left, as ever
+    trainer(tiny_model_dir, tmp_path, "anchored", max_length=longest - over)

@@ -27,6 +27,7 @@ from trl_ext.data.rewards import (
     JudgeFunction,
     RewardModel,
     as_scorer,
+    finite_numbers,
     read_columns,
     refuse_lists_of_groups,
     reward_models,
@@ -239,7 +240,8 @@ def _computed(
     with tqdm(total=len(todo), desc="scoring", unit="text", disable=not state.is_main_process or not todo) as bar:
         for start in range(0, len(todo), batch_size):
             batch = todo[start : start + batch_size]
-            values = function([work[key] for key in batch])
+            texts = [work[key] for key in batch]
+            values = finite_numbers(function(texts), texts)
             fresh = dict(zip(batch, values, strict=True))
             if ledger is not None:
                 ledger.append(fresh)

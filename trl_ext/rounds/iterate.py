@@ -28,7 +28,7 @@ from trl_ext.trainers.arguments import explained, refuse_liger_without_gpu
 from trl_ext.trainers.dpo import DPOTrainer
 from trl_ext.trainers.dpo_config import DPOConfig
 from trl_ext.trainers.loss_types import build_losses, resolve_loss_types
-from trl_ext.trainers.terms import check_reads
+from trl_ext.trainers.terms import Terms, check_reads
 
 
 # What a round's pairs have beside the texts: from what scores, and from the first policy
@@ -108,6 +108,14 @@ class IterativeDPO:
         """Columns that the losses of this run read."""
         return {name for loss in self.losses.values() for name in (*loss.required_columns, *loss.optional_columns)}
 
+    @property
+    def _reads_reference(self) -> bool:
+        """Whether a loss of this run, TRL's own included, reads the reference."""
+        return (
+            "ref_logps"
+            in Terms(self.losses, {}, dict.fromkeys(set(self.args.loss_type) - set(self.losses), 1.0)).reads
+        )
+
     def _check_losses(self) -> None:
         """Refuse losses that read what the rounds do not make, or what these rewards do not give."""
         config = self.config
@@ -127,6 +135,10 @@ class IterativeDPO:
                     f"The loss {name!r} learns from a teacher and a reverse teacher, which rounds have not. Train it online, on what "
                     "the policy samples: `trl_ext.OnlineDPOTrainer`."
                 )
+        if config.reference == "keep" and not self._reads_reference:
+            raise ValueError(
+                f"`reference='keep'` would have no effect: none of the losses {list(self.losses)} reads a reference. Leave it out."
+            )
         several = isinstance(config.reward_funcs, (list, tuple)) and len(config.reward_funcs) > 1
         if several and takes_each_reward(self.losses):
             raise ValueError(
@@ -262,10 +274,9 @@ class IterativeDPO:
     def _train(self, folder: Path, policy: str, pairs: Dataset) -> None:
         args = self._training_arguments(folder / "train")
         reference = self.config.model if self.config.reference == "keep" else policy
-        model, ref_model = (load_model(name, args) for name in (policy, reference))
         trainer = DPOTrainer(
-            model=model,
-            ref_model=ref_model,
+            model=load_model(policy, args),
+            ref_model=load_model(reference, args) if self._reads_reference else None,
             args=dataclasses.replace(args, model_init_kwargs=None) if args.model_init_kwargs else args,
             train_dataset=pairs,
             processing_class=self.tokenizer,

@@ -170,7 +170,7 @@ class DPOTrainer(WithTerms, trl.DPOTrainer):
         if copied:
             ref_model = frozen_copy(model)
 
-        with no_reference(args) if not self._needs_reference else contextlib.nullcontext():
+        with no_reference(model) if not self._needs_reference else contextlib.nullcontext():
             super().__init__(
                 model=model,
                 ref_model=ref_model,
@@ -185,8 +185,6 @@ class DPOTrainer(WithTerms, trl.DPOTrainer):
                 quantization_config=quantization_config,
                 peft_config=peft_config,
             )
-        if not self._needs_reference:
-            self.precompute_ref_logps = False
         if copied and self.precompute_ref_logps:
             self.ref_model = None  # it has served
         bind_forward(base_model(self.model))

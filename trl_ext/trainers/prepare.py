@@ -23,7 +23,14 @@ from trl_ext.data.columns import (
     used_columns,
 )
 from trl_ext.data.further import FURTHER, map_further
-from trl_ext.data.groups import BEHAVIOUR_LOGPS, GROUP_SCORES, OTHERS, from_groups, is_grouped
+from trl_ext.data.groups import (
+    BEHAVIOUR_LOGPS,
+    GROUP_SCORES,
+    OTHERS,
+    from_groups,
+    is_grouped,
+    refuse_cut_completions,
+)
 from trl_ext.data.reasoning import HAS_TRACES, check_pairs, tokenize_empty_trace
 from trl_ext.data.tokens import require_chat_template
 from trl_ext.data.turns import TURNS, checked_turns, one_message_beside_images, range_of_turns, with_turns
@@ -289,7 +296,10 @@ class PreferenceData:
         beside = [column for column in ("prompt", "tools", "chat_template_kwargs") if column in dataset.column_names]
         made = [*TOKENIZED, *(name for name in TURNS if name in dataset.column_names)]
         dataset = map_further(dataset, OTHERS, others, made, beside)
-        return dataset.map(_single_last)
+        dataset = dataset.map(_single_last)
+        if any("behaviour_logps" in loss.reads for loss in self.losses.values()):
+            refuse_cut_completions(dataset, args.max_length, name)
+        return dataset
 
 
 def _single_last(example: dict) -> dict:

@@ -100,6 +100,8 @@ VLLM_ATTRIBUTES = ("_last_loaded_step",)
 
 # Of `trl.trainer.utils`: what its fused forward looks up
 FORWARD_NAMES = ("_ChunkedLogProbFunction", "_use_triton", "maybe_gather_lm_head_ctx")
+# Of `trl.trainer.dpo_trainer`: what loads policy and reference
+LOADER_NAMES = ("create_model_from_path",)
 
 # Of transformers and datasets: a colon stands before what is looked up in a module
 LIBRARY_NAMES = {
@@ -119,7 +121,12 @@ OBJECT_NAMES = {
 }
 
 # Looked up when any trainer is loaded, and when those of rewards, of online training and of supervised fine-tuning are
-ALL_TRAINERS = {"trl:DPOTrainer": DPO_METHODS, "trl.trainer.utils": FORWARD_NAMES, **LIBRARY_NAMES}
+ALL_TRAINERS = {
+    "trl:DPOTrainer": DPO_METHODS,
+    "trl.trainer.utils": FORWARD_NAMES,
+    "trl.trainer.dpo_trainer": LOADER_NAMES,
+    **LIBRARY_NAMES,
+}
 REWARD_TRAINER = {"trl:RewardTrainer": REWARD_METHODS}
 ONLINE_TRAINER = {"trl.experimental.online_dpo:OnlineDPOTrainer": ONLINE_METHODS}
 SFT_TRAINER = {"trl:SFTTrainer": SFT_METHODS}
