@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from accelerate.logging import get_logger
-from accelerate.utils import is_peft_model, send_to_device
+from accelerate.utils import is_peft_model
 from transformers import Trainer
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl.experimental.online_dpo import OnlineDPOTrainer as TRLOnlineDPOTrainer
@@ -18,30 +18,29 @@ from trl.experimental.utils import create_reference_model
 from trl.trainer.callbacks import SyncRefModelCallback
 from trl.trainer.utils import add_fused_lm_head, create_model_from_path
 
-from trl_ext.data.columns import WEIGHT, takes_each_reward
+from trl_ext.data.columns import takes_each_reward
 from trl_ext.data.preference_model import PreferenceModel
 from trl_ext.data.tokens import template_arguments
 from trl_ext.generation import Completions
-from trl_ext.rows import from_batch, to_batch
 from trl_ext.trainers.online.checks import (
     check_arguments,
     check_preference_model,
     check_reference,
-    check_rewards,
     learns_without_scores,
     reads_win_rates,
 )
 from trl_ext.trainers.online.config import OnlineDPOConfig, build_online_losses, default_pairing
 from trl_ext.trainers.online.evaluate import Evaluation
 from trl_ext.trainers.online.generate import Generation
-from trl_ext.trainers.online.metrics import Ties, dropped_prompts, of_completions, of_learnt, without_comparisons
+from trl_ext.trainers.online.learn import Learning
+from trl_ext.trainers.online.metrics import Ties
 from trl_ext.trainers.online.prompts import PromptData
 from trl_ext.trainers.online.rewards import Scores, judge_scores, reward_scores, rows_of
-from trl_ext.trainers.online.selection import Selection, build_table, select
+from trl_ext.trainers.online.selection import Selection, select
 from trl_ext.trainers.policy_copy import frozen_copy
 from trl_ext.trainers.reference import SyncReferenceAdapter, add_reference_adapter
 from trl_ext.trainers.scoring import build_scorer
-from trl_ext.trainers.teachers import Teachers, given_teachers, with_divergences
+from trl_ext.trainers.teachers import Teachers, given_teachers
 from trl_ext.trainers.terms import Terms
 from trl_ext.trainers.trl_seam import base_model, bind_forward, unbind_forward
 from trl_ext.trainers.with_terms import WithTerms
@@ -50,7 +49,7 @@ from trl_ext.trainers.with_terms import WithTerms
 logger = get_logger(__name__)
 
 
-class OnlineDPOTrainer(Generation, Evaluation, WithTerms, TRLOnlineDPOTrainer):
+class OnlineDPOTrainer(Generation, Learning, Evaluation, WithTerms, TRLOnlineDPOTrainer):
     """
     TRL's `OnlineDPOTrainer` with the losses of this package, `K` completions per prompt, and generation at full speed.
 
@@ -303,62 +302,6 @@ class OnlineDPOTrainer(Generation, Evaluation, WithTerms, TRLOnlineDPOTrainer):
         return select(
             completions, scores, self.args.pairing, self._keep_ties, learns_without_scores(self._terms.losses)
         )
-
-    def learn(self, model: torch.nn.Module, inputs: dict[str, Any], selections: list[Selection]) -> torch.Tensor:
-        """
-        Fourth step: the mean loss over the prompts of the batch; a prompt without a pair adds 0.
-
-        Args:
-            model (`torch.nn.Module`):
-                The policy, wrapped or not.
-            inputs (`dict[str, Any]`):
-                A batch of the dataset: lists by column.
-            selections (`list[Selection]`):
-                One, or for `bias_variance` one with reasoning and one without.
-        """
-        terms, scorer = self._terms, self._scorer
-        columns = {name: torch.tensor([float(value) for value in inputs[name]]) for name in self._data.columns}
-        dropped = [dropped_prompts(selection) for selection in selections]
-        if WEIGHT in columns:  # what does not count is not learnt from
-            selections = [selection.only(columns[WEIGHT][selection.prompts] > 0) for selection in selections]
-        rows, plan, places = build_table(
-            selections, columns, self.max_length, self._tokenizer.pad_token_id, self._win_rates
-        )
-        for each in filter(None, (plan.columns, plan.empty_columns)):
-            for name, loss in terms.losses.items():
-                check_rewards(name, loss, each)
-        if scorer.sharing is not None:
-            layout = scorer.sharing.layout(rows.inputs, rows.completion_mask, rows.prompt)
-            rows = dataclasses.replace(rows, layout=layout)
-        rows, plan = from_batch(send_to_device(to_batch(rows, plan), self.accelerator.device))
-
-        # The reference first: what the policy keeps for its backward is not in memory yet
-        ref_token_logps = None
-        if self._needs_reference:
-            with torch.no_grad(), self._reference() as reference, self.accelerator.autocast():
-                ref_token_logps = scorer(reference, rows, statistics=()).log_probs
-        divergence = None if self._teachers is None else self._teachers.divergence(rows, plan)
-        outputs = scorer(model, rows, statistics=(), divergence=divergence)
-        scored = scorer.scored(rows, outputs.log_probs, ref_token_logps, terms.reads)
-        if divergence is not None:
-            scored = with_divergences(scored, outputs, rows)
-        if "behaviour_logps" in terms.reads:  # the policy that has just sampled
-            scored = dataclasses.replace(scored, behaviour_logps=scored.logps.detach())
-        total, metrics, alone = terms.total(scored, plan, self.beta, self.model.training, self._over_processes)
-        compared = bool(self.judge or self.reward_funcs)
-        self._note(metrics if compared else without_comparisons(metrics), len(plan.pairs))
-        self._note({"beta": self.beta})
-        if len(terms.losses) > 1:
-            self._note(alone, plan.count)
-        for selection, place, lost, suffix in zip(selections, places, dropped, ("", "_empty_trace"), strict=False):
-            values = of_completions(selection.completions, selection.scores) | {"pairs/dropped_prompts": lost}
-            values |= of_learnt(selection, place, scored.logps, scored.ref_logps, self.beta)
-            values = values if compared else without_comparisons(values)
-            self._note({name + suffix: value for name, value in values.items()})
-        if self.model.training:
-            self._ties.count(learnt=any(bool((lost == 0).any()) for lost in dropped))
-        # A batch without a pair still runs, so that all processes take part; it adds nothing
-        return total + 0.0 * scored.logps.sum()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         self._ties.look(self._due)
