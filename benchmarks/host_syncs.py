@@ -13,8 +13,10 @@ import argparse
 import tempfile
 import traceback
 from collections import Counter
+from pathlib import Path
 
 import torch
+import trl
 from common import model, provenance, table, tokenizer, write
 from datasets import Dataset
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -24,6 +26,8 @@ import trl_ext
 
 READ = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal")
 FETCHED = ("cpu", "tolist", "numpy")
+# By folder: a checkout may be called as the package is
+FOLDERS = {module.__name__: f"{Path(module.__file__).parent}/" for module in (trl_ext, trl)}
 HEADINGS = {"loss": "loss", "of_ours": "trl_ext", "of_trl": "TRL", "of_others": "others"}
 
 
@@ -39,7 +43,7 @@ class Waits(TorchDispatchMode):
         for frame in reversed(traceback.extract_stack()):
             if "/torch/" in frame.filename or frame.filename == __file__:
                 continue
-            owners = [owner for owner in ("trl_ext", "trl") if f"/{owner}/" in frame.filename]
+            owners = [owner for owner, folder in FOLDERS.items() if frame.filename.startswith(folder)]
             self.found[(owners or ["others"])[0], f"{frame.filename.rpartition('/')[2]}:{frame.lineno}"] += 1
             return
 

@@ -2,6 +2,7 @@
 
 import traceback
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import trl_ext
 from tests.conftest import preference_rows
 from tests.helpers import build, first_batch
+
+
+OURS = f"{Path(trl_ext.__file__).parent}/"  # a checkout may be called as the package is
 
 
 class Waits(TorchDispatchMode):
@@ -29,8 +33,8 @@ class Waits(TorchDispatchMode):
         ):
             files = [frame.filename for frame in traceback.extract_stack()]
             last = [file for file in files if "/torch/" not in file and not file.endswith("test_host_syncs.py")][-1]
-            if "/trl_ext/" in last:
-                self.found[last.rpartition("/trl_ext/")[2]] += 1
+            if last.startswith(OURS):
+                self.found[last.removeprefix(OURS)] += 1
         return operation(*args, **(kwargs or {}))
 
 
