@@ -102,8 +102,8 @@ def test_a_step_on_a_gpu(tiny_model_dir, tmp_path, caplog):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch._dynamo.utils.counters["frames"]["total"] == compiled
-    ours = f"{Path(trl_ext.__file__).parent}/"
-    ours_alone = [wait for wait in waits if wait.filename.startswith(ours) and "synchroniz" in str(wait.message)]
+    package = f"{Path(trl_ext.__file__).parent}/"
+    ours_alone = [wait for wait in waits if wait.filename.startswith(package) and "synchroniz" in str(wait.message)]
     assert len(ours_alone) <= 5, ours_alone
 
 
