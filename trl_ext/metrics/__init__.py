@@ -1,6 +1,7 @@
 """
 Metrics of preference learning, as plain functions. Each is a module of `evaluate` too, which gathers batches, also over processes:
-`evaluate.load(trl_ext.metrics.module_path("win_rate"))`, from the installed package and without a hub.
+`evaluate.load(trl_ext.metrics.module_path("win_rate"))`, from the installed package and without a hub. [`MetricsCallback`] measures
+them while a trainer runs.
 """
 
 import importlib
@@ -18,7 +19,11 @@ _ORIGIN = {
     "win_rate": "preferences",
 }
 
+# Imported with the trainers that it measures
+_CALLBACK = "MetricsCallback"
+
 __all__ = [
+    "MetricsCallback",
     "calibration_error",
     "gradient_variance",
     "kl_to_reference",
@@ -30,6 +35,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from .callback import MetricsCallback
     from .gradients import gradient_variance
     from .length import length_bias, length_controlled_win_rate
     from .preferences import calibration_error, kl_to_reference, preference_accuracy, win_rate
@@ -48,6 +54,8 @@ def module_path(name: str) -> str:
 
 
 def __getattr__(name: str):
+    if name == _CALLBACK:
+        return getattr(importlib.import_module(".callback", __name__), name)
     if name not in _ORIGIN:
         raise AttributeError(f"module 'trl_ext.metrics' has no attribute {name!r}")
     return getattr(importlib.import_module(f".{_ORIGIN[name]}", __name__), name)

@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import evaluate
-from datasets import Features, Sequence as ListOf, Value
+from datasets import Features, Value
+from datasets import Sequence as ListOf
 
 
 def as_module(
