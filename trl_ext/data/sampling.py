@@ -103,7 +103,9 @@ def sample_completions(
         tokenizer = AutoTokenizer.from_pretrained(model if isinstance(model, str) else model.config.name_or_path)
     state = processes()
     rows = list(prompts)
-    ids = [prompt_ids(render_prompt(row, tokenizer, thinking), tokenizer, isinstance(row["prompt"], list)) for row in rows]
+    ids = [
+        prompt_ids(render_prompt(row, tokenizer, thinking), tokenizer, isinstance(row["prompt"], list)) for row in rows
+    ]
     for index, tokens in enumerate(ids):
         if not tokens:
             raise ValueError(f"The prompt of row {index} has no tokens: {rows[index]['prompt']!r}.")

@@ -220,9 +220,12 @@ class MetricsCallback(TrainerCallback):
 
     def _log(self) -> dict[str, float]:
         found = {f"eval_{name}": value for name, value in self.measure().items()}
+        trainer = self.trainer
+        due = trainer.control.should_log
         # In training mode the trainer would add its metrics of training to these
-        with evaluating(self.trainer.model, self.trainer.args.gradient_checkpointing_kwargs):
-            self.trainer.log(dict(found))
+        with evaluating(trainer.model, trainer.args.gradient_checkpointing_kwargs):
+            trainer.log(dict(found))
+        trainer.control.should_log = due  # the step's own log, which any other would take the place of
         return found
 
     def measure(self) -> dict[str, float]:
