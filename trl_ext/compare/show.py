@@ -15,25 +15,26 @@ LINES = ("-", "--", ":", "-.")
 
 def table(groups: dict[str, list[Run]], metrics: Sequence[str]):
     """
-    One line per metric and group: last value, best value where one end is the better one, and last step; with seeds mean and
-    standard deviation.
+    Below each metric one line per group: last value, best value where one end is the better one, and last step; with seeds mean
+    and standard deviation.
     """
     from rich.table import Table
+    from rich.text import Text
 
     seeds = any(len(runs) > 1 for runs in groups.values())
     shown = Table(caption="mean ± standard deviation over seeds" if seeds else None)
-    shown.add_column("metric", overflow="fold")
     shown.add_column("run", overflow="fold")
     for heading in [*(["seeds"] if seeds else []), "last", "best", "step"]:
         shown.add_column(heading, justify="right", no_wrap=True)
     for metric in metrics:
         shown.add_section()
-        for number, (label, runs) in enumerate(groups.items()):
+        shown.add_row(Text(metric, style="bold"))
+        for label, runs in groups.items():
             found = cell(runs, metric)
             count = [str(len(found.last))] if seeds else []
-            steps = "-".join(f"{step:g}" for step in sorted(set(found.steps))[:: max(len(set(found.steps)) - 1, 1)])
-            texts = (_text(found.last), _text(found.best), steps)
-            shown.add_row("" if number else metric, label, *count, *texts)
+            ends = dict.fromkeys(pick(found.steps) for pick in (min, max) if found.steps)
+            steps = "-".join(f"{step:g}" for step in ends)
+            shown.add_row(Text(f"  {label}"), *count, _text(found.last), _text(found.best), steps)
     return shown
 
 
