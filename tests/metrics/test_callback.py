@@ -88,7 +88,15 @@ def lengths(probabilities):
     return shares
 
 
-def test_samples_of_a_known_policy(known):
+@pytest.fixture(params=["<|pad|>", "<|eos|>"])
+def filled(request, known):
+    """With a token of its own that fills rows, and where the end of a completion does."""
+    known._tokenizer.pad_token = request.param
+    yield known
+    known._tokenizer.pad_token = "<|pad|>"
+
+
+def test_samples_of_a_known_policy(filled):
     names = ["kl_to_reference", "mean_length", "ended_share", "mean_reward"]
     found = MetricsCallback(
         known, names, held_out(1500), reward_funcs=lambda completions, **_: [c.count("what") for c in completions],

@@ -122,6 +122,8 @@ def test_length_bias():
     assert found["length_correlation"] == approx(np.corrcoef([2, -2, 0, 4], [1, -1, 0.5, 3])[0, 1])
     assert found["length_correlation_low"] <= found["length_correlation"] <= found["length_correlation_high"]
     assert math.isnan(length_bias([1, 2], [1, 2], margins=[1.0, 2.0])["length_correlation"])
+    # Of equal values that are not their own mean to the last bit
+    assert math.isnan(length_bias([1, 2, 3], [1, 1, 1], margins=[0.1] * 3)["length_correlation"])
 
 
 def test_gradient_variance():
@@ -249,6 +251,7 @@ JUDGED = {"preferences": [0.5, 0.5], "len_output": [1, 2], "len_baseline": [2, 2
         (lambda: preference_accuracy([], []), "at least one row"),
         (lambda: preference_accuracy([[1.0]], [[1.0]]), "one number per row"),
         (lambda: preference_accuracy(["a"], [1.0]), "`chosen_rewards` must be numbers"),
+        (lambda: preference_accuracy(["a"] * 999, [1.0]), r"got \['a', 'a', 'a', 'a', 'a', 'a', \.\.\.\]\."),
         (lambda: preference_accuracy([1.0], [0.0], confidence=95), "between 0 and 1"),
         (lambda: win_rate([0.2, 1.2]), r"`preferences` is 1.2 in row 1; expected finite numbers in \[0, 1\]"),
         (lambda: win_rate([0.2, 0.1], [0.2]), "different numbers of rows"),

@@ -1,6 +1,7 @@
 """Confidence intervals: of shares, of means, and of what is computed from many rows."""
 
 import math
+import reprlib
 from collections.abc import Callable, Sequence
 from statistics import NormalDist
 from typing import Any
@@ -23,9 +24,10 @@ def values_of(name: str, given: Any, low: float = -math.inf, high: float = math.
             the argument and the row. With `missing`, NaN stands for a value that is not there.
     """
     try:
-        values = torch.as_tensor(given, dtype=torch.float64).detach().cpu()
+        given = given.detach().cpu() if isinstance(given, torch.Tensor) else given  # some devices have no float64
+        values = torch.as_tensor(given, dtype=torch.float64)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"`{name}` must be numbers, one per row; got {given!r}. {error}") from error
+        raise ValueError(f"`{name}` must be numbers, one per row; got {reprlib.repr(given)}. {error}") from error
     if values.dim() != 1 or not len(values):
         raise ValueError(
             f"`{name}` has shape {tuple(values.shape)}; expected one number per row, and at least one row."
@@ -107,8 +109,9 @@ def bootstrap(
     rows = len(columns[0])
     generator = torch.Generator().manual_seed(seed)
     found = []
-    for start in range(0, draws, 100):  # no table of all draws at once
-        index = torch.randint(rows, (min(100, draws - start), rows), generator=generator)
+    size = min(100, max(1, 10**7 // rows))  # no table of all draws at once
+    for start in range(0, draws, size):
+        index = torch.randint(rows, (min(size, draws - start), rows), generator=generator)
         found.append(statistic(*(column[index] for column in columns)))
     values = torch.cat(found)
     values = values[~values.isnan()]

@@ -63,8 +63,11 @@ def length_bias(
 
 def _correlation(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Pearson's, over the last dimension."""
+    # Equal values may differ from their mean by rounding, which would correlate with anything
+    same = (a == a[..., :1]).all(dim=-1) | (b == b[..., :1]).all(dim=-1)
     a, b = a - a.mean(dim=-1, keepdim=True), b - b.mean(dim=-1, keepdim=True)
-    return (a * b).sum(dim=-1) / (a.square().sum(dim=-1) * b.square().sum(dim=-1)).sqrt()
+    correlation = (a * b).sum(dim=-1) / (a.square().sum(dim=-1) * b.square().sum(dim=-1)).sqrt()
+    return correlation.masked_fill(same, math.nan)
 
 
 def length_controlled_win_rate(
