@@ -99,7 +99,7 @@ def filled(request, known):
 def test_samples_of_a_known_policy(filled):
     names = ["kl_to_reference", "mean_length", "ended_share", "mean_reward"]
     found = MetricsCallback(
-        known, names, held_out(1500), reward_funcs=lambda completions, **_: [c.count("what") for c in completions],
+        filled, names, held_out(1500), reward_funcs=lambda completions, **_: [c.count("what") for c in completions],
         max_new_tokens=MOST,
     ).measure()  # fmt: skip
     mean_length = (lengths(POLICY) * np.arange(1, MOST + 1)).sum()
