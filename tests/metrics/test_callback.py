@@ -193,8 +193,12 @@ def test_answers_of_a_column_as_baseline(known):
     assert found["samples/win_rate"] == 0.5 and found["samples/position_bias"] == 1.0
 
 
-def test_pairs_of_a_known_policy(known):
-    found = MetricsCallback(known, ["preference_accuracy", "calibration_error", "length_bias"], pairs=PAIRS).measure()
+@pytest.mark.parametrize("backend", ["torch", "trl"])
+def test_pairs_of_a_known_policy(backend, tiny_model_dir, tmp_path):
+    trainer = trainer_of(tiny_model_dir, tmp_path, logprob_backend=backend, loss_type="offset")
+    found = MetricsCallback(
+        trainer, ["preference_accuracy", "calibration_error", "length_bias"], pairs=PAIRS
+    ).measure()
     ratio = {word: math.log(POLICY[word] / REFERENCE[word]) for word in POLICY}
     it, what, end = ratio[" it"], ratio[" what"], ratio["<|eos|>"]
     margins = [0.5 * m for m in (2 * what - it, it - what, (2 * it + what) - (2 * what + it), what - 2 * it)]
@@ -343,6 +347,9 @@ def test_online(tiny_model_dir, tmp_path):
     )
     assert last["eval_samples/kl_to_reference"] != 0
     assert steps_of(trainer, "eval_win_rate") == [1], "that of the trainer stands beside it"
+
+    both = MetricsCallback(trainer, ["mean_reward", "win_rate"], held_out(40), judge=longer).measure()
+    assert "samples/mean_reward" in both and both["samples/position_bias"] > 0
 
     judged = online(tiny_model_dir, tmp_path, trainer_kwargs={"reward_funcs": None, "judge": longer})
     assert MetricsCallback(judged, ["win_rate"], held_out(40)).measure()["samples/position_bias"] > 0

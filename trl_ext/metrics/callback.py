@@ -69,13 +69,13 @@ class MetricsCallback(TrainerCallback):
         pairs ([`~datasets.Dataset`], *optional*):
             `prompt`, `chosen` and `rejected`, plain or conversational.
         reward_funcs (*optional*):
-            As in [`~trl_ext.data.score_preferences`]. With an [`OnlineDPOTrainer`], where neither this nor a judge is given, the
-            trainer's own `score` is taken, penalties included, or its judge.
+            As in [`~trl_ext.data.score_preferences`]. An [`OnlineDPOTrainer`] has its own, which are taken by default, weights and
+            penalties included: its `score`.
         reward_weights (`Sequence[float]`, *optional*):
             What each of `reward_funcs` is multiplied by; 1 by default.
         judge (`Callable`, *optional*):
             `judge(prompts, completions_a, completions_b)`: for each the probability that the first is preferred. Asked in both
-            orders. Without it the higher reward wins.
+            orders. Without it the higher reward wins. Where an [`OnlineDPOTrainer`] has a judge and nothing is given here, it is taken.
         baseline (`str`, *optional*, defaults to `"reference"`):
             What win rates compare with: the reference's own completions, sampled in the same way, or a column of `prompts` with
             answers.
@@ -170,7 +170,7 @@ class MetricsCallback(TrainerCallback):
 
     def _check_scorers(self, reward_funcs: Any, reward_weights: Any, judge: Any, baseline: str) -> None:
         compared, mean = self._read(COMPARED), "mean_reward" in self.metrics
-        own = judge is None and bool(getattr(self.trainer, "reward_funcs", None))
+        own = isinstance(self.trainer, OnlineDPOTrainer) and bool(self.trainer.reward_funcs)
         rewards = reward_funcs is not None or own
         if mean and not rewards:
             raise ValueError("`mean_reward` needs `reward_funcs`: a reward model, a function, or a list of them.")
