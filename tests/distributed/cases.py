@@ -22,7 +22,7 @@ from tests.helpers import options as short
 from tests.online.runs import Scripted, online, prompts
 from trl_ext.metrics import MetricsCallback
 from trl_ext.trainers.mixing import estimate_alpha
-from trl_ext.trainers.reference import FILE
+from trl_ext.trainers.reference import FILE, _gathered
 
 
 STRATEGY = os.environ.get("TEST_STRATEGY", "")
@@ -318,10 +318,9 @@ def held_out(model_dir: Path, folder: Path, **options) -> dict[str, Any]:
     that samples are the same in however many processes; completions end after different numbers of tokens.
     """
     trained = trainer(model_dir, folder, **{**SGD, "learning_rate": 0.0, "gradient_checkpointing": True, **options})
-    with torch.no_grad():
-        trained.model.lm_head.weight.mul_(1e4)
-        trained.ref_model.lm_head.weight.mul_(-1e4)
-    for model in (trained.model, trained.ref_model):
+    for model, factor in ((trained.model, 1e4), (trained.accelerator.unwrap_model(trained.ref_model), -1e4)):
+        with torch.no_grad(), _gathered(model.lm_head.weight, written=True):
+            model.lm_head.weight.mul_(factor)
         model.generation_config.eos_token_id = list(range(1, 512, 3))
     names = [
         "kl_to_reference",
@@ -395,5 +394,6 @@ CASES = {
         "moved reference": moved_reference,
         "moved adapter": ADAPTER,
         "alpha": refused_alpha,
+        "held out": held_out,
     },
 }
