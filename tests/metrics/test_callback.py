@@ -7,7 +7,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForSequenceClassification
 
 import trl_ext
 from tests.conftest import preference_rows
@@ -209,6 +209,29 @@ def test_pairs_of_a_known_policy(backend, tiny_model_dir, tmp_path):
     assert found["pairs/log_loss"] == pytest.approx(sum(math.log1p(math.exp(-m)) for m in margins) / 4, rel=1e-5)
     assert found["pairs/longer_chosen"] == 0.5 and found["pairs/length_gap"] == 0.0  # 1, 0, 0 and -1 tokens
     assert found["pairs/length_correlation"] == pytest.approx(np.corrcoef([1, 0, 0, -1], margins)[0, 1], rel=1e-5)
+
+
+def test_reward_models_and_functions_are_added_up(known, tiny_model_dir, tmp_path):
+    config = Qwen3Config.from_pretrained(tiny_model_dir, num_labels=1)
+    torch.manual_seed(1)
+    Qwen3ForSequenceClassification(config).save_pretrained(tmp_path)
+    known._tokenizer.save_pretrained(tmp_path)
+    texts = []
+
+    def words(prompts, completions):
+        texts.extend(zip(prompts, completions, strict=True))
+        return [float(len(completion.split())) for completion in completions]
+
+    found = MetricsCallback(
+        known, ["mean_reward"], held_out(6), reward_funcs=[str(tmp_path), words], reward_weights=[2.0, 0.5], max_new_tokens=MOST
+    ).measure()  # fmt: skip
+    model = Qwen3ForSequenceClassification.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    rewards = []
+    for prompt, completion in texts:
+        ids = torch.tensor([known._tokenizer(prompt + completion + "<|eos|>")["input_ids"]])
+        with torch.no_grad():
+            rewards.append(2 * model(input_ids=ids).logits.item() + 0.5 * len(completion.split()))
+    assert len(set(rewards)) > 1 and found["samples/mean_reward"] == pytest.approx(sum(rewards) / 6, rel=1e-4)
 
 
 def test_conversations(known):
