@@ -118,7 +118,7 @@ def test_which_end_is_the_better_one(metric, end):
 
 def test_values_that_are_not_finite(tmp_path, capsys):
     """A run that broke off says so; its best was before."""
-    path = write(tmp_path / "run-s1", entries(loss={1: 0.5, 2: math.nan}))
+    path = write(tmp_path / "run-s1", entries(loss={0: math.nan, 1: 0.5, 2: math.nan}))
     found = cell([read_run(path)], "loss")
     assert math.isnan(found.last[0]) and found.best == [0.5]
     other = write(tmp_path / "run-s2", entries(loss={1: 0.4, 2: 0.3}))
