@@ -53,16 +53,17 @@ def same(found, expected):
 def test_gives_what_the_function_gives(name, tmp_path):
     module, function = evaluate.load(module_path(name), cache_dir=tmp_path), getattr(trl_ext.metrics, name)
     same(module.compute(**GIVEN[name]), function(**GIVEN[name]))
-    # In batches, and without the columns that may be left out
     required = {
         key: values
         for key, values in GIVEN[name].items()
         if inspect.signature(function).parameters[key].default is inspect.Parameter.empty
     }
-    module = evaluate.load(module_path(name), cache_dir=tmp_path)
-    for row in range(len(next(iter(required.values())))):
-        module.add_batch(**{key: values[row : row + 1] for key, values in required.items()})
-    same(module.compute(), function(**required))
+    # In batches, with the columns that may be left out and without
+    for columns in (GIVEN[name], required):
+        module = evaluate.load(module_path(name), cache_dir=tmp_path)
+        for row in range(len(next(iter(columns.values())))):
+            module.add_batch(**{key: values[row : row + 1] for key, values in columns.items()})
+        same(module.compute(), function(**columns))
     assert module.inputs_description == inspect.getdoc(function)
 
 

@@ -86,6 +86,9 @@ def test_calibration_in_one_bin_and_with_errors_that_cancel():
     margins = [up, -up, little, little]  # too sure in one bin, too careful in the other
     assert calibration_error(margins)["calibration_error"] == approx((2 * 0.4 + 2 * 0.4) / 4)
     assert calibration_error(margins, bins=1)["calibration_error"] == approx(abs(0.75 - 0.75))
+    # Bins of 0.25: 0.7, right, lies in the first, 0.9, wrong, in the second; 1, right, belongs to the last
+    seven, nine = math.log(0.7 / 0.3), math.log(0.9 / 0.1)
+    assert calibration_error([seven, -nine, 50.0], bins=2)["calibration_error"] == approx((0.3 + abs(1.9 - 1)) / 3)
     assert calibration_error([0.0, 0.0])["calibration_error"] == 0  # ties are half right, and surely so
 
 

@@ -27,7 +27,6 @@ def as_module(
     arguments = inspect.signature(function).parameters.values()
     required = [each.name for each in arguments if each.default is each.empty]
     kind = ListOf(Value("float64")) if lists else Value("float64")
-    # `evaluate` takes the first of these that fits what it is given
     features = [
         Features(dict.fromkeys([*required, *some], kind))
         for count in range(len(optional) + 1)
@@ -45,6 +44,12 @@ def as_module(
                 inputs_description=description,
                 features=features if len(features) > 1 else features[0],
             )
+
+        def add_batch(self, **columns: Any) -> None:
+            """Add a batch; the columns of the first one are those of all."""
+            if isinstance(self.info.features, list):  # `evaluate` takes the first kind alone
+                self.info.features = next((each for each in features if set(each) == set(columns)), features[0])
+            super().add_batch(**columns)
 
         def _compute(self, **given: Any) -> dict[str, float]:
             return function(**given)
