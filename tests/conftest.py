@@ -1,6 +1,7 @@
 """Small models and tokenizers, made here: nothing is downloaded."""
 
 import os
+import sys
 from pathlib import Path
 
 
@@ -86,6 +87,28 @@ def tiny_model_dir(tmp_path_factory) -> Path:
     Qwen3ForCausalLM(config).save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
+
+
+@pytest.fixture
+def trl_as_it_was():
+    """Puts TRL's own classes back after a test that has ours in their place: the tests of other files need them."""
+    import trl.experimental.online_dpo
+
+    from trl_ext.trainers.patch import ONLINE, STABLE
+
+    names = [*STABLE, *ONLINE]
+    for package in (trl, trl.trainer):
+        for name in STABLE:
+            getattr(package, name)  # TRL's packages are lazy: now it is in `vars`
+    modules = [module for name, module in sys.modules.items() if name == "trl" or name.startswith("trl.")]
+    before = [(module, dict(vars(module))) for module in modules]
+    yield
+    for module, attributes in before:
+        for name in names:
+            if name in attributes:
+                setattr(module, name, attributes[name])
+            elif name in vars(module):
+                delattr(module, name)
 
 
 @pytest.fixture(scope="session")

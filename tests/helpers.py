@@ -34,6 +34,7 @@ TRL_LOSSES: dict[str, dict[str, Any]] = {
 OUR_LOSSES = (
     "alpha_dpo",
     "beta_dpo",
+    "reward_distillation",
     "robust_em",
     "offset",
     "anchored",
@@ -44,6 +45,7 @@ OUR_LOSSES = (
     "sppo_soft",
     "asft",
     "cpo",
+    "dmpo",
     "eurus",
     "simpo",
     "step_apo",
@@ -54,12 +56,15 @@ REFERENCE_FREE = (
     "cpo",
     "simpo",
 )
+# Those that read log-probs of tokens, which cannot be precomputed
+OF_TOKENS = ("dmpo",)
 # Their state moves with each micro-batch, so how rows are cut into micro-batches is part of the method
 WITH_STATE = ("alpha_dpo", "beta_dpo", "robust_em")
 # What each of our losses logs
 LOSS_METRICS = {
     "alpha_dpo": {"margin/mean", "gap/running_mean", "gap/running_std"},
     "beta_dpo": {"beta/adapted", "kept/share", "delta/running_mean", "delta/running_std"},
+    "reward_distillation": {"reward_gap/wanted"},
     "robust_em": {"confidence/mean", "reliability/mean", "reliability/min", "reliability/max"},
     "offset": {"offset/mean"},
     "anchored": {"target/mean"},
@@ -70,6 +75,7 @@ LOSS_METRICS = {
     "sppo_soft": {"target/chosen", "target/rejected"},
     "asft": {"nll/mean", "log_odds/chosen", "log_odds/rejected"},
     "cpo": {"nll/mean"},
+    "dmpo": {"turns/chosen", "turns/rejected"},
     "eurus": {"absolute/mean"},
     "simpo": {"per_token/margins", "per_token/accuracies"},
     "step_apo": {"offset/mean"},

@@ -1,9 +1,12 @@
 """The slow, plain way to what a loss is given: each completion alone after its prompt, from full logits in float64."""
 
+import dataclasses
+
 import pytest
 import torch
 
 from trl_ext import PreferenceBatch
+from trl_ext.losses import TokenBatch
 
 
 def token_logps(model, prompt: list[int], completion: list[int]) -> torch.Tensor:
@@ -29,6 +32,13 @@ def pair_batch(policy, reference, examples, beta=0.1, columns=None, ld_alpha=Non
     lengths = torch.tensor([[len(example[f"{side}_ids"]) for side in ("chosen", "rejected")] for example in examples])
     sides = (*logps.unbind(1), *ref.unbind(1), *lengths.unbind(1))
     return PreferenceBatch(*sides, beta=beta, columns=columns or {}, **fields)
+
+
+def one_turn(batch: PreferenceBatch) -> PreferenceBatch:
+    """The batch with each completion as one token of one turn."""
+    fields = (batch.chosen_logps, batch.rejected_logps, batch.ref_chosen_logps, batch.ref_rejected_logps)
+    turns = torch.zeros(len(batch.chosen_logps), 1, dtype=torch.long)
+    return dataclasses.replace(batch, tokens=TokenBatch(*(field[:, None] for field in fields), turns, turns))
 
 
 def assert_equals_plain(

@@ -14,8 +14,8 @@ from tests.helpers import build, first_batch, options
 from trl_ext.losses import get_loss
 from trl_ext.trainers import arguments, reference
 from trl_ext.trainers.dpo import DPOTrainer
-from trl_ext.trainers.prepare import with_scores
 from trl_ext.trainers.reference import copies_policy
+from trl_ext.trainers.with_scores import with_scores
 
 
 # Of the command line

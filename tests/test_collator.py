@@ -69,6 +69,45 @@ def test_columns_are_read_before_the_collator_changes_the_examples():
     assert from_batch(RowsCollator(trls(), ["score"])(PAIRS))[1].share is None
 
 
+@pytest.mark.parametrize(
+    ("options", "chosen", "rejected"),
+    [
+        ({}, [[-1, 0, -1, 1, 2], [-1, -1, 0, -1, -1]], [[-1, 0, -1, -1, -1], [-1, -1, 0, 0, 1]]),
+        ({"pad_to_multiple_of": 6}, [[-1, 0, -1, 1, 2, -1], [-1, -1, 0, -1, -1, -1]], [[-1, 0, *[-1] * 4], [-1, -1, 0, 0, 1, -1]]),
+        ({"max_length": 3}, [[-1, 0, -1], [-1, -1, 0]], [[-1, 0, -1], [-1, -1, 0]]),
+        # Numbered anew
+        ({"max_length": 3, "truncation_mode": "keep_end"}, [[-1, 0, 1], [-1, -1, 0]], [[-1, 0, -1], [0, 0, 1]]),
+        # A row's first token is never scored: what is left begins behind it
+        ({"max_length": 2, "truncation_mode": "keep_end"}, [[0, 0], [-1, 0]], [[-1, 0], [0, 0]]),
+        # Nothing is left of the second pair
+        ({"max_length": 2}, [[-1, 0], [-1, -1]], [[-1, 0], [-1, -1]]),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_turns_are_cut_and_padded_with_their_tokens(options, chosen, rejected):
+    examples = [
+        pair([1], [2, 3, 4, 5], [6], chosen_turns=[0, -1, 1, 2], rejected_turns=[0]),
+        pair([1, 2], [3], [4, 5, 6], chosen_turns=[0], rejected_turns=[0, 0, 1]),
+    ]
+    rows, _ = from_batch(RowsCollator(trls(**options), turns=True)(examples))
+    assert rows.turns.tolist() == [*chosen, *rejected]
+    expected = trls(**options)(examples)
+    assert torch.equal(rows.inputs["input_ids"], expected["input_ids"])
+    assert rows.completion_mask.dtype == expected["completion_mask"].dtype
+    assert torch.equal(rows.completion_mask, expected["completion_mask"] * (rows.turns >= 0))
+    plain, _ = from_batch(RowsCollator(trls(**options))(examples))
+    assert plain.turns is None and torch.equal(plain.completion_mask, expected["completion_mask"])
+
+
+def test_turns_of_a_completion_that_was_emptied():
+    examples = [
+        pair([1], [], [6], chosen_turns=[0] * 9, rejected_turns=[0]),
+        pair([1], [2, 3], [4], chosen_turns=[0, 1]),
+    ]
+    rows, _ = from_batch(RowsCollator(trls(), turns=True)(examples))
+    assert rows.turns.tolist() == [[-1, -1, -1], [-1, 0, 1], [-1, 0, -1], [-1, 0, -1]]
+
+
 FURTHER = pair([1, 9], [5], [6, 7, 8])
 
 

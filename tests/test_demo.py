@@ -114,6 +114,10 @@ def test_own_dataset(shared_data, tmp_path, capsys):
         (["--loss_type", "inpo"], "trl-ext iterate"),
         (["--loss_type", "sigmoid", "sppo_soft"], "trl-ext iterate"),
         (["--loss_type", "gpo", "--online"], "trl-ext iterate"),
+        (
+            ["--loss_type", "drpo"],
+            "learns from whole groups of completions, and the small world has pairs. Add `--online`",
+        ),
         (["--loss_type", "bco_pair", "--online"], "['hinge', 'ipo', 'sigmoid'] are"),
         (["--max_steps", "0"], "at least 1 step"),
         (["--max_steps", "-3", "--online"], "at least 1 step"),

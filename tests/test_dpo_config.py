@@ -107,7 +107,8 @@ def test_has_all_of_trls_fields():
     theirs, ours = trl.DPOConfig.__dataclass_fields__, DPOConfig.__dataclass_fields__
     assert theirs.keys() <= ours.keys()
     assert ours.keys() - theirs.keys() == {
-        "loss_kwargs", "logprob_backend", "logprob_memory_mb", "pairing", "share_prefix"
+        "loss_kwargs", "logprob_backend", "logprob_memory_mb", "pairing", "share_prefix", "teacher_model_name_or_path",
+        "reverse_model_name_or_path", "teacher_model_init_kwargs",
     }  # fmt: skip
     for name in theirs.keys() - {"loss_type"}:
         assert ours[name].default == theirs[name].default

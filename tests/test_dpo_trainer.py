@@ -13,6 +13,7 @@ import trl_ext
 from tests.conftest import preference_rows
 from tests.helpers import (
     LOSS_METRICS,
+    OF_TOKENS,
     OUR_LOSSES,
     REFERENCE_FREE,
     WITH_STATE,
@@ -34,6 +35,8 @@ from trl_ext import DPOConfig, DPOTrainer
 def test_option_that_changes_no_number(loss_type, overrides, tiny_model_dir, tmp_path):
     if loss_type in REFERENCE_FREE and "precompute_ref_log_probs" in overrides:
         pytest.skip("nothing to precompute: refused, as tests/test_reference_free.py has it")
+    if loss_type in OF_TOKENS and "precompute_ref_log_probs" in overrides:
+        pytest.skip("tokens are not precomputed: refused, as tests/test_reads.py has it")
     runs = []
     for options in (overrides, {}):
         trainer = build(

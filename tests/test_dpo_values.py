@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from tests.conftest import preference_rows
 from tests.helpers import (
     LOSS_METRICS,
+    OF_TOKENS,
     OUR_LOSSES,
     REFERENCE_FREE,
     SHARED_METRICS,
@@ -24,7 +25,7 @@ from tests.helpers import (
     loss_and_gradients,
     parameters,
 )
-from tests.plain import assert_equals_plain, pair_batch
+from tests.plain import assert_equals_plain, one_turn, pair_batch
 from trl_ext import DPOConfig, DPOTrainer, get_loss
 
 
@@ -67,6 +68,8 @@ def test_loss_and_gradients_equal_the_plain_way(loss_type, loss_kwargs, ld_alpha
     empty = plain([example["further_pairs"][0] for example in examples]) if loss_type == "bias_variance" else None
     expected_batch = plain(examples, empty_trace=empty)
     plain_loss = get_loss(loss_type, **loss_kwargs)
+    if loss_type in OF_TOKENS:
+        expected_batch = one_turn(expected_batch)
     state = plain_loss.init_state()
     if state and plain_loss.update_first:  # with the micro-batch taken in
         state = plain_loss.update(state, expected_batch)
@@ -124,6 +127,7 @@ def test_rows_that_lack_a_pair_equal_the_plain_way(options, ld_alpha, tiny_model
         ("beta_dpo", {"a": 0.0, "rho": 0.0}),
         ("offset", {"alpha": 0.0}),
         ("length_regularized", {"alpha": 0.0}),
+        ("dmpo", {}),
         ("eurus", {"absolute_weight": 0.0}),
         ("step_apo", {"alpha": 0.0}),
         ("bias_variance", {"alpha": 1.0}),

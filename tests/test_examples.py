@@ -19,32 +19,51 @@ METRIC = {
     "margin_adaptive": "weight/mean",
     "bias_variance": "empty_trace/share",
     "length_regularized": "length_gap/mean",
+    "aligndistil": "divergence/per_token",
     "alpha_dpo": "gap/running_mean",
     "beta_dpo": "beta/adapted",
+    "reward_distillation": "reward_gap/wanted",
     "robust_em": "Reliability of each annotator",
     "madpo": "weight/mean",
     "online_dpo": "completions/mean_length",
+    "c_rlft": "mean_token_accuracy",
+    "dmpo": "turns/chosen",
     "simpo": "per_token/margins",
     "step_apo": "offset/mean",
+    "preference_model": "eval_accuracy",
+    "trpa": "ranking/pairs",
 }
 
 
 def test_one_for_every_loss():
     in_rounds = {"inpo", "sppo_soft"}  # examples/rounds
-    # Flags of examples/simpo.py: they need no more than it
+    # Flags of an example that needs no less than they do
     by_flag = {
-        "asft",
-        "cpo",
-        "eurus",
+        "asft": "simpo",
+        "cpo": "simpo",
+        "eurus": "simpo",
+        "drpo": "trpa",
     }
-    assert set(EXAMPLES) == set(METRIC) >= set(list_losses()) - in_rounds - by_flag
-    text = (ROOT / "examples" / "simpo.py").read_text()
-    assert all(f"python examples/simpo.py --loss_type {name} " in text for name in by_flag)
+    assert set(EXAMPLES) == set(METRIC) >= set(list_losses()) - in_rounds - set(by_flag)
+    for name, example in by_flag.items():
+        text = (ROOT / "examples" / f"{example}.py").read_text()
+        assert f"python examples/{example}.py --loss_type {name} " in text
     readme = (ROOT / "examples" / "README.md").read_text()
     assert all(f"[{name}.py]({name}.py)" in readme for name in EXAMPLES)
 
 
-@pytest.mark.parametrize("name", EXAMPLES)
+def in_turns(row):
+    def messages(text):
+        first, _, rest = text.partition(". ")
+        said = [("assistant", first), ("user", "Go on."), ("assistant", rest or "That is all.")]
+        return [{"role": role, "content": content} for role, content in said]
+
+    return {"prompt": [{"role": "user", "content": row["prompt"]}]} | {
+        side: messages(row[side]) for side in ("chosen", "rejected")
+    }
+
+
+@pytest.mark.parametrize("name", [*EXAMPLES, "online_dpo with reference answers"])
 def test_example(name, tiny_model_dir, shared_data, tmp_path):
     rows = (shared_data / "imdb_sentiment" / "pairs_train.jsonl").read_text().splitlines()[:24]
     if name == "bias_variance":  # reviews have no traces: one is made up
@@ -56,6 +75,13 @@ def test_example(name, tiny_model_dir, shared_data, tmp_path):
         rows = [
             row.replace('"score_chosen"', '"q_chosen"').replace('"score_rejected"', '"q_rejected"') for row in rows
         ]
+    name, _, with_references = name.partition(" ")
+    if with_references:
+        rows = [row.replace('"chosen"', '"reference"') for row in rows]
+    if name == "trpa":
+        rows = [json.dumps({"prompt": f"{k} and {k} is", "answer": str(2 * k)}) for k in range(8)]
+    if name == "dmpo":  # the first sentence is a turn, and the rest another
+        rows = [json.dumps(in_turns(json.loads(row))) for row in rows]
     data = tmp_path / "pairs.jsonl"
     data.write_text("\n".join(rows))
     command = [sys.executable, ROOT / "examples" / f"{name}.py", "--model_name_or_path", tiny_model_dir, "--dataset_name", data,
@@ -63,12 +89,17 @@ def test_example(name, tiny_model_dir, shared_data, tmp_path):
                "--per_device_train_batch_size", "2", "--report_to", "none"]  # fmt: skip
     if name == "madpo":
         command += ["--reward_max_steps", "2", "--held_out", "0.25"]
+    if name == "aligndistil":
+        command += ["--teacher_max_steps", "1"]
     if name == "online_dpo":
+        command += ["--max_new_tokens", "8", *(["--overlap", "bleu"] if with_references else [])]
+    if name == "trpa":
         command += ["--max_new_tokens", "8"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_DATASETS_CACHE": str(tmp_path / "cache"),
                    "TRL_EXT_CACHE": str(tmp_path / "scores")}  # fmt: skip
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert METRIC[name] in done.stdout
+    assert ("rewards/bleu/mean" in done.stdout) == bool(with_references)
     assert (tmp_path / "out" / "model.safetensors").is_file()
     assert "huggingface.co/papers" in (tmp_path / "out" / "README.md").read_text()

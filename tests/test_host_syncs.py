@@ -45,6 +45,7 @@ def weighted(rows=8):
         (True, ["bias_variance", "length_regularized", "sigmoid"]),
         (False, ["bias_variance", "length_regularized", "sigmoid"]),
         (True, ["alpha_dpo", "beta_dpo", "robust_em"]),
+        (True, ["dmpo"]),
     ],
 )
 def test_a_step_waits_for_nothing(share_prefix, loss_type, tiny_model_dir, tmp_path):

@@ -3,28 +3,13 @@
 import sys
 import types
 
-import pytest
 import trl
 import trl.experimental.online_dpo as online
 import trl.trainer.dpo_config
 import trl.trainer.dpo_trainer
 
 import trl_ext
-from trl_ext.trainers.patch import ONLINE, STABLE, patch_trl
-
-
-@pytest.fixture
-def trl_as_it_was():
-    names = [*STABLE, *ONLINE]
-    modules = [module for name, module in sys.modules.items() if name == "trl" or name.startswith("trl.")]
-    before = [(module, dict(vars(module))) for module in modules]
-    yield
-    for module, attributes in before:
-        for name in names:
-            if name in attributes:
-                setattr(module, name, attributes[name])
-            elif name in vars(module):
-                delattr(module, name)
+from trl_ext.trainers.patch import patch_trl
 
 
 def test_wherever_trl_offers_them(trl_as_it_was, monkeypatch):

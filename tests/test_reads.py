@@ -213,20 +213,11 @@ def test_tokens_of_groups(tiny_model_dir, tmp_path, reference):
         trainer(tiny_model_dir, tmp_path, "grouped_tokens", groups())
 
 
-@pytest.mark.parametrize("side", ["chosen", "rejected"])
-def test_several_turns_are_refused(side, tiny_model_dir, tmp_path):
-    one = [{"role": "assistant", "content": " good"}]
-    several = [*one, {"role": "user", "content": "why"}, *one]
-    row = {"prompt": [{"role": "user", "content": "what"}], "chosen": one, "rejected": one}
-    data = Dataset.from_list([row, {**row, side: several}])
-    for given in (data, data.to_iterable_dataset()):
-        with pytest.raises(ValueError, match=f"Row 1 of the train dataset: '{side}' has several assistant turns"):
-            list(trainer(tiny_model_dir, tmp_path, "discounted", given).train_dataset)
-    trainer(tiny_model_dir, tmp_path, "discounted", data.select([0]))
-    # Turns of a prompt that is not split off are none of the completion's
-    before = [*row["prompt"], *one, {"role": "user", "content": "why"}]
-    last = [[*before, {"role": "assistant", "content": text}] for text in (" so", " no")]
-    trainer(tiny_model_dir, tmp_path, "discounted", Dataset.from_list([{"chosen": last[0], "rejected": last[1]}] * 2))
+def test_tokens_under_ld_alpha_are_refused(tiny_model_dir, tmp_path):
+    with pytest.raises(
+        ValueError, match=r"'discounted' reads log-probs of tokens, which `ld_alpha=0.5` \(LD-DPO\) does not w"
+    ):
+        trainer(tiny_model_dir, tmp_path, ["discounted", "sigmoid"], ld_alpha=0.5)
 
 
 # The policy that sampled

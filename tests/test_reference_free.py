@@ -6,10 +6,13 @@ from typing import ClassVar
 import pytest
 import torch
 import torch.nn.functional as F
+from datasets import Dataset
 from peft import LoraConfig
+from trl.trainer import dpo_trainer
 
 import trl_ext
-from tests.helpers import REFERENCE_FREE, build, first_batch, history, loss_and_gradients
+from tests.conftest import preference_rows
+from tests.helpers import REFERENCE_FREE, build, first_batch, history, loss_and_gradients, options
 from trl_ext.losses import registry
 from trl_ext.trainers import scoring
 
@@ -65,6 +68,19 @@ def test_there_is_no_reference(backend, policy_alone, tiny_model_dir, tmp_path, 
     # Without a reference, rewards are beta times log-probs, as in TRL's CPO
     assert logged["rewards/chosen"] == pytest.approx(0.1 * logged["logps/chosen"], rel=1e-5)
     assert "logratios/chosen" not in logged
+
+
+def test_a_policy_by_its_name_is_loaded_alone(tiny_model_dir, tmp_path, monkeypatch):
+    loaded, load = [], dpo_trainer.create_model_from_path
+    monkeypatch.setattr(
+        dpo_trainer, "create_model_from_path", lambda *args, **kwargs: loaded.append(args) or load(*args, **kwargs)
+    )
+    built = trl_ext.DPOTrainer(
+        str(tiny_model_dir),
+        args=trl_ext.DPOConfig(**options(tmp_path, loss_type="simpo")),
+        train_dataset=Dataset.from_list(preference_rows(4)),
+    )
+    assert built.ref_model is None and loaded == [(str(tiny_model_dir),)]
 
 
 @pytest.mark.parametrize("loss_type", REFERENCE_FREE)

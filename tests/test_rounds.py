@@ -65,6 +65,18 @@ def run(*args, **kwargs):
     return IterativeDPO(RoundsConfig(**settings(*args, **kwargs))).run()
 
 
+def test_rounds_without_a_reference(tiny_model_dir, prompts, tmp_path):
+    assert len(run(tiny_model_dir, prompts, tmp_path / "run", training={"loss_type": "simpo"})) == 3
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "expected"), [("simpo", False), ("anchored", True), ("sigmoid", True), (["simpo", "sigmoid"], True)]
+)
+def test_which_rounds_have_a_reference(loss_type, expected, tiny_model_dir, prompts, tmp_path):
+    config = RoundsConfig(**settings(tiny_model_dir, prompts, tmp_path / "run", training={"loss_type": loss_type}))
+    assert IterativeDPO(config)._reads_reference == expected
+
+
 def test_two_rounds(tiny_model_dir, prompts, tmp_path):
     metrics = run(tiny_model_dir, prompts, tmp_path / "run")
     assert [row["round"] for row in metrics] == [1, 2, 3]

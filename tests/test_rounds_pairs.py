@@ -131,6 +131,17 @@ def test_replay_without_what_the_template_reads_is_refused(tmp_path):
         load_replay(replay_file(tmp_path), Dataset.from_list([{"prompt": "p", "tools": "[]"}]), [])
 
 
+def test_replay_of_lists_of_scores_is_refused(tmp_path):
+    path = tmp_path / "replay.jsonl"
+    path.write_text(
+        json.dumps({"prompt": "p", "chosen": "a", "rejected": "b", "score_chosen": [1.0], "score_rejected": 0.0})
+    )
+    with pytest.raises(
+        ValueError, match=r"has lists of scores in \['score_chosen'\], and rounds keep one score per completion"
+    ):
+        load_replay(str(path), Dataset.from_list([{"prompt": "q"}]), ["score_chosen", "score_rejected"])
+
+
 def test_replay_that_cannot_be_read(tmp_path):
     (tmp_path / "replay.jsonl").write_text("")
     with pytest.raises(ValueError, match=r"^`replay`: Cannot read .*the file is empty"):

@@ -19,7 +19,7 @@ from trl_ext.data.rewards import Ensemble, JudgeFunction, RewardFunction, Reward
 from trl_ext.losses.base import Loss
 from trl_ext.rounds import IterativeDPO, RoundsConfig
 from trl_ext.rounds.checks import keyword_arguments, load_rows, read_yaml, refuse_unknown, refuse_wrong_types
-from trl_ext.rounds.rewards import build_scorer, reward_model_names
+from trl_ext.rounds.rewards import build_scorer, model_names
 from trl_ext.trainers.loss_types import resolve_loss_types
 
 
@@ -109,7 +109,14 @@ def test_arguments_of_a_function():
     assert keyword_arguments(function) == {"b": int, "c": Any}
 
 
+TWO = ["tests.test_rounds:length", "tests.test_rounds:length"]
 REFUSED = [
+    (
+        {"reward_funcs": TWO, "training": {"loss_type": ["e_dpo", "sigmoid"]}},
+        r"take each of several rewards, and rounds keep one score per completion.*`reward_funcs=\{\"mean\": \[...\]\}`",
+    ),
+    ({"reward_funcs": TWO, "training": {"loss_type": ["e_dpo", "offset"]}}, r"take each and \['offset'\] the sum"),
+    ({"reward_funcs": Ensemble([length, length], "list")}, r"takes one number: give `Ensemble\(\[...\], \"mean\"\)`"),
     ({"rounds": 0}, "`rounds=0` must be a whole number, at least 1"),
     ({"rounds": 2.0}, "`rounds=2.0` is a float; expected a whole number"),
     ({"num_generations": 1}, "`num_generations=1` must be a whole number, at least 2"),
@@ -137,6 +144,7 @@ REFUSED = [
     ),
     ({"model": "nothing"}, "The model 'nothing' cannot be loaded"),
     ({"pairing": "best"}, "choose one of"),
+    ({"reference": "keep", "training": {"loss_type": "simpo"}}, r"none of the losses \['simpo'\] reads a reference"),
     ({"reference": "ema"}, "choose one of"),
     ({"length_shaping": "penalty"}, "choose one of"),
     ({"reward_funcs": "implicit"}, "give that one as `implicit_reference`"),
@@ -210,6 +218,8 @@ def test_refused(change, message, tiny_model_dir, prompts, tmp_path):
         {"training": {"loss_type": "sppo_soft", "loss_kwargs": {"target": "score"}}},
         {"scoring": {"temperature": 2}, "min_margin": 1, "prompts_per_round": 1, "replay_share": 0},
         {"rounds": 1, "num_generations": 2, "extrapolation": -0.5},
+        {"reward_funcs": {"mean": TWO}, "training": {"loss_type": "e_dpo"}},
+        {"reward_funcs": TWO, "training": {"loss_type": "offset"}},
     ],
 )
 def test_accepted(change, tiny_model_dir, prompts, tmp_path):
@@ -223,6 +233,7 @@ def test_accepted(change, tiny_model_dir, prompts, tmp_path):
     ("reads", "pairing", "message"),
     [
         ({"behaviour_logps"}, "group", "under the policy that sampled the completions, which rounds do not keep"),
+        ({"teachers"}, "group", "learns from a teacher and a reverse teacher, which rounds have not"),
         ({"ref_logps", "token_logps"}, "group", "reads log-probs of tokens, which pairs have"),
     ],
 )
@@ -324,9 +335,10 @@ def test_rewards():
     built = Ensemble([RewardFunction(length), Ensemble([RewardModel("somebody/model")], "mean")], "min")
     assert rewards({"min": ["tests.test_rounds:length", {"mean": ["somebody/model"]}]}) == built
     assert rewards({"min": ["tests.test_rounds:length", {"min": ["somebody/model"]}]}) != built
-    assert reward_model_names(built) == ["somebody/model"] and reward_model_names(RewardModel("one")) == ["one"]
-    assert reward_model_names(RewardModel(object())) == reward_model_names(RewardFunction(length)) == []
-    assert reward_model_names(Ensemble([length, ["one", RewardModel("two")]])) == ["one", "two"]
+    names = lambda scorer: [name for what, name in model_names(scorer) if what == "reward model"]  # noqa: E731
+    assert names(built) == ["somebody/model"] and names(RewardModel("one")) == ["one"]
+    assert names(RewardModel(object())) == names(RewardFunction(length)) == []
+    assert names(Ensemble([length, ["one", RewardModel("two")]])) == ["one", "two"]
 
 
 def test_several_rewards_are_added_up():

@@ -2,37 +2,25 @@
 
 import json
 import shutil
-import sys
 
 import pytest
+import torch
 import trl
 from datasets import Dataset, DatasetDict
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.conftest import preference_rows
 from trl_ext import run_dpo
 from trl_ext.cli import main
 from trl_ext.trainers import arguments
 from trl_ext.trainers.arguments import explained
-from trl_ext.trainers.patch import ONLINE, STABLE
 
 
 CPU = ["--use_cpu", "--bf16", "false", "--report_to", "none", "--max_steps", "1", "--per_device_train_batch_size", "2"]
 
 
-@pytest.fixture(autouse=True)
-def trl_as_it_was():
-    """The command patches TRL in this process; the tests of other files need it as it is."""
-    import trl.experimental.online_dpo
-
-    names = [*STABLE, *ONLINE]
-    modules = [module for name, module in sys.modules.items() if name == "trl" or name.startswith("trl.")]
-    packages = [(trl, name) for name in STABLE] + [(trl.trainer, name) for name in STABLE]
-    before = {(module, name): getattr(module, name) for module, name in packages}
-    before |= {(module, name): vars(module)[name] for module in modules for name in names if name in vars(module)}
-    yield
-    for (module, name), value in before.items():
-        setattr(module, name, value)
+# The command patches TRL in this process
+pytestmark = pytest.mark.usefixtures("trl_as_it_was")
 
 
 @pytest.fixture
@@ -260,3 +248,34 @@ def test_trl_is_left_as_it_was():
         trl.DPOTrainer.__module__ == "trl.trainer.dpo_trainer" and trl.DPOConfig.__module__ == "trl.trainer.dpo_config"
     )
     assert trl.experimental.online_dpo.OnlineDPOTrainer.__module__.startswith("trl.experimental")
+
+
+def test_scores_as_lists(tiny_model_dir, here, capsys):
+    rows = [{**row, "score_chosen": [1.0, 0.5], "score_rejected": [0.0, -0.5]} for row in preference_rows(6)]
+    (here / "lists.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    kwargs = ["--loss_kwargs", '{"combine": "min"}', "--logging_steps", "1"]
+    assert main(command(tiny_model_dir, "--loss_type", "e_dpo", *kwargs, data="lists.jsonl")) == 0
+    assert "'reward_gap/wanted': '1'" in capsys.readouterr().out
+    assert main(command(tiny_model_dir, "--loss_type", "offset", data="lists.jsonl")) == 2
+    said = capsys.readouterr().err
+    assert "'score_chosen' of the train dataset holds a list, not a number, and ['offset'] take one score" in said
+    assert "Traceback" not in said
+    assert main(["inspect", "lists.jsonl"]) == 0
+    assert "2, one of each reward model" in capsys.readouterr().out
+
+
+def test_a_loss_with_teachers(tiny_model_dir, here, capsys):
+    reverse = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    with torch.no_grad():
+        reverse.lm_head.weight.mul_(0.5)
+    reverse.save_pretrained(here / "reverse")
+    given = command(tiny_model_dir, *CPU, "--loss_type", "aligndistil", "--loss_kwargs", '{"beta2": 5.0}')
+    assert main([*given, "--teacher_model_name_or_path", str(tiny_model_dir)]) == 2
+    error = capsys.readouterr().err
+    assert (
+        "missing: ['reverse_model']" in error and "`reverse_model_name_or_path`" in error and "Traceback" not in error
+    )
+    models = ["--teacher_model_name_or_path", str(tiny_model_dir), "--reverse_model_name_or_path", "reverse"]
+    assert main([*given, *models, "--teacher_model_init_kwargs", '{"dtype": "bfloat16"}']) == 0
+    card = (here / "out" / "README.md").read_text()
+    assert "2503.02832" in card and '"beta2": 5.0' in card

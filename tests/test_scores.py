@@ -10,11 +10,12 @@ import pytest
 import torch
 from accelerate import PartialState
 from datasets import Dataset
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import trl_ext
 from tests.conftest import preference_rows
 from tests.helpers import build
-from trl_ext.data import Ensemble, JudgeFunction, RewardFunction, fit_temperature, score_preferences
+from trl_ext.data import Ensemble, JudgeFunction, RewardFunction, RewardModel, fit_temperature, score_preferences
 
 
 PAIRS = Dataset.from_list([{k: row[k] for k in ("prompt", "chosen", "rejected")} for row in preference_rows(6)])
@@ -109,7 +110,7 @@ def test_ensembles():
     assert set(score_preferences(PAIRS, [length, minus])["score_chosen"]) == {0.0}
     lowest = score_preferences(PAIRS, Ensemble([length, minus], "min"))["score_chosen"]
     assert lowest == [-float(len(text)) for text in PAIRS["chosen"]]
-    with pytest.raises(ValueError, match=r"one of \['sum', 'mean', 'min'\]; got .*`combine='max'`"):
+    with pytest.raises(ValueError, match=r"one of \['sum', 'mean', 'min', 'list'\]; got .*`combine='max'`"):
         Ensemble([length], "max")
     with pytest.raises(ValueError, match="at least one reward"):
         Ensemble([])
@@ -370,3 +371,12 @@ def test_ensembles_of_ensembles():
     reward = [by(1), Ensemble([by(4), by(2), by(3)], "min"), Ensemble([by(6), by(0)], "mean"), [by(1), by(-3)]]
     scored = score_preferences(Dataset.from_list([{"prompt": "p", "chosen": "aaa", "rejected": "a"}]), reward)
     assert (scored["score_chosen"], scored["score_rejected"]) == ([12.0], [4.0])  # 1 + 2 + 3 - 2 times the length
+
+
+def test_a_reward_model_that_gives_no_number(tiny_model_dir, tmp_path, monkeypatch):
+    """Its answers are looked at as those of functions are, and none is kept."""
+    monkeypatch.setattr(RewardModel, "__call__", lambda self, prompts, *rest: [math.nan] * len(prompts))
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_model_dir, num_labels=1)
+    with pytest.raises(ValueError, match="returned nan for"):
+        score_preferences(PAIRS, RewardModel(model, AutoTokenizer.from_pretrained(tiny_model_dir)), cache_dir=tmp_path)
+    assert not list(tmp_path.rglob("*.jsonl"))

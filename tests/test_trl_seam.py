@@ -5,6 +5,7 @@ import inspect
 import re
 from pathlib import Path
 
+import pytest
 import torch
 import trl
 from datasets import Dataset
@@ -14,9 +15,10 @@ from trl.trainer import utils
 
 import trl_ext
 from tests.conftest import preference_rows
-from tests.helpers import build, first_batch
+from tests.helpers import build, first_batch, options
 from tests.online.runs import online
 from trl_ext.trainers import trl_seam
+from trl_ext.trainers.reward import RewardTrainer
 
 
 def test_methods_are_there():
@@ -41,6 +43,31 @@ def test_online_names():
 def test_online_attributes(tiny_model_dir, tmp_path):
     trainer = online(tiny_model_dir, tmp_path, cls=OnlineDPOTrainer, config=OnlineDPOConfig)
     for name in trl_seam.ONLINE_ATTRIBUTES:
+        assert hasattr(trainer, name), name
+
+
+def test_names_of_the_reward_trainer(tiny_model_dir, tmp_path):
+    for name in trl_seam.REWARD_METHODS:
+        assert callable(getattr(trl.RewardTrainer, name)), name
+    rows = [{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in preference_rows(4)]
+    trainer = trl.RewardTrainer(
+        str(tiny_model_dir), trl.RewardConfig(**options(tmp_path)), train_dataset=Dataset.from_list(rows)
+    )
+    for name in trl_seam.REWARD_ATTRIBUTES:
+        assert hasattr(trainer, name), name
+    # What a general preference model relies on: the metrics that it takes out again, and the one that it hides
+    trainer.compute_loss(trainer.model, first_batch(trainer))
+    assert {"min_reward", "mean_reward", "max_reward", "accuracy", "margin"} <= trainer._metrics["eval"].keys()
+    trainer.model.config.num_labels = 2
+    with pytest.raises(ValueError, match="num_labels=2"):
+        trl.RewardTrainer(trainer.model, trl.RewardConfig(**options(tmp_path)), train_dataset=Dataset.from_list(rows))
+
+
+def test_names_of_fine_tuning(tiny_model_dir, tmp_path):
+    trl_seam.require_names(trl_seam.SFT_TRAINER)
+    data = Dataset.from_list([{"text": row["prompt"]} for row in preference_rows(4)])
+    trainer = build(trl.SFTTrainer, trl.SFTConfig, tiny_model_dir, tmp_path, dataset=data)
+    for name in trl_seam.SFT_ATTRIBUTES:
         assert hasattr(trainer, name), name
 
 
@@ -69,6 +96,8 @@ def test_what_ours_replaces_in_a_trainer_is_listed():
     for ours, names in (
         (trl_ext.DPOTrainer, trl_seam.DPO_METHODS),
         (trl_ext.OnlineDPOTrainer, trl_seam.ONLINE_METHODS),
+        (RewardTrainer, trl_seam.REWARD_METHODS),
+        (trl_ext.SFTTrainer, trl_seam.SFT_METHODS),
     ):
         own = [cls for cls in ours.__mro__ if cls.__module__.startswith("trl_ext.")]
         theirs = {name for cls in ours.__mro__[:-1] if cls not in own for name in vars(cls)}
@@ -130,7 +159,7 @@ def test_every_private_name_stands_in_the_seam():
 
 def test_online_arguments_are_trls():
     theirs, ours = (inspect.signature(cls.__init__).parameters for cls in (OnlineDPOTrainer, trl_ext.OnlineDPOTrainer))
-    assert list(ours) == [*theirs, "judge"]
+    assert list(ours) == [*theirs, "judge", "teacher_model", "reverse_model"]
     assert all(ours[name].default == theirs[name].default for name in theirs)
 
 
@@ -148,7 +177,13 @@ def test_signatures():
 
 def test_arguments_of_the_trainer_are_trls():
     theirs, ours = (inspect.signature(cls.__init__).parameters for cls in (trl.DPOTrainer, trl_ext.DPOTrainer))
-    assert list(ours) == [*theirs, "reward_funcs", "judge"]
+    assert list(ours) == [*theirs, "reward_funcs", "judge", "teacher_model", "reverse_model"]
+    assert all(ours[name].default == theirs[name].default for name in theirs)
+
+
+def test_arguments_of_fine_tuning_are_trls():
+    theirs, ours = (inspect.signature(cls.__init__).parameters for cls in (trl.SFTTrainer, trl_ext.SFTTrainer))
+    assert list(ours) == list(theirs)
     assert all(ours[name].default == theirs[name].default for name in theirs)
 
 

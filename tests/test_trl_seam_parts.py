@@ -1,5 +1,6 @@
 """What of TRL is wrapped, by hand: its fused forward, its loss, and its preparation of pairs."""
 
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -8,10 +9,11 @@ import trl
 from datasets import Dataset
 from torch.distributed.tensor import Partial
 from transformers import AutoTokenizer
+from trl.trainer import dpo_trainer
 
 from tests.conftest import preference_rows
 from tests.helpers import build, first_batch
-from trl_ext.logprobs import Head
+from trl_ext.logprobs import Divergence, Head
 from trl_ext.trainers import trl_seam
 
 
@@ -96,11 +98,21 @@ def test_what_is_set_for_a_while_is_as_it_was_even_after_an_error():
         assert trainer.precompute_ref_logps is True
         raise RuntimeError("stop")
     assert trainer.precompute_ref_logps is False
-    args = SimpleNamespace(precompute_ref_log_probs=False)
-    with pytest.raises(RuntimeError, match="stop"), trl_seam.no_reference(args):
-        assert args.precompute_ref_log_probs is True
+
+
+def test_nothing_but_the_policy_is_loaded(monkeypatch):
+    def load(path):
+        return path
+
+    monkeypatch.setattr(dpo_trainer, "create_model_from_path", load)
+    with trl_seam.no_reference("policy"):
+        assert [dpo_trainer.create_model_from_path(name) for name in ("policy", "reference")] == ["policy", None]
+        with ThreadPoolExecutor() as pool:  # another trainer, built meanwhile
+            assert pool.submit(dpo_trainer.create_model_from_path, "other").result() == "other"
+    with pytest.raises(RuntimeError, match="stop"), trl_seam.no_reference(torch.nn.Linear(1, 1)):
+        assert dpo_trainer.create_model_from_path("reference") is None
         raise RuntimeError("stop")
-    assert args.precompute_ref_log_probs is False
+    assert dpo_trainer.create_model_from_path is load
 
 
 def test_reference_cache_key():
@@ -144,3 +156,34 @@ def test_the_cache_of_references_is_one_for_all_processes(monkeypatch, tmp_path)
         ValueError, match=f"keeps the reference log-probs in {tmp_path}, which not every process can read"
     ):
         shared._get_cache_file_path("abc")
+
+
+def test_a_divergence_comes_out_of_the_forward(tiny_model_dir, tmp_path):
+    """In the field of WPO, which TRL's loss reads under `use_weighting` alone. It has a gradient, and nothing else changes."""
+    trainer = build(trl.DPOTrainer, trl.DPOConfig, tiny_model_dir, tmp_path)
+    batch = first_batch(trainer)
+    scored = batch["completion_mask"][:, 1:] != 0
+    with torch.no_grad(), trl_seam.projections_in_place(copied=True) as found:
+        nothing = trl_seam.fused_forward(trainer.ref_model, batch, router_logits=False)
+    assert len(found) == 1 and not nothing.log_probs.any()
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    logits = trainer.ref_model(**inputs).logits[:, :-1][scored]
+    torch.testing.assert_close(found[0].logits(torch.arange(len(logits))), logits)
+    assert found[0].weight.data_ptr() != trainer.ref_model.lm_head.weight.data_ptr()
+
+    def gap(first, second):
+        return ((first - 2 * second) ** 2).sum(1)
+
+    numbers = torch.arange(len(logits)).masked_fill(torch.arange(len(logits)) == 1, -1)
+    with trl_seam.head_in_place(Head("torch"), None, Divergence(gap, tuple(found), numbers)):
+        ours = trl_seam.fused_forward(trainer.model, batch, router_logits=False)
+    expected = (logits**2).sum(1)  # both begin as the same model
+    expected[1] = 0
+    field = ours[trl_seam.DIVERGENCE]
+    torch.testing.assert_close(field[scored], expected)
+    assert not field[~scored].any() and field.requires_grad
+    with trl_seam.head_in_place(Head("torch"), None):
+        plain = trl_seam.fused_forward(trainer.model, batch, router_logits=False)
+    assert plain.get(trl_seam.DIVERGENCE) is None
+    for name in ("log_probs", "entropy", "mean_logits", "is_top1"):
+        assert torch.equal(ours[name], plain[name]), name

@@ -87,6 +87,22 @@ def test_offline_is_trls(processor, tmp_path):
         torch.testing.assert_close(our_gradients[name], value, rtol=1e-3, atol=1e-5)
 
 
+def test_a_loss_without_a_reference(processor, tmp_path):
+    """Images cannot have their reference precomputed, and need none."""
+    asked = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what is it"}]}]
+    answers = {"chosen": said("assistant", " a good film"), "rejected": said("assistant", " dull and slow")}
+    args = trl_ext.DPOConfig(
+        **options(tmp_path, loss_type="simpo", max_length=None, per_device_train_batch_size=2, max_steps=1)
+    )
+    trainer = trl_ext.DPOTrainer(
+        model=model(processor), args=args, processing_class=processor,
+        train_dataset=Dataset.from_list([{"prompt": asked, **answers, "images": [image(i)]} for i in range(4)]),
+    )  # fmt: skip
+    assert trainer.ref_model is None
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] > 0
+
+
 def online(cls, config, processor, tmp_path, **kwargs):
     rows = [{"prompt": [{"role": "user", "content": "what is it"}], "image": image(i)} for i in range(4)]
     args = config(

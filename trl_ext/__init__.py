@@ -17,6 +17,9 @@ _ORIGIN = {
     "OnlineDPOConfig": "trl_ext.trainers.online.config",
     "OnlineDPOTrainer": "trl_ext.trainers.online.trainer",
     "PreferenceBatch": "trl_ext.losses",
+    "PreferenceModel": "trl_ext.data.preference_model",
+    "SFTConfig": "trl_ext.trainers.sft",
+    "SFTTrainer": "trl_ext.trainers.sft",
     "Scores": "trl_ext.trainers.online.rewards",
     "Selection": "trl_ext.trainers.online.selection",
     "TokenBatch": "trl_ext.losses",
@@ -34,6 +37,9 @@ __all__ = [
     "OnlineDPOConfig",
     "OnlineDPOTrainer",
     "PreferenceBatch",
+    "PreferenceModel",
+    "SFTConfig",
+    "SFTTrainer",
     "Scores",
     "Selection",
     "TokenBatch",
@@ -45,6 +51,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from trl_ext.data.preference_model import PreferenceModel
     from trl_ext.generation import Completions
     from trl_ext.losses import GroupBatch, PreferenceBatch, TokenBatch, get_loss, list_losses, register_loss
     from trl_ext.trainers.dpo import DPOTrainer
@@ -54,6 +61,7 @@ if TYPE_CHECKING:
     from trl_ext.trainers.online.selection import Selection
     from trl_ext.trainers.online.trainer import OnlineDPOTrainer
     from trl_ext.trainers.patch import patch_trl
+    from trl_ext.trainers.sft import SFTConfig, SFTTrainer
 
 
 def __getattr__(name: str):

@@ -185,9 +185,16 @@ def _one_loss(name: str) -> str:
         f"Columns: {', '.join(cls.columns) or 'none'}",
         f"Optional columns: {', '.join(_optional(cls)) or none}",
         *_reads_and_state(name),
-        f"Takes groups of completions: {'yes' if cls.takes_groups else 'no'}",
+        f"Takes groups of completions: {_groups(cls)}",
+        *(["Takes lists of scores, one number per reward model: yes"] if cls.takes_lists is True else []),
     ]
     return "\n".join(lines)
+
+
+def _groups(cls: type) -> str:
+    if not cls.takes_groups:
+        return "no"
+    return "yes" if cls.takes_pairs else "yes, and no pairs"
 
 
 def _reads_and_state(name: str) -> list[str]:
@@ -202,7 +209,12 @@ def _reads_and_state(name: str) -> list[str]:
     depends = "depends on the hyper-parameters"
     fixed = isinstance(cls.reads, frozenset)
     stated = cls.reads if fixed else getattr(loss, "reads", None)
-    words = {"ref_logps": "reference", "token_logps": "token log-probs", "behaviour_logps": "behaviour log-probs"}
+    words = {
+        "ref_logps": "reference",
+        "token_logps": "token log-probs",
+        "behaviour_logps": "behaviour log-probs",
+        "teachers": "teachers",
+    }
     reads, state = depends, "none"
     if stated is not None:
         reads = ", ".join(["policy", *(word for name, word in words.items() if name in stated)])

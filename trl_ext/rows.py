@@ -42,6 +42,9 @@ class Rows:
             Log-probabilities under the reference, in nats, where they are precomputed.
         behaviour_logps (`torch.Tensor` of shape `(N,)`, *optional*):
             Log-probabilities under the policy that sampled the completions, in nats, where they are known beforehand.
+        turns (`torch.Tensor` of shape `(N, T)`, *optional*):
+            Number of the assistant's turn of each token to score, from 0 in each row, -1 elsewhere. By default each completion is
+            one turn.
     """
 
     inputs: Mapping[str, torch.Tensor]
@@ -51,6 +54,7 @@ class Rows:
     layout: SharedPrefixLayout | None = None
     ref_logps: torch.Tensor | None = None
     behaviour_logps: torch.Tensor | None = None
+    turns: torch.Tensor | None = None
 
     @classmethod
     def of_pairs(cls, inputs: Mapping[str, torch.Tensor], completion_mask: torch.Tensor, **known: Any) -> "Rows":
@@ -143,6 +147,9 @@ class Scored:
             Under the reference, where a loss reads both.
         turns (`torch.Tensor` of shape `(N, T)`, *optional*):
             Number of the assistant turn of each token, -1 where none is scored; beside `token_logps`.
+        divergences (`torch.Tensor` of shape `(N,)`, *optional*):
+            Sum of what a loss makes of each token's logits and its teachers', where a loss reads teachers; 0 for a completion
+            that is not learnt from.
     """
 
     logps: torch.Tensor
@@ -152,6 +159,7 @@ class Scored:
     token_logps: torch.Tensor | None = None
     ref_token_logps: torch.Tensor | None = None
     turns: torch.Tensor | None = None
+    divergences: torch.Tensor | None = None
 
     def pair_batch(self, plan: Plan, beta: float) -> PreferenceBatch:
         """What losses on pairs are given; a pair that is not there has no tokens."""
@@ -171,6 +179,7 @@ class Scored:
             beta=beta,
             columns=plan.columns,
             behaviour_logps=_gathered(self.behaviour_logps, plan.groups, True),
+            divergences=_gathered(self.divergences, plan.groups, True),
         )
 
     def _pairs(self, pairs: torch.Tensor, beta: float, columns: Mapping, partial: bool, **fields: Any):
@@ -181,6 +190,7 @@ class Scored:
 
         if self.token_logps is not None:
             fields["tokens"] = TokenBatch(*of(self.token_logps), *of(self.ref_token_logps), *of(self.turns, fill=-1))
+        fields["chosen_divergences"] = of(self.divergences)[0]
         known = (*of(self.logps), *of(self.ref_logps), *of(self.lengths))
         return PreferenceBatch(*known, beta=beta, columns=columns, **fields)
 

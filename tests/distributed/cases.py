@@ -17,12 +17,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 import trl_ext
 from tests import stateful
 from tests.conftest import preference_rows
+from tests.conversations import rows as conversations
 from tests.helpers import OUR_LOSSES, WITH_STATE, build, history, masked_rows
 from tests.helpers import options as short
 from tests.online.runs import Scripted, online, prompts
+from trl_ext.data import PreferenceModel
 from trl_ext.metrics import MetricsCallback
 from trl_ext.trainers.mixing import estimate_alpha
 from trl_ext.trainers.reference import FILE, _gathered
+from trl_ext.trainers.reward import RewardConfig, RewardTrainer
 
 
 STRATEGY = os.environ.get("TEST_STRATEGY", "")
@@ -51,7 +54,9 @@ def lora(**options) -> LoraConfig:
     return LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", **options)
 
 
-def trainer(model_dir: Path, folder: Path, *, rows=None, peft=None, steps: int = 1, stream=False, **options) -> Any:
+def trainer(
+    model_dir: Path, folder: Path, *, rows=None, peft=None, steps: int = 1, stream=False, given=None, **options
+) -> Any:
     torch.manual_seed(0)  # of an adapter's weights
     dataset = Dataset.from_list(rows or preference_rows(ROWS))
     return build(
@@ -63,7 +68,7 @@ def trainer(model_dir: Path, folder: Path, *, rows=None, peft=None, steps: int =
         per_device_train_batch_size=ROWS // WORLD // steps,
         per_device_eval_batch_size=ROWS // WORLD,
         gradient_accumulation_steps=steps,
-        trainer_kwargs={"peft_config": peft},
+        trainer_kwargs={"peft_config": peft, **(given or {})},
         **{**SGD, **PLACED, **options},
     )
 
@@ -104,6 +109,18 @@ def lacking() -> list[dict]:
 def every_loss(model_dir: Path, folder: Path, **options) -> dict[str, Any]:
     losses = ["sigmoid", *(name for name in OUR_LOSSES if name not in WITH_STATE)]
     return train(model_dir, folder, evaluate=True, rows=lacking(), loss_type=losses, learning_rate=1e-3, **options)
+
+
+def lists(model_dir: Path, folder: Path, **options) -> dict[str, Any]:
+    """Scores of three reward models, of which another is nearest from pair to pair."""
+    rows = preference_rows(ROWS)
+    for index, row in enumerate(rows):
+        row |= {
+            "score_chosen": [row["score_chosen"], 0.2 * index, 1.0],
+            "score_rejected": [row["score_rejected"], 0.7, 0.5],
+        }
+    kwargs = {"loss_type": "reward_distillation", "loss_kwargs": {"combine": "min"}}
+    return train(model_dir, folder, evaluate=True, rows=rows, **kwargs, **options)
 
 
 def remembering(model_dir: Path, folder: Path, **options) -> dict[str, Any]:
@@ -186,10 +203,35 @@ def groups(model_dir: Path, folder: Path, **options) -> dict[str, Any]:
             "prompt": row["prompt"],
             "completions": [row["chosen"], row["rejected"], row["chosen_empty_trace"]][: 2 + index % 2],
             "scores": [row["score_chosen"], row["score_rejected"], 0.4][: 2 + index % 2],
+            "behaviour_logps": [-30.0, -20.0 - index, -10.0][: 2 + index % 2],
         }
         for index, row in enumerate(preference_rows(ROWS))
     ]
-    return train(model_dir, folder, evaluate=True, rows=rows, loss_type="anchored", **options)
+    return train(model_dir, folder, evaluate=True, rows=rows, **{"loss_type": "anchored", **options})
+
+
+def teachers(model_dir: Path) -> dict[str, Any]:
+    """One by its name, and one that is there."""
+    reverse = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in reverse.parameters():
+            parameter.mul_(0.9)
+    return {"teacher_model": str(model_dir), "reverse_model": reverse}
+
+
+def taught(model_dir: Path, folder: Path, **options) -> dict[str, Any]:
+    """The policy begins away from its teacher; some rows lack what is learnt from."""
+    trained = trainer(
+        model_dir,
+        folder,
+        rows=lacking(),
+        given=teachers(model_dir),
+        loss_type=["aligndistil", "bias_variance"],
+        **options,
+    )
+    trained.train()
+    trained.evaluate()
+    return outcome(trained)
 
 
 def moved_reference(model_dir: Path, folder: Path) -> dict[str, Any]:
@@ -228,7 +270,7 @@ def refused_alpha(model_dir: Path, folder: Path) -> dict[str, Any]:
     return {}
 
 
-def scripted(model_dir: Path, folder: Path, peft=None, **options) -> dict[str, Any]:
+def scripted(model_dir: Path, folder: Path, peft=None, trainer_kwargs=None, **options) -> dict[str, Any]:
     """Online, with completions that follow from the prompt."""
     torch.manual_seed(0)
     trained = online(
@@ -236,11 +278,16 @@ def scripted(model_dir: Path, folder: Path, peft=None, **options) -> dict[str, A
         folder,
         cls=Scripted,
         per_device_train_batch_size=ROWS // WORLD,
-        trainer_kwargs={"peft_config": peft},
+        trainer_kwargs={"peft_config": peft, **(trainer_kwargs or {})},
         **{**SGD, **PLACED, **options},
     )
     trained.train()
     return outcome(trained)
+
+
+def taught_online(model_dir: Path, folder: Path) -> dict[str, Any]:
+    given = {"reward_funcs": None, **teachers(model_dir)}
+    return scripted(model_dir, folder, trainer_kwargs=given, loss_type="aligndistil", pairing="group")
 
 
 def remembering_online(model_dir: Path, folder: Path) -> dict[str, Any]:
@@ -350,13 +397,53 @@ def held_out(model_dir: Path, folder: Path, **options) -> dict[str, Any]:
     return {"logged": logged, "every process": str(logged)}
 
 
+def preferring(model_dir: Path, folder: Path) -> dict[str, Any]:
+    """A general preference model is trained, and judges online: each process has a copy, and compares its own completions."""
+    pairs = Dataset.from_list([{k: row[k] for k in ("prompt", "chosen", "rejected")} for row in preference_rows(ROWS)])
+    args = RewardConfig(
+        **short(folder, preference_dim=4, per_device_train_batch_size=ROWS // WORLD, **{**SGD, "learning_rate": 1e-3})
+    )
+    judge = RewardTrainer(str(model_dir), args, train_dataset=pairs)
+    judge.train()
+    online = scripted(
+        model_dir, folder, num_generations=3, loss_type="anchored",
+        trainer_kwargs={"reward_funcs": None, "judge": PreferenceModel(judge.model, judge.processing_class)},
+    )  # fmt: skip
+    return {"judge": outcome(judge), "online": online}
+
+
+def fine_tuned(model_dir: Path, folder: Path, steps: int = 1, **options) -> dict[str, Any]:
+    """Weighted rows, of which the two processes have different sums of weights and numbers of tokens."""
+    rows = [
+        {"prompt": row["prompt"], "completion": row["chosen"], "condition": "AB"[index % 2], "weight": 0.01 * index**2}
+        for index, row in enumerate(preference_rows(ROWS))
+    ]
+    trained = build(
+        trl_ext.SFTTrainer, trl_ext.SFTConfig, model_dir, folder, dataset=Dataset.from_list(rows),
+        per_device_train_batch_size=ROWS // WORLD // steps, gradient_accumulation_steps=steps, **{**SGD, **PLACED, **options},
+    )  # fmt: skip
+    trained.train()
+    return outcome(trained)
+
+
 EVERY = prompts(ROWS)
 ADAPTER = partial(scripted, peft=lora(), loss_type="anchored", **MOVES, max_steps=3, learning_rate=1.0)
+ALONE = ["trpa", "drpo"]
 HEAD = partial(train, peft=lora(modules_to_save=["lm_head"]), loss_type="offset")
 CASES = {
     "ddp": {
         "every loss": every_loss,
+        "taught": taught,
         "groups, precomputed": partial(groups, precompute_ref_log_probs=True, share_prefix=True),
+        "whole groups": partial(
+            groups,
+            loss_type=ALONE,
+            learning_rate=0.01,
+            loss_kwargs={"trpa": {"correct": 0.75}, "drpo": {"correct": 0.45, "max_length": 16, "kl_weight": 1.0}},
+        ),
+        "whole groups online": partial(
+            scripted, num_generations=4, loss_type=ALONE, loss_kwargs={"drpo": {"correct": 30.0, "max_length": 16}}
+        ),
         "lora, shared prompts": partial(train, peft=lora(), loss_type="offset", share_prefix=True),
         "accumulation": partial(
             train, steps=2, loss_type=["inpo", "sppo_soft"], share_prefix=False, learning_rate=1e-3
@@ -364,17 +451,23 @@ CASES = {
         "masked": partial(masked, gradient_checkpointing=True),
         "measured alpha": measured_alpha,
         "stream": partial(every_loss, stream=True),
+        "lists of scores": partial(lists, stream=True),
         "remembering": remembering,
         "remembering, accumulation": partial(remembering, steps=2),
         "statistics": statistics,
         "selfish": selfish,
         "one process logs": one_process_logs,
         "held out": held_out,
+        "turns": partial(train, rows=conversations() * 2, loss_type="dmpo", evaluate=True, learning_rate=1e-3),
         "online": partial(scripted, num_generations=4, loss_type=["offset", "anchored"]),
         "remembering online": remembering_online,
+        "preferring": preferring,
+        "fine-tuned": fine_tuned,
+        "fine-tuned per sequence": partial(fine_tuned, steps=2, per_sequence_loss=True),
     },
     "fsdp": {
         "every loss": every_loss,
+        "taught": taught,
         "remembering": remembering,
         "masked": masked,
         "trained head": HEAD,
@@ -384,11 +477,14 @@ CASES = {
         "alpha": refused_alpha,
         "held out": held_out,
         "online": partial(scripted, num_generations=4, loss_type="anchored", pairing="group"),
+        "taught online": taught_online,
         "generated": partial(generated, generation_kwargs={"do_sample": False}),
         "sampled": partial(generated, temperature=1e-4),
+        "fine-tuned": fine_tuned,
     },
     "zero": {
         "every loss": every_loss,
+        "taught": taught,
         "masked": masked,
         "trained head": HEAD,
         "moved reference": moved_reference,

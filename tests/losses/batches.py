@@ -1,5 +1,6 @@
 """Batches for the loss tests, and TRL's own formulas on them."""
 
+import dataclasses
 import inspect
 import textwrap
 from types import SimpleNamespace
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 import trl
 
 from trl_ext import GroupBatch, PreferenceBatch
+from trl_ext.losses import TokenBatch
 
 
 def pairs(deltas, *, lengths=None, beta=0.1, dtype=torch.float64, requires_grad=False, **columns) -> PreferenceBatch:
@@ -40,6 +42,28 @@ def alone(chosen, rejected, lengths, *, beta=2.0, dtype=torch.float64) -> Prefer
     return PreferenceBatch(*sums, None, None, *map(torch.tensor, lengths), beta=beta)
 
 
+def token_batch(chosen, rejected, chosen_turns, rejected_turns, *, ref=None, beta=0.1, dtype=torch.float64):
+    """A batch of completions with these log-ratios, or log-probs beside `ref`, of their tokens; gradients flow to the tokens."""
+    sides = [torch.as_tensor(side, dtype=dtype).clone().requires_grad_() for side in (chosen, rejected)]
+    turns = [torch.as_tensor(side) for side in (chosen_turns, rejected_turns)]
+    ref = torch.zeros_like(sides[0]) if ref is None else ref
+    refs = [ref * (side >= 0) for side in turns]
+    sums = [values.sum(dim=1) for values in (*sides, *refs)]
+    lengths = [(side >= 0).sum(dim=1) for side in turns]
+    return PreferenceBatch(*sums, *lengths, beta=beta, tokens=TokenBatch(*sides, *refs, *turns))
+
+
+def with_tokens(batch: PreferenceBatch) -> PreferenceBatch:
+    """The batch with tokens that have its sums: three quarters and a quarter of each, in two turns and in one."""
+
+    def split(sums):
+        return None if sums is None else torch.stack([sums * 0.75, torch.zeros_like(sums), sums * 0.25], dim=1)
+
+    fields = (batch.chosen_logps, batch.rejected_logps, batch.ref_chosen_logps, batch.ref_rejected_logps)
+    turns = [torch.tensor(row).expand(len(batch.chosen_logps), 3) for row in ([0, -1, 1], [0, -1, 0])]
+    return dataclasses.replace(batch, tokens=TokenBatch(*map(split, fields), *turns))
+
+
 def group(logratios, scores, mask=None, *, beta=0.1, dtype=torch.float64) -> GroupBatch:
     """Groups of completions with the given log-ratios."""
     logratios = torch.tensor(logratios, dtype=dtype)
@@ -52,6 +76,16 @@ def group(logratios, scores, mask=None, *, beta=0.1, dtype=torch.float64) -> Gro
         torch.tensor(scores, dtype=dtype),
         mask,
         beta,
+    )
+
+
+def sampled(logps, scores, lengths, *, ref=None, old=None, mask=None, beta=0.1, dtype=torch.float64) -> GroupBatch:
+    """Groups with their log-probs under the policy, with gradients, the reference and the policy that sampled, the same by default."""
+    values = [torch.tensor(logps if each is None else each, dtype=dtype) for each in (logps, ref, old)]
+    mask = torch.ones_like(values[0], dtype=torch.bool) if mask is None else torch.tensor(mask)
+    scores = torch.tensor(scores, dtype=torch.float32)
+    return GroupBatch(
+        values[0].requires_grad_(), values[1], torch.tensor(lengths), scores, mask, beta, behaviour_logps=values[2]
     )
 
 

@@ -2,12 +2,13 @@
 
 import dataclasses
 
+import hypothesis
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import settings
 from hypothesis import strategies as st
 
-from tests.losses.batches import group, pairs
+from tests.losses.batches import group, pairs, with_tokens
 from trl_ext import get_loss, list_losses
 from trl_ext.losses import loss_class
 from trl_ext.losses.base import refuse_values
@@ -17,6 +18,8 @@ VARIANTS = [
     ("alpha_dpo", {}),
     ("beta_dpo", {}),
     ("beta_dpo", {"a": 0.0, "rho": 0.0}),
+    ("reward_distillation", {}),
+    ("reward_distillation", {"combine": "min"}),
     ("robust_em", {}),
     ("robust_em", {"base": "ipo"}),
     ("robust_em", {"base": "simpo"}),
@@ -37,6 +40,8 @@ VARIANTS = [
     ("sppo_soft", {"target": "score"}),
     ("asft", {}),
     ("cpo", {}),
+    ("dmpo", {}),
+    ("dmpo", {"gamma": 1.0}),
     ("eurus", {}),
     ("simpo", {}),
     ("step_apo", {}),
@@ -51,11 +56,14 @@ WITH_CONSTANTS = (
     ("robust_em", {"base": "ipo"}),
     ("robust_em", {"base": "simpo"}),
 )
+OF_TOKENS = ("dmpo",)
 # What a pair's loss is depends on the others in the batch
 OF_BATCHES = ("beta_dpo",)
 
 
 REFERENCE_FREE = [variant for variant in VARIANTS if variant[0] in ("asft", "cpo", "simpo")]
+# These learn from whole groups alone: test_whole_groups.py
+WHOLE_GROUPS = {"drpo": {"behaviour_logps"}, "trpa": {"ref_logps", "behaviour_logps"}}
 WITH_REFERENCE = [variant for variant in VARIANTS if variant not in REFERENCE_FREE]
 
 
@@ -72,15 +80,22 @@ def full(deltas, *, dtype=torch.float64, margins=None, lengths=None, requires_gr
     return dataclasses.replace(pairs(deltas, **kwargs), empty_trace=pairs([-delta for delta in deltas], **kwargs))
 
 
+def given(name, batch):
+    """The batch as the trainers give it to a loss: with tokens where it reads them, which have the same sums."""
+    return with_tokens(batch) if name in OF_TOKENS else batch
+
+
 def test_every_loss_is_here():
-    assert {name for name, _ in VARIANTS} == set(list_losses())
+    # `aligndistil` is a function of logits and not of log-probs: its own tests
+    assert {*dict(VARIANTS), *WHOLE_GROUPS, "aligndistil"} == set(list_losses())
 
 
 @pytest.mark.parametrize(("name", "kwargs"), VARIANTS, ids=IDS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_shape_and_dtype(name, kwargs, dtype):
     for size in (1, 5):
-        loss = get_loss(name, **kwargs)(full([0.5] * size, dtype=dtype, win_rates=name == "sppo_soft"))
+        batch = full([0.5] * size, dtype=dtype, win_rates=name == "sppo_soft")
+        loss = get_loss(name, **kwargs)(given(name, batch))
         assert loss.shape == (size,)
         assert loss.dtype == dtype
 
@@ -92,7 +107,8 @@ def test_gradient_by_finite_differences(name, kwargs):
 
     def of(chosen, rejected, empty_chosen, empty_rejected):
         empty = dataclasses.replace(base.empty_trace, chosen_logps=empty_chosen, rejected_logps=empty_rejected)
-        return loss(dataclasses.replace(base, chosen_logps=chosen, rejected_logps=rejected, empty_trace=empty))
+        batch = dataclasses.replace(base, chosen_logps=chosen, rejected_logps=rejected, empty_trace=empty)
+        return loss(given(name, batch))
 
     empty = base.empty_trace
     inputs = [base.chosen_logps, base.rejected_logps, empty.chosen_logps, empty.rejected_logps]
@@ -108,7 +124,7 @@ def test_finite_at_extremes(name, kwargs, dtype):
     lengths = ([10_000, 1, 7, 1, 7], [1, 10_000, 7, 7, 1])
     win_rates = kwargs == {} and name == "sppo_soft"
     batch = full(deltas, dtype=dtype, margins=margins, lengths=lengths, requires_grad=True, win_rates=win_rates)
-    loss = get_loss(name, **kwargs)(batch)
+    loss = get_loss(name, **kwargs)(given(name, batch))
     loss.float().sum().backward()
     assert loss.isfinite().all()
     for tensor in (batch.chosen_logps, batch.rejected_logps):
@@ -127,7 +143,9 @@ def test_finite_at_extremes(name, kwargs, dtype):
         "bias_variance",
         "asft",
         "cpo",
+        "dmpo",
         "eurus",
+        "reward_distillation",
         "simpo",
         "step_apo",
     ],
@@ -135,7 +153,7 @@ def test_finite_at_extremes(name, kwargs, dtype):
 def test_finite_for_contradicted_labels(name):
     margins = [-1e4, -50.0, -1.0, 1e4]
     batch = full([1e5, -1e5, 3.0, -3.0], dtype=torch.float32, margins=margins, requires_grad=True)
-    loss = get_loss(name)(batch)
+    loss = get_loss(name)(given(name, batch))
     loss.sum().backward()
     assert loss.isfinite().all()
     assert batch.chosen_logps.grad.isfinite().all()
@@ -156,21 +174,21 @@ def test_no_gradient_reaches_columns_or_the_reference(name, kwargs):
     batch = full([1.0, -2.0], requires_grad=True, win_rates=name == "sppo_soft")
     scores = [column.requires_grad_() for column in batch.columns.values()]
     references = [batch.ref_chosen_logps.requires_grad_(), batch.ref_rejected_logps]
-    loss = get_loss(name, **kwargs)(batch)
+    loss = get_loss(name, **kwargs)(given(name, batch))
     gradients = torch.autograd.grad(loss.sum(), scores, allow_unused=True, retain_graph=True)
     assert all(gradient is None for gradient in gradients)
     (reference,) = torch.autograd.grad(loss.sum(), references[:1], allow_unused=True)
     if "ref_logps" not in get_loss(name, **kwargs).reads or name == "alpha_dpo":  # whose margin is a constant
         assert reference is None
         return
-    (policy,) = torch.autograd.grad(get_loss(name, **kwargs)(batch).sum(), batch.chosen_logps)
+    (policy,) = torch.autograd.grad(get_loss(name, **kwargs)(given(name, batch)).sum(), batch.chosen_logps)
     # The reference enters through the log-ratio alone; that of inpo with the share 1 - tau / eta, the rest is a column
     share = 1 - 0.0025 / 0.0075 if name == "inpo" else 1
     torch.testing.assert_close(reference, -share * policy)
 
 
 @settings(max_examples=60, deadline=None)
-@given(
+@hypothesis.given(
     st.sampled_from([variant for variant in VARIANTS if variant[0] not in OF_BATCHES]),
     st.lists(
         st.tuples(
@@ -185,7 +203,7 @@ def test_any_shape_and_any_value(variant, rows):
     deltas, margins, chosen, rejected = (list(column) for column in zip(*rows, strict=True))
     loss = get_loss(variant[0], **variant[1])
     win_rates = variant == ("sppo_soft", {})
-    values = loss(full(deltas, margins=margins, lengths=(chosen, rejected), win_rates=win_rates))
+    values = loss(given(variant[0], full(deltas, margins=margins, lengths=(chosen, rejected), win_rates=win_rates)))
     assert values.isfinite().all()
     assert values.shape == (len(rows),)
     for index, (delta, margin, n_chosen, n_rejected) in enumerate(rows):
@@ -195,16 +213,16 @@ def test_any_shape_and_any_value(variant, rows):
             shift = whole.ref_chosen_logps[index] - batch.ref_chosen_logps
             for field in ("chosen_logps", "rejected_logps", "ref_chosen_logps", "ref_rejected_logps"):
                 object.__setattr__(batch, field, getattr(batch, field) + shift)
-        torch.testing.assert_close(loss(alone)[0], values[index], rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(loss(given(variant[0], alone))[0], values[index], rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize(("name", "kwargs"), VARIANTS, ids=IDS)
 def test_metrics_are_detached_scalars_or_one_value_per_row(name, kwargs):
     batch = full([1.0, -2.0], requires_grad=True, win_rates=name == "sppo_soft")
-    metrics = get_loss(name, **kwargs).metrics(batch)
+    metrics = get_loss(name, **kwargs).metrics(given(name, batch))
     assert metrics
     for key, value in metrics.items():
-        assert value.shape == ((2,) if name in ("bias_variance", *dict(REFERENCE_FREE)) else ()), key
+        assert value.shape == ((2,) if name in ("bias_variance", *OF_TOKENS, *dict(REFERENCE_FREE)) else ()), key
         assert not value.requires_grad, key
 
 
@@ -215,8 +233,13 @@ def test_states_what_it_needs(name):
     assert cls.title
     assert cls.citation.startswith("@")
     assert isinstance(cls.columns, tuple)
-    assert get_loss(name).reads == (frozenset() if name in dict(REFERENCE_FREE) else {"ref_logps"})
-    assert cls.takes_groups == (name == "anchored")
+    reads = (set() if name in dict(REFERENCE_FREE) else {"ref_logps"}) | (
+        {"token_logps"} if name in OF_TOKENS else set()
+    )
+    assert get_loss(name).reads == {"aligndistil": {"teachers"}, **WHOLE_GROUPS}.get(name, reads)
+    assert cls.takes_groups == (name in ("aligndistil", "anchored", *WHOLE_GROUPS))
+    assert cls.takes_pairs == (name not in WHOLE_GROUPS)
+    assert get_loss(name).takes_lists == (name == "reward_distillation")
     with pytest.raises(dataclasses.FrozenInstanceError):
         get_loss(name).alpha = 3
 
@@ -254,7 +277,7 @@ def test_a_batch_without_the_reference_is_refused(name, kwargs):
         assert get_loss(name, **kwargs)(batch).isfinite().all()
         return
     with pytest.raises(ValueError, match='loss whose `reads` does not hold "ref_logps" is given none'):
-        get_loss(name, **kwargs)(batch)
+        get_loss(name, **kwargs)(given(name, batch))
 
 
 def test_groups_without_the_reference_are_refused():
@@ -276,6 +299,7 @@ def test_values_that_are_no_numbers_or_probabilities_are_refused():
         ("anchored", scored, r"^1 of 2 rows: anchored: \['score_chosen', 'score_rejected'\] must be finite"),
         ("anchored", {"score_chosen": [0.0] * 2, "score_rejected": [1.0, float("inf")]}, "must be finite"),
         ("margin_adaptive", scored, "^1 of 2 rows: margin_adaptive: .*must be numbers"),
+        ("reward_distillation", scored, "^1 of 2 rows: reward_distillation: .*must be finite"),
         ("offset", scored, "^1 of 2 pairs"),
         (
             "inpo",

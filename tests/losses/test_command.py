@@ -111,6 +111,21 @@ def test_hyperparameters_of_every_kind_are_shown(capsys):
                 "Reads: policy, reference",
             ],
         ),
+        (
+            "e_dpo",
+            [
+                "reward_distillation  (aliases: d_dpo, e_dpo)",
+                "Columns: score_chosen, score_rejected",
+                "Takes groups of completions: no",
+                "Takes lists of scores, one number per reward model: yes",
+            ],
+        ),
+        (
+            "drpo",
+            ["Columns: none", "Reads: policy, behaviour log-probs", "Takes groups of completions: yes, and no pairs"],
+        ),
+        ("dmpo", ["Hyper-parameters: gamma=0.7", "Columns: none", "Reads: policy, reference, token log-probs"]),
+        ("aligndistil", ["Reads: policy, teachers", "State: none", "Takes groups of completions: yes"]),
         ("simpo", ["Hyper-parameters: gamma_beta_ratio=0.5", "Columns: none", "Reads: policy", "State: none"]),
         ("alpha_dpo", ["alpha_dpo  (aliases: none)", "Reads: policy, reference", "State: mean, std"]),
         ("beta_dpo", ["Hyper-parameters: a=0.6, rho=0.2, momentum=0.9", "State: mean, std, batches"]),
@@ -144,8 +159,19 @@ def test_what_one_loss_says(name, lines, capsys):
 
 def test_how_sure_a_formula_is(capsys):
     """Said where it was read neither in the paper nor in its authors' code."""
-    unsure = {"asft", "bias_variance", "eurus", "inpo", "length_regularized", "robust_em", "sppo_soft", "step_apo"}
-    for name in ("offset", "cpo", "simpo", *unsure):
+    unsure = {
+        "asft",
+        "bias_variance",
+        "eurus",
+        "inpo",
+        "length_regularized",
+        "reward_distillation",
+        "robust_em",
+        "sppo_soft",
+        "step_apo",
+        "trpa",
+    }
+    for name in ("offset", "cpo", "dmpo", "simpo", *unsure):
         assert main(["losses", name]) == 0
         said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("How sure: ")]
         assert said == ([f"How sure: {loss_class(name).evidence}"] if name in unsure else [])
@@ -155,7 +181,7 @@ def test_what_a_loss_asks_for_is_shown(capsys):
     @register_loss("asking")
     @dataclass(frozen=True)
     class Asking(Loss):
-        reads = frozenset({"behaviour_logps", "token_logps", "ref_logps"})
+        reads = frozenset({"behaviour_logps", "token_logps", "ref_logps", "teachers"})
         names: tuple[str, ...] = ("mean", "std")
 
         def init_state(self):
@@ -185,7 +211,7 @@ def test_what_a_loss_asks_for_is_shown(capsys):
         reads = frozenset()
 
     for name, *expected in [
-        ("asking", "Reads: policy, reference, token log-probs, behaviour log-probs", "State: mean, std"),
+        ("asking", "Reads: policy, reference, token log-probs, behaviour log-probs, teachers", "State: mean, std"),
         ("unknown_yet", "Reads: depends on the hyper-parameters", "State: depends on the hyper-parameters"),
         ("forgetful", "Reads: policy", "State: none"),
     ]:

@@ -31,7 +31,14 @@ def softplus(z):
 
 
 def test_every_example_is_tried_here(examples):
-    assert examples == {"my_loss", "from_the_policy_alone", "discounted_turns", "importance", "against_the_mean"}
+    assert examples == {
+        "my_loss",
+        "from_the_policy_alone",
+        "discounted_turns",
+        "importance",
+        "distilled",
+        "against_the_mean",
+    }
 
 
 def test_the_first_example(examples):
@@ -78,6 +85,17 @@ def test_behaviour_log_probs(examples):
     value.sum().backward()
     # The ratio times the score less the mean, over the count, with a minus; none where it is cut, or outside of the mask
     assert batch.logps.grad.tolist() == [pytest.approx([0, 1.5, 0]), pytest.approx([0.5, -0.5, 0])]
+
+
+def test_teachers(examples):
+    loss = get_loss("distilled")
+    assert loss.reads == {"teachers"}
+    halves, quarters = torch.zeros(1, 2, dtype=torch.float64), torch.tensor([[1.0, 3.0]], dtype=torch.float64).log()
+    # 1/2 log((1/2) / (1/4)) + 1/2 log((1/2) / (3/4))
+    value = loss.per_token(halves, quarters, None)
+    assert value.tolist() == pytest.approx([math.log(2) - math.log(3) / 2])
+    batch = dataclasses.replace(pairs([4.0, 1.0]), chosen_divergences=torch.tensor([14.0, 3.5]))
+    assert loss(batch).tolist() == [2.0, 0.5]
 
 
 @pytest.mark.parametrize(
@@ -134,12 +152,15 @@ def test_a_loss_that_says_nothing_reads_the_reference_and_keeps_no_state():
 
 def test_batches_hold_nothing_that_nobody_asked_for():
     one, other = pairs([1.0]), pairs([1.0])
-    assert (one.state, one.tokens) == ({}, None)
+    assert (one.state, one.tokens, one.chosen_divergences) == ({}, None, None)
     assert one.state is not other.state
     groups = group([[1.0, 2.0]], [[0.0, 1.0]])
-    assert (groups.state, groups.behaviour_logps) == ({}, None)
+    assert (groups.state, groups.behaviour_logps, groups.divergences) == ({}, None, None)
     fields = [[field.name for field in dataclasses.fields(batch)] for batch in (PreferenceBatch, GroupBatch)]
-    assert [names[-2:] for names in fields] == [["state", "tokens"], ["state", "behaviour_logps"]]
+    assert [names[-3:] for names in fields] == [
+        ["state", "tokens", "chosen_divergences"],
+        ["state", "behaviour_logps", "divergences"],
+    ]
     assert [field.name for field in dataclasses.fields(TokenBatch)] == [
         "chosen_logps",
         "rejected_logps",
@@ -163,7 +184,7 @@ def test_reads_of_any_kind_are_a_frozenset(kind):
     assert Loss.reads == {"ref_logps"}
 
 
-ALLOWED = r"Allowed: \['ref_logps', 'token_logps', 'behaviour_logps'\]"
+ALLOWED = r"Allowed: \['ref_logps', 'token_logps', 'behaviour_logps', 'teachers'\]"
 
 
 @pytest.mark.parametrize(

@@ -13,21 +13,26 @@ from trl_ext.losses import TRL_LOSS_TYPES, Loss, list_aliases, loss_class, resol
 
 
 OURS = [
+    "aligndistil",
     "alpha_dpo",
     "anchored",
     "asft",
     "beta_dpo",
     "bias_variance",
     "cpo",
+    "dmpo",
+    "drpo",
     "eurus",
     "inpo",
     "length_regularized",
     "margin_adaptive",
     "offset",
+    "reward_distillation",
     "robust_em",
     "simpo",
     "sppo_soft",
     "step_apo",
+    "trpa",
 ]
 
 
@@ -47,6 +52,8 @@ def test_names_and_aliases():
         "gpo": "sppo_soft",
         "aligned_sft": "asft",
         "cpl": "step_apo",
+        "d_dpo": "reward_distillation",
+        "e_dpo": "reward_distillation",
         "lcpo": "robust_em",
         "re_po": "robust_em",
     }.items():
@@ -138,12 +145,30 @@ def test_unknown_name(name, message):
         ("robust_em", {"annotators": 0}, "`annotators=0` must be at least 1"),
         ("robust_em", {"annotators": 2.0}, "`annotators=2.0` is not a whole number"),
         ("sppo_soft", {"target": "wins"}, r"`target='wins'` is unknown; choose one of \['win_rate', 'score'\]"),
+        (
+            "reward_distillation",
+            {"combine": "max"},
+            r"reward_distillation: `combine='max'` is unknown; choose one of \['mean', 'min'\]",
+        ),
         ("asft", {"weight": -0.1}, r"asft: `weight=-0.1` must be at least 0 \(0 is plain SFT\)"),
         ("cpo", {"nll_weight": -1.0}, "cpo: `nll_weight=-1.0` must be at least 0"),
+        ("dmpo", {"gamma": 0.0}, r"dmpo: `gamma=0.0` must lie in \(0, 1\]"),
+        ("dmpo", {"gamma": 1.1}, r"dmpo: `gamma=1.1` must lie in \(0, 1\]"),
         ("eurus", {"absolute_weight": -0.5}, r"eurus: `absolute_weight=-0.5` must be at least 0 \(0 is DPO\)"),
         ("simpo", {"gamma_beta_ratio": -0.1}, "simpo: `gamma_beta_ratio=-0.1` must be at least 0"),
         ("simpo", {"gamma": 1.0}, r"The loss 'simpo' has no hyper-parameter 'gamma'.*\['gamma_beta_ratio'\]"),
+        ("aligndistil", {"beta2": -0.1}, "aligndistil: `beta2=-0.1` must be at least 0"),
+        ("aligndistil", {"temperature": 0.0}, "aligndistil: `temperature=0.0` must be positive"),
+        ("aligndistil", {"length_norm": 1.0}, "`length_norm=1.0` is a float"),
         ("step_apo", {"alpha": -0.5}, r"step_apo: `alpha=-0.5` must be at least 0 \(0 is DPO\)"),
+        ("trpa", {"kappa": 0.0}, "trpa: `kappa=0.0` must be positive"),
+        ("trpa", {"kl_weight": -0.1}, "trpa: `kl_weight=-0.1` must be at least 0"),
+        ("drpo", {"tau": 0.0}, "drpo: `tau=0.0` must be positive"),
+        ("drpo", {"length_temperature": 0.0}, "drpo: `length_temperature=0.0` must be positive"),
+        ("drpo", {"max_length": 0}, "drpo: `max_length=0` must be positive"),
+        ("drpo", {"max_length": 12.5}, "`max_length=12.5` is not a whole number"),
+        ("drpo", {"delta": -0.1}, "drpo: `delta=-0.1` must be at least 0"),
+        ("drpo", {"kl_weight": -1.0}, "drpo: `kl_weight=-1.0` must be at least 0"),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -172,11 +197,17 @@ def test_refused_hyperparameters(name, hyperparameters, message):
         ("robust_em", {"eta": 1e-9, "rate": 0, "gamma_beta_ratio": 0, "annotators": 1}),
         ("robust_em", {"eta": 1 - 1e-9, "rate": 1}),
         ("sppo_soft", {"target": "score"}),
+        ("reward_distillation", {"combine": "min"}),
         ("asft", {"weight": 0}),
         ("cpo", {"nll_weight": 0}),
+        ("dmpo", {"gamma": 1e-9}),
+        ("dmpo", {"gamma": 1}),
         ("eurus", {"absolute_weight": 0}),
         ("simpo", {"gamma_beta_ratio": 0}),
+        ("aligndistil", {"beta2": 0, "temperature": 1e-9}),
         ("step_apo", {"alpha": 0}),
+        ("trpa", {"kappa": 1e-9, "kl_weight": 0, "correct": -3}),
+        ("drpo", {"tau": 1e-9, "length_temperature": 1e-9, "max_length": 1, "delta": 0, "kl_weight": 0, "correct": 0}),
     ],
     ids=str,
 )
@@ -193,11 +224,23 @@ def test_defaults():
         "length_regularized": {"alpha": 0.02},
         "inpo": {"eta": 0.0075, "tau": 0.0025},
         "sppo_soft": {"target": "win_rate"},
+        "reward_distillation": {"combine": "mean"},
         "asft": {"weight": 0.1},
         "cpo": {"nll_weight": 1.0},
+        "dmpo": {"gamma": 0.7},
         "eurus": {"absolute_weight": 1.0},
         "simpo": {"gamma_beta_ratio": 0.5},
         "step_apo": {"alpha": 1.0},
+        "trpa": {"kappa": 2.5, "kl_weight": 0.001, "correct": 1.0},
+        "drpo": {
+            "tau": 10.0,
+            "delta": 1e-4,
+            "kl_weight": 1e3,
+            "length_temperature": 0.1,
+            "max_length": 8192,
+            "correct": 1.0,
+        },
+        "aligndistil": {"beta2": 10.0, "temperature": 1.0, "length_norm": True},
         "alpha_dpo": {"alpha": 0.2, "gamma_beta_ratio": 0.6, "momentum": 0.9},
         "beta_dpo": {"a": 0.6, "rho": 0.2, "momentum": 0.9},
         "robust_em": {"base": "sigmoid", "eta": 0.9, "rate": 0.1, "gamma_beta_ratio": 0.5, "annotators": 1},
@@ -221,9 +264,10 @@ def test_register_a_plain_dataclass():
     loss = get_loss("sq", target=3.0)
     assert loss(pairs([1.0])).item() == pytest.approx(4.0)
     assert (loss.columns, loss.optional_columns, loss.paper, loss.takes_groups) == ((), (), "", False)
+    assert not loss.takes_lists
     assert (loss.required_columns, loss.divides_by_beta, loss.column_help) == ((), False, "")
     assert (loss.title, loss.citation, loss.reads, loss.reads_beta) == ("", "", {"ref_logps"}, True)
-    assert (loss.remark(("chosen",)), loss.evidence) == ("", "")
+    assert (loss.remark(("chosen",)), loss.evidence, loss.one_turn) == ("", "", "")
     assert loss.metrics(pairs([1.0])) == {}
     assert loss.check_columns({}) is None
     assert "squared" in list_losses()
@@ -242,6 +286,7 @@ def test_what_a_plain_dataclass_states_is_kept():
         "reads": frozenset({"token_logps"}),
         "update_first": False,
         "takes_groups": True,
+        "takes_lists": True,
         "column_help": "Give every row a quality.",
         "required_columns": ("quality", "kind"),
         "divides_by_beta": True,

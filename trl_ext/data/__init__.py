@@ -10,15 +10,18 @@ _ORIGIN = {
     "EMPTY_TRACE": "reasoning",
     "Ensemble": "rewards",
     "JudgeFunction": "rewards",
+    "PreferenceModel": "preference_model",
     "RowsCollator": "collator",
     "RewardFunction": "rewards",
     "RewardModel": "rewards",
+    "TextOverlap": "overlap",
     "calibrate": "calibration",
     "fit_temperature": "calibration",
     "from_groups": "groups",
     "inspect_preferences": "inspection",
     "load_preferences": "load",
     "pair_traces": "sampling",
+    "preference_score": "preference_model",
     "sample_completions": "sampling",
     "score_preferences": "scores",
     "strip_reasoning_traces": "reasoning",
@@ -28,15 +31,18 @@ __all__ = [
     "EMPTY_TRACE",
     "Ensemble",
     "JudgeFunction",
+    "PreferenceModel",
     "RewardFunction",
     "RewardModel",
     "RowsCollator",
+    "TextOverlap",
     "calibrate",
     "fit_temperature",
     "from_groups",
     "inspect_preferences",
     "load_preferences",
     "pair_traces",
+    "preference_score",
     "sample_completions",
     "score_preferences",
     "strip_reasoning_traces",
@@ -48,6 +54,8 @@ if TYPE_CHECKING:
     from .groups import from_groups
     from .inspection import inspect_preferences
     from .load import load_preferences
+    from .overlap import TextOverlap
+    from .preference_model import PreferenceModel, preference_score
     from .reasoning import EMPTY_TRACE, strip_reasoning_traces
     from .rewards import Ensemble, JudgeFunction, RewardFunction, RewardModel
     from .sampling import pair_traces, sample_completions

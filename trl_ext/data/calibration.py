@@ -95,6 +95,9 @@ def calibrate(dataset: Dataset | Sequence[float]) -> Calibration:
 
     Returns:
         [`Calibration`].
+
+    Raises:
+        `ValueError`: For no pair at all, scores that are not finite, and scores that are lists.
     """
     margins = _margins(dataset)
     try:
@@ -121,7 +124,13 @@ def _margins(dataset: Dataset | Sequence[float]) -> list[float]:
     if isinstance(dataset, Dataset):
         hint = " `trl_ext.data.score_preferences` adds scores."
         require_columns(dataset, ["score_chosen", "score_rejected"], hint)
-        dataset = [a - b for a, b in zip(dataset["score_chosen"], dataset["score_rejected"], strict=True)]
+        scores = list(zip(dataset["score_chosen"], dataset["score_rejected"], strict=True))
+        if any(isinstance(score, list) for pair in scores for score in pair):
+            raise ValueError(
+                "The scores are lists, one number per reward model, and each reward has a temperature of its own. Give the margins "
+                "of one: calibrate([a[0] - b[0] for a, b in zip(dataset['score_chosen'], dataset['score_rejected'])])."
+            )
+        dataset = [a - b for a, b in scores]
     margins = [float(margin) for margin in dataset]
     if not margins or not all(math.isfinite(margin) for margin in margins):
         raise ValueError("Calibration needs at least one pair, and finite scores.")

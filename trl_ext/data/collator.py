@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 
-from trl_ext.data.checks import REFERENCES
+from trl_ext.data.checks import REFERENCES, TOKENIZED
 from trl_ext.data.columns import WEIGHT
 from trl_ext.data.further import FURTHER
 from trl_ext.data.groups import BEHAVIOUR_LOGPS, GROUP_SCORES
+from trl_ext.data.turns import NOT_SCORED, TURNS
 from trl_ext.logprobs import Sharing
 from trl_ext.rows import ABSENT, Plan, Rows, to_batch
 
@@ -25,13 +26,15 @@ class RowsCollator:
         collator (`Callable`):
             TRL's collator or the user's own. Of `E` pairs it makes rows of the `E` chosen completions, then of the rejected ones.
         columns (`Sequence[str]`, *optional*):
-            Numeric columns: each becomes a float32 tensor of shape `(B,)`.
+            Numeric columns: each becomes a float32 tensor of shape `(B,)`, or `(B, M)` where rows hold lists of `M` numbers.
         empty_trace (`bool`, *optional*, defaults to `False`):
             Whether an example's further pair, where it has one, is that with an empty trace.
         groups (`bool`, *optional*, defaults to `False`):
             Whether examples are groups, and their further pairs the other completions.
         sharing ([`~trl_ext.logprobs.Sharing`], *optional*):
             Lays out the batch in shared rows.
+        turns (`bool`, *optional*, defaults to `False`):
+            Whether the columns `chosen_turns` and `rejected_turns`, where examples have them, say what is scored.
     """
 
     collator: Callable[[list[dict[str, Any]]], Any]
@@ -39,11 +42,12 @@ class RowsCollator:
     empty_trace: bool = False
     groups: bool = False
     sharing: Sharing | None = None
+    turns: bool = False
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         count = len(examples)
         # Read first: TRL's vision collator changes the examples
-        columns = {name: torch.tensor([float(example[name]) for example in examples]) for name in self.columns}
+        columns = {name: torch.stack([_numbers(example[name]) for example in examples]) for name in self.columns}
         further = [(number, pair) for number, example in enumerate(examples) for pair in example.get(FURTHER) or ()]
         lists = {
             name: [example[name] for example in examples]
@@ -51,7 +55,12 @@ class RowsCollator:
             if self.groups and name in examples[0]
         }
 
-        batch = dict(self.collator([*examples, *(pair for _, pair in further)] if further else examples))
+        pairs = [*examples, *(pair for _, pair in further)] if further else examples
+        batch = dict(self.collator(pairs))
+        turns = None
+        if self.turns and TURNS[0] in examples[0]:
+            turns = self._turns(pairs, batch["completion_mask"])
+            batch["completion_mask"] = batch["completion_mask"] * (turns != NOT_SCORED)
         total = count + len(further)
         # Rows of the pairs, `(E, 2)`, as the collator has them: chosen completions first
         places = torch.arange(2 * total).view(2, total).T
@@ -64,15 +73,16 @@ class RowsCollator:
         ref = [batch.pop(name) for name in REFERENCES if name in batch]
         if further:
             batch = {name: _rows(name, value, 2 * total)[order] for name, value in batch.items()}
+            turns = None if turns is None else turns[order]
         owner = torch.tensor([*range(count), *(number for number, _ in further)]).repeat(2)[order]
         partner = torch.arange(len(order)).index_put((at[there[:, 1]],), at[there[:, 1]].flip(1))
 
         plan: dict[str, Any] = {}
         behaviour = None
         if self.empty_trace:
-            pairs = {number: at[place] for place, (number, _) in enumerate(further, start=count)}
+            of_empty_trace = {number: at[place] for place, (number, _) in enumerate(further, start=count)}
             absent = torch.full((2,), ABSENT)
-            plan["empty_pairs"] = torch.stack([pairs.get(number, absent) for number in range(count)])
+            plan["empty_pairs"] = torch.stack([of_empty_trace.get(number, absent) for number in range(count)])
         if self.groups:
             of = [torch.nonzero(owner == number).flatten() for number in range(count)]
             pad = torch.nn.utils.rnn.pad_sequence
@@ -90,8 +100,30 @@ class RowsCollator:
             layout=None if self.sharing is None else self.sharing.layout(batch, mask, owner),
             ref_logps=torch.cat(ref)[order] if ref else None,
             behaviour_logps=behaviour,
+            turns=turns,
         )
         return to_batch(rows, Plan(pairs=at[:count], columns=columns, share=columns.get(WEIGHT), **plan))
+
+    def _turns(self, pairs: list[dict[str, Any]], mask: torch.Tensor) -> torch.Tensor:
+        """Turns of the tokens of all rows, shape `(N, T)`."""
+        # In the place of token ids, so that the collator cuts and pads them as it does these
+        numbered = []
+        for pair in pairs:
+            numbers = {}
+            for ids, name in zip(TOKENIZED[1:], TURNS, strict=True):
+                count = len(pair[ids])  # 0 where preparation emptied a completion that is not there
+                numbers[ids] = (pair.get(name) or [0] * count)[:count]
+            numbered.append({**pair, **numbers})
+        turns = torch.where(mask != 0, self.collator(numbered)["input_ids"], NOT_SCORED)
+        there = turns != NOT_SCORED
+        # Where truncation left nothing of the first turns, the next one is the first. A row's first token is never scored
+        first = torch.where(there, turns, turns.max() + 1)[:, 1:].amin(dim=1, keepdim=True)
+        return torch.where(there, (turns - first).clamp(min=0), NOT_SCORED)
+
+
+def _numbers(value: Any) -> torch.Tensor:
+    """A number or a list of them, in whatever format the dataset gives it, in float32."""
+    return torch.as_tensor(float(value) if isinstance(value, str) else value, dtype=torch.float32)
 
 
 def _rows(name: str, value: Any, count: int) -> torch.Tensor:

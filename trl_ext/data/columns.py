@@ -8,8 +8,11 @@ from typing import Any
 import torch
 from datasets import Dataset, IterableDataset
 
+from trl_ext.data.checks import is_finite_number
 
-PAIRS = (("score_chosen", "score_rejected"), ("chosen_empty_trace", "rejected_empty_trace"))
+
+SCORES = ("score_chosen", "score_rejected")
+PAIRS = (SCORES, ("chosen_empty_trace", "rejected_empty_trace"))
 TEXT_COLUMNS = ("chosen_empty_trace", "rejected_empty_trace")
 WEIGHT = "weight"
 
@@ -87,6 +90,54 @@ def used_columns(available: Sequence[str], losses: Mapping[str, Any], split: str
     return list(dict.fromkeys(used))
 
 
+def one_score_losses(losses: Mapping[str, Any]) -> list[str]:
+    """Names of the losses that read scores and take no list of them."""
+    return [
+        name
+        for name, loss in losses.items()
+        if not loss.takes_lists and {*SCORES} & {*loss.required_columns, *loss.optional_columns}
+    ]
+
+
+def takes_each_reward(losses: Mapping[str, Any]) -> bool:
+    """
+    Whether several rewards reach the losses of a run as lists, one number per reward, and not added up.
+
+    Raises:
+        `ValueError`: If a loss takes lists and another reads one score: their sum would make another method of the first.
+    """
+    lists, single = [name for name, loss in losses.items() if loss.takes_lists], one_score_losses(losses)
+    if lists and single:
+        raise ValueError(
+            f"Of several rewards {lists} take each and {single} the sum, so one run cannot give both what they read. Give one "
+            "reward, which may combine several, or train the losses apart."
+        )
+    return bool(lists)
+
+
+def list_lengths(dataset: Dataset | IterableDataset, columns: Iterable[str]) -> dict[str, int]:
+    """Of the `columns` whose first row holds a list, how long it is."""
+    columns = list(columns)
+    if not columns:
+        return {}
+    if isinstance(dataset, Dataset):
+        first = dataset.select_columns(columns).with_format("arrow")[:1].to_pylist()[0]
+    else:
+        first = next(iter(dataset))
+    return {name: length for name in columns if (length := _length(first.get(name))) is not None}
+
+
+def require_same_lists(lengths: Mapping[str, int], expected: Mapping[str, int], split: str) -> None:
+    """Raise a `ValueError` where a dataset has lists of other lengths than the training data, or only one of the two has lists."""
+    for name in dict.fromkeys((*expected, *lengths)):
+        found, there = lengths.get(name), expected.get(name)
+        if found != there:
+            raise ValueError(
+                f"The column {name!r} of the {split} dataset holds {_form(found)}, that of the train dataset {_form(there)}. Score "
+                "both alike: with the same reward models, in the same order."
+            )
+
+
 def checked(
     dataset: Dataset | IterableDataset, columns: Iterable[str], losses: Mapping[str, Any], split: str
 ) -> Dataset | IterableDataset:
@@ -96,8 +147,8 @@ def checked(
     A stream is checked as it is read: its first row now, each other row when it comes, with the row's number.
 
     Raises:
-        `ValueError`: For a value that is missing, no number, NaN, infinite or out of range, and for rows that a loss
-            cannot take. Names the column and the row.
+        `ValueError`: For a value that is missing, no number, NaN, infinite or out of range, for rows that a loss cannot take, and
+            for lists of scores that a loss cannot take or that are not alike in all rows. Names the column and the row.
     """
     numeric = [column for column in columns if column not in TEXT_COLUMNS]
     if not numeric:
@@ -106,27 +157,56 @@ def checked(
         table = dataset.select_columns(numeric).with_format("arrow")[:]
         check_values({name: table[name].to_pylist() for name in numeric}, losses, split)
         return dataset
+    first = next(iter(dataset))
 
     def check_row(example: dict, index: int) -> dict:
-        check_values({name: [example.get(name)] for name in numeric}, losses, split, first_row=index)
+        values = {name: [example.get(name)] for name in numeric}
+        check_values(values, losses, split, first_row=index, like=first)
         return example
 
-    check_row(next(iter(dataset)), 0)
+    check_row(first, 0)
     return dataset.map(check_row, with_indices=True)
 
 
-def check_values(values: dict[str, list], losses: Mapping[str, Any], split: str, first_row: int = 0) -> None:
-    """Raise a `ValueError` for the first value that cannot be used; `values` are whole columns by name."""
-    tensors = {}
+def check_values(
+    values: dict[str, list],
+    losses: Mapping[str, Any],
+    split: str,
+    first_row: int = 0,
+    like: Mapping[str, Any] | None = None,
+) -> None:
+    """
+    Raise a `ValueError` for the first value that cannot be used.
+
+    Args:
+        values (`dict[str, list]`):
+            Whole columns by name.
+        losses (`dict[str, Loss]`):
+            The losses, by name.
+        split (`str`):
+            What the dataset is called in errors.
+        first_row (`int`, *optional*, defaults to `0`):
+            Number of the first row.
+        like (`dict[str, Any]`, *optional*):
+            The row whose lists all others have to match; the first of `values` by default.
+    """
+    tensors, lengths = {}, {}
     for name, column in values.items():
+        lengths[name] = _length(column[0] if like is None else like.get(name))
         for row, value in enumerate(column):
-            problem = _problem(name, value)
+            problem = _problem(name, value, lengths[name], losses)
             if problem:
                 raise ValueError(
                     f"The column {name!r} of the {split} dataset {problem} in row {first_row + row}: {value!r}. Columns "
                     f"read here: {sorted(values)}."
                 )
         tensors[name] = torch.tensor(column, dtype=torch.float64)
+    chosen, rejected = (lengths.get(name) for name in SCORES)
+    if set(SCORES) <= set(values) and chosen != rejected:
+        raise ValueError(
+            f"Row {first_row} of the {split} dataset has {_form(chosen)} in {SCORES[0]!r} and {_form(rejected)} in {SCORES[1]!r}. Give "
+            "both completions the scores of the same reward models, in the same order."
+        )
     for loss in losses.values():
         bad = loss.check_columns(tensors)
         if bad is not None and bad.any():
@@ -139,7 +219,21 @@ def check_values(values: dict[str, list], losses: Mapping[str, Any], split: str,
             )
 
 
-def _problem(name: str, value: object) -> str | None:
+def _length(value: object) -> int | None:
+    """How long a list is; `None` for what is none."""
+    return len(value) if isinstance(value, (list, tuple)) else None
+
+
+def _form(length: int | None) -> str:
+    return "a number" if length is None else f"a list of {length}"
+
+
+def _problem(name: str, value: object, length: int | None, losses: Mapping[str, Any]) -> str | None:
+    """What is wrong with a value; `length` is that of the lists in this column, `None` where it holds numbers."""
+    if name in SCORES and isinstance(value, (list, tuple)):
+        return _problem_of_list(value, length, losses)
+    if name in SCORES and length is not None and value is not None:
+        return f"holds no list, which another row does ({_form(length)}),"
     if value is None:
         return "has no value"
     if isinstance(value, str):
@@ -152,4 +246,22 @@ def _problem(name: str, value: object) -> str | None:
         return "is no probability (expected a value in [0, 1])"
     if name == WEIGHT and value < 0:
         return "is negative (expected a weight of at least 0)"
+    return None
+
+
+def _problem_of_list(value: Sequence, length: int | None, losses: Mapping[str, Any]) -> str | None:
+    """What is wrong with the scores that several reward models gave a completion."""
+    single = one_score_losses(losses)
+    if single or not any(loss.takes_lists for loss in losses.values()):
+        return (
+            f"holds a list, not a number, and {single or 'the losses in use'} take one score per completion (take the mean of the "
+            "list, or train `reward_distillation` without other losses that read scores),"
+        )
+    if len(value) != length:
+        return f"holds {_form(len(value))}, where another row has {_form(length)},"
+    if not value:
+        return "holds an empty list, not one score of each reward model,"
+    for place, score in enumerate(value):
+        if not is_finite_number(score):
+            return f"holds a list with {score!r} at place {place}, not a finite number,"
     return None

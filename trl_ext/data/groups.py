@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from datasets import Dataset, Features, IterableDataset, Value
 
-from trl_ext.data.further import in_twos
+from trl_ext.data.further import FURTHER, in_twos
 from trl_ext.data.pairing import pair_up
 
 
@@ -54,6 +54,11 @@ def check_group(example: dict[str, Any], row: int, split: str) -> None:
             )
     for name, values in numbers.items():
         for value in values:
+            if name == "score" and isinstance(value, (list, tuple)):
+                raise ValueError(
+                    f"{where} has the score {value!r}, a list: in a group the score says which completion is preferred, which takes one "
+                    "number. Combine the rewards (their mean), or give pairs with lists of scores."
+                )
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
                 raise ValueError(f"{where} has the {name} {value!r}; expected finite numbers, got {list(values)!r}.")
 
@@ -129,7 +134,9 @@ def from_groups(dataset: Dataset | IterableDataset, pairing: str, split: str) ->
         kinds[OTHERS] = [{"chosen": completion, "rejected": completion}]
         options["features"] = Features(kinds)
     if not stream:
-        dropped = sum(1 for scores in dataset["scores"] if isinstance(scores, list) and len(set(scores)) < 2)
+        dropped = sum(
+            isinstance(scores, list) and all(each == scores[0] for each in scores) for scores in dataset["scores"]
+        )
         if dropped == len(dataset):
             check_group(dataset[0], 0, split)
             raise ValueError(f"No group of the {split} dataset has two different scores: there is nothing to prefer.")
@@ -138,3 +145,35 @@ def from_groups(dataset: Dataset | IterableDataset, pairing: str, split: str) ->
                 f"{dropped} of {len(dataset)} groups of the {split} dataset have equal scores only; they are left out."
             )
     return dataset.map(convert, batched=True, with_indices=True, remove_columns=columns, **options)
+
+
+def refuse_cut_completions(dataset: Dataset, max_length: int | None, split: str) -> None:
+    """
+    Raise a `ValueError` where truncation would cut a completion whose log-prob under the policy that sampled it is given: that of
+    the whole completion, which no longer is the one that is scored.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            Whole groups as token ids.
+        max_length (`int`, *optional*):
+            Tokens of prompt and completion that training keeps.
+        split (`str`):
+            What the dataset is called.
+    """
+    if max_length is None:
+        return
+
+    def longest(row: dict[str, Any]) -> int:
+        pairs = [row, *row[FURTHER]]
+        return len(row["prompt_ids"]) + max(
+            len(pair[side]) for pair in pairs for side in ("chosen_ids", "rejected_ids")
+        )
+
+    columns = ["prompt_ids", "chosen_ids", "rejected_ids", FURTHER]
+    long = [row for row, example in enumerate(dataset.select_columns(columns)) if longest(example) > max_length]
+    if long:
+        raise ValueError(
+            f"{len(long)} of {len(dataset)} groups of the {split} dataset, the first in row {long[0]}, have completions that "
+            f"`max_length={max_length}` cuts, and `{BEHAVIOUR_LOGPS}` are those of whole completions. Raise `max_length`, or remove "
+            "the groups."
+        )

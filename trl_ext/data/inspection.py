@@ -11,14 +11,13 @@ from transformers import PreTrainedTokenizerBase
 
 from trl_ext.data.cache import content_key
 from trl_ext.data.checks import check_count, is_finite_number, require_columns
-from trl_ext.data.columns import checked, columns_of, used_columns
-from trl_ext.data.groups import check_group, from_groups, is_grouped
+from trl_ext.data.columns import SCORES, checked, columns_of, list_lengths, used_columns
+from trl_ext.data.groups import BEHAVIOUR_LOGPS, check_group, from_groups, is_grouped
 from trl_ext.data.tokens import pair_lengths, require_chat_template
 from trl_ext.losses import get_loss, list_losses
 
 
 SIDES = ("prompt", "chosen", "rejected")
-SCORES = ("score_chosen", "score_rejected")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +28,8 @@ class Inspection:
         losses (`dict[str, str]`): For each loss, `""` if the data can train it, else why not.
         remarks (`dict[str, str]`): For a loss that the data can train, what to mind: scores in another unit than it expects.
         lengths (`dict[str, list[int]]`): Of prompts, chosen and rejected completions, in `unit`.
-        margins (`list[float]`): Score of the chosen minus that of the rejected completion, where there are scores.
+        margins (`list[float]`): Score of the chosen minus that of the rejected completion, where there are scores; of lists of
+            them, the mean over reward models.
         unit (`str`): Of lengths: `"tokens"`, as training counts them, or `"words"`.
     """
 
@@ -99,7 +99,8 @@ def inspect_preferences(
             conversations where the tokenizer has no chat template.
     """
     check_count("max_length", max_length)
-    facts = {"rows": f"{len(dataset):,}", "columns": ", ".join(columns_of(dataset, "inspected"))}
+    given = columns_of(dataset, "inspected")
+    facts = {"rows": f"{len(dataset):,}", "columns": ", ".join(given)}
     if is_grouped(dataset.column_names):
         for row, example in enumerate(dataset):
             check_group(example, row, "inspected")
@@ -134,10 +135,15 @@ def inspect_preferences(
     facts |= _duplicates(texts)
     margins = _margins(dataset)
     if margins:
+        several = list_lengths(dataset, SCORES)
+        if several:
+            facts["scores of a completion"] = (
+                f"{several[SCORES[0]]}, one of each reward model; below stands their mean"
+            )
         facts["margins of the scores"] = _quantiles(margins)
         facts["scores contradict the label"] = _share(sum(margin < 0 for margin in margins), len(margins))
         facts["scores tie"] = _share(sum(margin == 0 for margin in margins), len(margins))
-    losses = {"sigmoid and TRL's others": ""} | {name: _why_not(name, dataset) for name in list_losses()}
+    losses = {"sigmoid and TRL's others": ""} | {name: _why_not(name, dataset, given) for name in list_losses()}
     return Inspection(facts, losses, _remarks(dataset, margins), lengths, margins, unit)
 
 
@@ -233,15 +239,22 @@ def _duplicates(texts: list[dict[str, str]]) -> dict[str, str]:
 def _margins(dataset: Dataset) -> list[float]:
     if not set(SCORES) <= set(dataset.column_names):
         return []
-    rows = zip(*(dataset[name] for name in SCORES), strict=True)
+    rows = zip(*(map(_one_score, dataset[name]) for name in SCORES), strict=True)
     return [a - b for a, b in rows if is_finite_number(a) and is_finite_number(b)]
+
+
+def _one_score(score: Any) -> Any:
+    """A score, or the mean of a list of them."""
+    return (
+        statistics.fmean(score) if isinstance(score, list) and score and all(map(is_finite_number, score)) else score
+    )
 
 
 def _remarks(dataset: Dataset, margins: list[float]) -> dict[str, str]:
     """What to mind about losses that can use the scores, but expect them in a unit that they may not have."""
     remarks = {}
     preferred = "preference_prob" in dataset.column_names
-    if margins:
+    if margins and not list_lengths(dataset, SCORES):
         scores = [value for name in SCORES for value in dataset[name] if is_finite_number(value)]
         if all(value == int(value) for value in scores):
             ratings = (
@@ -255,15 +268,23 @@ def _remarks(dataset: Dataset, margins: list[float]) -> dict[str, str]:
                 f"{_share(relaxed, len(margins))} pairs have a margin below 1: the logarithm makes their offset negative, so that "
                 'less is asked of them than in DPO. Scale the scores up, or set `scaling="linear"`.'
             )
-    elif not preferred:
+    elif not margins and not preferred:
         remarks["anchored"] = "There are neither scores nor `preference_prob`: all targets are 1, which is plain DPO."
     return remarks
 
 
-def _why_not(name: str, dataset: Dataset) -> str:
-    """Why a loss with its default hyper-parameters cannot train on the data; as training would say it."""
+def _why_not(name: str, dataset: Dataset, given: list[str]) -> str:
+    """Why a loss with its default hyper-parameters cannot train on the data, which came with the columns `given`."""
     try:
         losses = {name: get_loss(name)}
+        needed = [] if losses[name].takes_pairs else ["prompt", "completions", "scores"]
+        needed += [BEHAVIOUR_LOGPS] if "behaviour_logps" in losses[name].reads else []
+        missing = [column for column in needed if column not in given]
+        if missing:
+            return (
+                f"The loss {name!r} learns from whole groups with the columns {needed}, and {missing} are absent. Online training "
+                "samples such groups."
+            )
         checked(dataset, used_columns(dataset.column_names, losses, "inspected"), losses, "inspected")
     except (ValueError, TypeError) as error:
         return str(error)

@@ -5,19 +5,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 
-from trl_ext.data.cache import content_key, model_key
-from trl_ext.data.checks import check_count, is_finite_number
+from trl_ext.data.checks import is_finite_number
+from trl_ext.data.classifier import Classifier, refuse_preference_model
 from trl_ext.data.fingerprint import function_key
-from trl_ext.data.paths import refuse_missing_path
-from trl_ext.data.tokens import Text, reward_ids, tokenizer_key
+from trl_ext.data.preference_model import PreferenceModel
+from trl_ext.data.tokens import Text
 
 
 @dataclass
-class RewardModel:
+class RewardModel(Classifier):
     """
     A sequence classifier whose first logit is the reward.
 
@@ -37,71 +35,18 @@ class RewardModel:
 
     Raises:
         `ValueError`: For a `max_length` that is not a positive whole number, and when it is loaded: for a path that is not
-            there, a model without a trained reward head, or a tokenizer that cannot pad.
+            there, a model without a trained reward head, a general preference model, or a tokenizer that cannot pad.
     """
 
-    model: str | nn.Module
-    processing_class: PreTrainedTokenizerBase | None = None
-    max_length: int | None = None
-    dtype: Any = "auto"
+    def outputs(self) -> int:
+        refuse_preference_model(self.model)
+        return 1
 
-    def __post_init__(self):
-        if self.max_length is not None:
-            check_count("max_length", self.max_length)
-
-    def load(self) -> None:
-        """Load model and tokenizer where they are names, and settle how long texts may be."""
-        refuse_missing_path(self.model, "reward model")
-        name = self.model if isinstance(self.model, str) else self.model.config.name_or_path
-        if self.processing_class is None:
-            self.processing_class = AutoTokenizer.from_pretrained(name)
-        if isinstance(self.model, str):
-            self.model, loading = AutoModelForSequenceClassification.from_pretrained(
-                name, num_labels=1, dtype=self.dtype, output_loading_info=True
-            )
-            if loading["missing_keys"]:
-                raise ValueError(
-                    f"The reward model {name!r} has no weights for {sorted(loading['missing_keys'])}: its scores would be "
-                    "random. Give a trained sequence classifier with one output."
-                )
-        if self.pad_id is None:
-            raise ValueError(
-                f"The tokenizer of the reward model {name!r} has neither a padding nor an end-of-sequence token: set "
-                "`processing_class.pad_token`."
-            )
-        config = self.model.config.get_text_config()
-        config.pad_token_id = self.pad_id
-        if self.max_length is None:
-            self.max_length = min(
-                getattr(config, "max_position_embeddings", None) or 10**9, self.processing_class.model_max_length
-            )
-
-    @property
-    def pad_id(self) -> int | None:
-        """The token that fills rows up: the tokenizer's padding token, else its end-of-sequence token, as in TRL."""
-        pad_id = self.processing_class.pad_token_id
-        return self.processing_class.eos_token_id if pad_id is None else pad_id
-
-    def key(self) -> str:
-        """What a score depends on beside the text."""
-        self.load()
-        return content_key(model_key(self.model), tokenizer_key(self.processing_class), self.pad_id, self.max_length)
-
-    @torch.inference_mode()
     def __call__(
         self, prompts: Sequence[Text], completions: Sequence[Text], templates: Sequence[dict] | None = None
     ) -> list[float]:
         """The reward of each completion; `templates` are arguments of the chat template, one dict per completion."""
-        self.model.eval()
-        templates = [{}] * len(prompts) if templates is None else templates
-        ids = [
-            reward_ids(prompt, completion, self.processing_class, max_length=self.max_length, **template)
-            for prompt, completion, template in zip(prompts, completions, templates, strict=True)
-        ]
-        width, device = max(map(len, ids)), next(self.model.parameters()).device
-        rows = torch.tensor([row + [self.pad_id] * (width - len(row)) for row in ids], device=device)
-        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in ids], device=device)
-        return self.model(input_ids=rows, attention_mask=mask).logits[:, 0].float().tolist()
+        return self.logits(prompts, completions, templates)[:, 0].tolist()
 
 
 @dataclass
@@ -117,17 +62,31 @@ class RewardFunction:
             What scores are kept under. By default the source of the function and of the modules it uses is, so that scores are
             computed anew when it is edited. Where the source cannot be had (a notebook, `python -`), scores are not kept
             unless a version is given; then change it with the function.
+        columns (`Sequence[str]`, *optional*):
+            Columns of the dataset that the function is called with beside `prompts` and `completions`, by their names, as online
+            training calls it with all of them. Those that the function names in an attribute `columns` by default, as
+            [`TextOverlap`] does.
     """
 
     function: Callable[..., Sequence[float]]
     version: str | None = None
+    columns: Sequence[str] | None = None
+
+    def __post_init__(self):
+        if self.columns is None:
+            self.columns = read_columns(self.function)
 
     def key(self) -> str | None:
         """What a score depends on beside the text; `None` where nobody can say."""
         return function_key(self.function, self.version, "function")
 
-    def __call__(self, prompts: Sequence[Text], completions: Sequence[Text]) -> list[float]:
-        return finite_numbers(self.function(prompts=list(prompts), completions=list(completions)), completions)
+    def __call__(
+        self, prompts: Sequence[Text], completions: Sequence[Text], rows: Sequence[dict] | None = None
+    ) -> list[float]:
+        """The reward of each completion; `rows` have the values of `columns`, one dict per completion."""
+        columns = {name: [row[name] for row in rows] for name in self.columns} if self.columns else {}
+        answer = self.function(prompts=list(prompts), completions=list(completions), **columns)
+        return finite_numbers(answer, completions)
 
 
 @dataclass
@@ -158,7 +117,8 @@ class JudgeFunction:
         return values
 
 
-COMBINATIONS = {"sum": sum, "mean": statistics.fmean, "min": min}
+JUDGES = (JudgeFunction, PreferenceModel)
+COMBINATIONS = {"sum": sum, "mean": statistics.fmean, "min": min, "list": list}
 
 
 @dataclass
@@ -170,13 +130,14 @@ class Ensemble:
         reward_funcs (`list`):
             What [`score_preferences`] takes as `reward_funcs`, each.
         combine (`str`, *optional*, defaults to `"sum"`):
-            `"sum"`, as in online training; `"mean"`; or `"min"`, the most cautious.
+            `"sum"`, as in online training; `"mean"`; `"min"`, the most cautious; or `"list"`, which combines nothing: pairs get
+            a list in each row, one number per reward, for a loss that takes lists (`reward_distillation`).
         reward_weights (`list[float]`, *optional*):
             What each reward is multiplied by before they are combined; 1 by default.
 
     Raises:
-        `ValueError`: For no reward at all, another combination, a judge of two among the rewards, and weights that are not one
-            finite number per reward.
+        `ValueError`: For no reward at all, another combination, a judge of two or lists of another ensemble among the rewards, and
+            weights that are not one finite number per reward.
     """
 
     reward_funcs: list[Any]
@@ -190,6 +151,11 @@ class Ensemble:
                 f"`combine={self.combine!r}`."
             )
         self.reward_funcs = [as_reward(each) for each in self.reward_funcs]
+        if any(gives_lists(each) for each in self.reward_funcs):
+            raise ValueError(
+                f'An ensemble with `combine="list"` stands within an ensemble with `combine={self.combine!r}`, which combines numbers. '
+                "Give all rewards in one list."
+            )
         number = len(self.reward_funcs)
         weights = [1.0] * number if self.reward_weights is None else self.reward_weights
         if not isinstance(weights, (list, tuple)) or len(weights) != number or not all(map(is_finite_number, weights)):
@@ -198,15 +164,20 @@ class Ensemble:
             )
         self.reward_weights = list(weights)
 
-    def combined(self, values: Sequence[float]) -> float:
-        """One reward from that of each member."""
+    def combined(self, values: Sequence[float]) -> float | list[float]:
+        """One reward from that of each member, or a list of them."""
         weights = zip(self.reward_weights, values, strict=True)
         return COMBINATIONS[self.combine]([weight * value for weight, value in weights])
 
 
+def gives_lists(scorer: Any) -> bool:
+    """Whether what scores gives each completion a list of numbers."""
+    return isinstance(scorer, Ensemble) and scorer.combine == "list"
+
+
 def as_reward(reward_funcs: Any) -> RewardModel | RewardFunction | Ensemble:
     """A path, a model, a function or a list of them as one of the classes of this module."""
-    if isinstance(reward_funcs, JudgeFunction):
+    if isinstance(reward_funcs, JUDGES):
         raise ValueError(
             f"{reward_funcs!r} is a judge of two and scores no single completion: give it alone, as `judge`."
         )
@@ -225,7 +196,7 @@ def as_reward(reward_funcs: Any) -> RewardModel | RewardFunction | Ensemble:
 
 def as_scorer(
     reward_funcs: Any, reward_weights: Sequence[float] | None, judge: Any
-) -> RewardModel | RewardFunction | Ensemble | JudgeFunction:
+) -> RewardModel | RewardFunction | Ensemble | JudgeFunction | PreferenceModel:
     """
     What scores: rewards or a judge of two, as one of the classes of this module.
 
@@ -244,17 +215,34 @@ def as_scorer(
         raise ValueError("`reward_weights` are of `reward_funcs`; they have no meaning with a `judge`.")
     if not callable(judge) or isinstance(judge, (RewardModel, RewardFunction, Ensemble, nn.Module)):
         raise ValueError(
-            f"`judge={judge!r}` is no judge of two; expected a function judge(prompts, completions_a, completions_b). What scores "
-            "one completion at a time is `reward_funcs`."
+            f"`judge={judge!r}` is no judge of two; expected a function judge(prompts, completions_a, completions_b) or a "
+            "PreferenceModel. What scores one completion at a time is `reward_funcs`."
         )
-    return judge if isinstance(judge, JudgeFunction) else JudgeFunction(judge)
+    return judge if isinstance(judge, JUDGES) else JudgeFunction(judge)
 
 
-def reward_models(reward: Any) -> list[RewardModel]:
+def refuse_lists_of_groups(scorer: Any) -> None:
+    """Raise a `ValueError` for lists of scores where groups are scored: one number decides which completion is preferred."""
+    if gives_lists(scorer):
+        raise ValueError(
+            "Several rewards as a list are scores of pairs. In a group the score says which completion is preferred, which takes one "
+            'number: give `Ensemble([...], "mean")` as `reward_funcs`, or make pairs of the groups first and score those.'
+        )
+
+
+def reward_models(reward: Any) -> list[Classifier]:
     """The sequence classifiers of what scores."""
     if isinstance(reward, Ensemble):
         return [model for each in reward.reward_funcs for model in reward_models(each)]
-    return [reward] if isinstance(reward, RewardModel) else []
+    return [reward] if isinstance(reward, Classifier) else []
+
+
+def read_columns(reward: Any) -> tuple[str, ...]:
+    """Columns of the dataset that a reward, or one of several, says that it reads."""
+    if isinstance(reward, Ensemble):
+        return tuple(dict.fromkeys(name for each in reward.reward_funcs for name in read_columns(each)))
+    columns = getattr(reward, "columns", None)
+    return tuple(columns) if isinstance(columns, (list, tuple)) else ()
 
 
 def finite_numbers(answer: Any, texts: Sequence[Text]) -> list[float]:

@@ -7,10 +7,11 @@ weights, template, truncation), are written batch by batch, and a run that was k
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from accelerate.logging import get_logger
 from accelerate.utils import gather_object
 from datasets import Dataset, concatenate_datasets
@@ -19,7 +20,18 @@ from tqdm import tqdm
 from trl_ext.data.cache import Ledger, content_key, default_folder, processes
 from trl_ext.data.calibration import fit_temperature
 from trl_ext.data.checks import check_count, require_columns
-from trl_ext.data.rewards import Ensemble, JudgeFunction, RewardModel, as_scorer, reward_models
+from trl_ext.data.preference_model import PreferenceModel, probabilities
+from trl_ext.data.rewards import (
+    JUDGES,
+    Ensemble,
+    JudgeFunction,
+    RewardModel,
+    as_scorer,
+    finite_numbers,
+    read_columns,
+    refuse_lists_of_groups,
+    reward_models,
+)
 from trl_ext.data.tokens import Text, require_chat_template, template_arguments
 
 
@@ -45,25 +57,28 @@ def score_preferences(
             `chat_template_kwargs`, where they are there, reach a reward model's chat template.
         reward_funcs (*optional*):
             A sequence classifier by name, folder or object ([`RewardModel`] for its own tokenizer or length), a function
-            ([`RewardFunction`]), or a list of them, whose rewards are added up as in online training ([`Ensemble`] for the mean
-            or the smallest).
+            ([`RewardFunction`]), or a list of them, whose rewards are added up as in online training ([`Ensemble`] for the mean,
+            the smallest, or a list with each).
         reward_weights (`Sequence[float]`, *optional*):
             What each of `reward_funcs` is multiplied by before they are added up; 1 by default.
         judge (`Callable`, *optional*):
             A judge of two in place of `reward_funcs`: `judge(prompts, completions_a, completions_b)` gives for each the
-            probability, in [0, 1], that the first is preferred ([`JudgeFunction`] for a version of its own).
+            probability, in [0, 1], that the first is preferred ([`JudgeFunction`] for a version of its own); or a
+            [`PreferenceModel`].
         batch_size (`int`, *optional*, defaults to `16`):
             Texts at a time.
         temperature (`float` or `str`, *optional*, defaults to `1.0`):
             What pointwise scores are divided by. `"fit"` takes the temperature at which they explain the labels of the pairs
-            best under Bradley-Terry, so that differences are logits: the unit of `margin_adaptive` and `anchored`.
+            best under Bradley-Terry, so that differences are logits: the unit of `margin_adaptive` and `anchored`. Of lists of
+            scores each reward has its own.
         cache_dir (`str` or `Path`, *optional*):
             Where results are kept; `$TRL_EXT_CACHE` or `~/.cache/trl_ext` by default. Those of a function are kept under its
             source (see [`RewardFunction`]).
 
     Returns:
-        The dataset with `score_chosen` and `score_rejected` (`preference_prob` from a judge), or with `scores`. Columns
-        of these names that were there are replaced, with a warning.
+        The dataset with `score_chosen` and `score_rejected` (`preference_prob` from a judge), or with `scores`. Those of an
+        [`Ensemble`] with `combine="list"` are lists, one number per reward, of pairs only. Columns of these names that were there
+        are replaced, with a warning.
 
     Raises:
         `ValueError`: For rows that cannot be scored, before the work starts, and for scores that are not finite. What was
@@ -75,29 +90,35 @@ def score_preferences(
     grouped = "completions" in dataset.column_names
     check_count("batch_size", batch_size)
     check_temperature(temperature, scorer, grouped)
+    if isinstance(scorer, PreferenceModel) and scorer.scores != "win_rate" and not grouped:
+        raise ValueError(
+            f"`scores={scorer.scores!r}` is of groups of completions, and pairs get the column 'preference_prob'. Leave it out."
+        )
+    if grouped:
+        refuse_lists_of_groups(scorer)
     check_texts(dataset, grouped)
     check_renderable(dataset, scorer)
     folder = Path(cache_dir) if cache_dir is not None else default_folder() / "scores"
-    if isinstance(scorer, JudgeFunction):
+    if isinstance(scorer, JUDGES):
         return _add_preferences(dataset, scorer, grouped, batch_size, folder)
+    columns = read_columns(scorer)
+    check_columns(dataset, columns)
     texts = [
-        (row["prompt"], completion, template_arguments(row)) for row in dataset for completion in _completions(row)
+        (row["prompt"], completion, template_arguments(row), {name: row[name] for name in columns})
+        for row in dataset
+        for completion in _completions(row)
     ]
     scores = iter(_scores(texts, scorer, batch_size, folder))
     if grouped:
-        columns = {"scores": [[next(scores) for _ in row] for row in dataset["completions"]]}
-    else:
-        values = [(next(scores), next(scores)) for _ in range(len(dataset))]
-        columns = {"score_chosen": [a for a, _ in values], "score_rejected": [b for _, b in values]}
+        groups = [[next(scores) / temperature for _ in row] for row in dataset["completions"]]
+        return _with_columns(dataset, {"scores": groups})
+    # Of one reward (N, 2), of lists of them (N, 2, M)
+    values = np.array([(next(scores), next(scores)) for _ in range(len(dataset))])
     if temperature == "fit":
-        temperature = fit_temperature(
-            [a - b for a, b in zip(columns["score_chosen"], columns["score_rejected"], strict=True)]
-        )
-
-    def scaled(value: Any) -> Any:
-        return [scaled(each) for each in value] if isinstance(value, list) else value / temperature
-
-    return _with_columns(dataset, {name: scaled(values) for name, values in columns.items()})
+        margins = values[:, 0] - values[:, 1]
+        temperature = np.array([fit_temperature(column) for column in margins.reshape(len(margins), -1).T])
+    chosen, rejected = (values / temperature).swapaxes(0, 1).tolist()
+    return _with_columns(dataset, {"score_chosen": chosen, "score_rejected": rejected})
 
 
 def check_temperature(temperature: float | str, scorer: Any, grouped: bool) -> None:
@@ -105,7 +126,7 @@ def check_temperature(temperature: float | str, scorer: Any, grouped: bool) -> N
     number = isinstance(temperature, (int, float)) and not isinstance(temperature, bool)
     if temperature != "fit" and not (number and 0 < temperature < math.inf):
         raise ValueError(f'`temperature={temperature!r}` must be a positive number or "fit".')
-    if isinstance(scorer, JudgeFunction) and temperature != 1.0:
+    if isinstance(scorer, JUDGES) and temperature != 1.0:
         raise ValueError("`temperature` has no meaning for a judge of two, whose answers are probabilities.")
     if temperature == "fit" and grouped:
         raise ValueError(
@@ -165,16 +186,29 @@ def check_renderable(dataset: Dataset, scorer: Any) -> None:
             require_chat_template(model.processing_class)
 
 
-def _scores(texts: list[tuple[Text, Text, dict]], reward: Any, batch_size: int, folder: Path) -> list[float]:
-    """Score of each (prompt, completion, arguments of the chat template), in their order."""
+def check_columns(dataset: Dataset, columns: Sequence[str]) -> None:
+    """Raise a `ValueError` for a column that a reward reads and that is not there, or is empty in a row."""
+    require_columns(dataset, list(columns), " A reward reads them.")
+    for name in columns:
+        for index, value in enumerate(dataset[name]):
+            if value is None or value in ("", []):
+                raise ValueError(
+                    f"Row {index} has {value!r} in the column {name!r}, which a reward reads. Remove the row, or give a value."
+                )
+
+
+def _scores(texts: list[tuple[Text, Text, dict, dict]], reward: Any, batch_size: int, folder: Path) -> list:
+    """Score, or list of scores, of each (prompt, completion, arguments of the chat template, columns that a reward reads)."""
     if isinstance(reward, Ensemble):
         members = [_scores(texts, each, batch_size, folder) for each in reward.reward_funcs]
         return [reward.combined(values) for values in zip(*members, strict=True)]
     name = reward.key()
     if isinstance(reward, RewardModel):
         reward.model.to(processes().device)
-    else:
-        texts = [text[:2] for text in texts]  # a function sees no template
+        texts = [text[:3] for text in texts]
+    else:  # a function sees no template, and of the row what it reads
+        own = [({name: row[name] for name in reward.columns},) if reward.columns else () for *_, row in texts]
+        texts = [(*text[:2], *row) for text, row in zip(texts, own, strict=True)]
     keys = [content_key(*text) for text in texts]
     known = _computed(
         name,
@@ -206,7 +240,8 @@ def _computed(
     with tqdm(total=len(todo), desc="scoring", unit="text", disable=not state.is_main_process or not todo) as bar:
         for start in range(0, len(todo), batch_size):
             batch = todo[start : start + batch_size]
-            values = function([work[key] for key in batch])
+            texts = [work[key] for key in batch]
+            values = finite_numbers(function(texts), texts)
             fresh = dict(zip(batch, values, strict=True))
             if ledger is not None:
                 ledger.append(fresh)
@@ -217,31 +252,58 @@ def _computed(
     return done
 
 
-def _add_preferences(dataset: Dataset, judge: JudgeFunction, grouped: bool, batch_size: int, folder: Path) -> Dataset:
+def _add_preferences(
+    dataset: Dataset, judge: JudgeFunction | PreferenceModel, grouped: bool, batch_size: int, folder: Path
+) -> Dataset:
     """Each two completions of a row compared once."""
-
-    triples = [(row["prompt"], *two) for row in dataset for two in itertools.combinations(_completions(row), 2)]
-    keys = [content_key(*triple) for triple in triples]
+    work = [
+        (row["prompt"], *two, template_arguments(row))
+        for row in dataset
+        for two in itertools.combinations(_completions(row), 2)
+    ]
+    name, function = judge.key(), judge
+    if isinstance(judge, PreferenceModel):
+        judge.model.to(processes().device)
+        function = judge.compare
+    else:
+        work = [comparison[:3] for comparison in work]  # a function sees no template
+    keys = [content_key(*comparison) for comparison in work]
 
     known = _computed(
-        judge.key(),
-        dict(zip(keys, triples, strict=True)),
-        lambda batch: judge(*zip(*batch, strict=True)),
+        name,
+        dict(zip(keys, work, strict=True)),
+        lambda batch: function(*zip(*batch, strict=True)),
         batch_size,
         folder,
     )
-    answers = iter(known[key] for key in keys)
+    values = [known[key] for key in keys]
+    as_logits = isinstance(judge, PreferenceModel) and judge.scores == "score" and grouped
+    if isinstance(judge, PreferenceModel) and not as_logits:
+        values = probabilities(values)
     if not grouped:
-        return _with_columns(dataset, {"preference_prob": list(answers)})
-    scores = []
-    for row in dataset:
-        wins = [0.0] * len(row["completions"])
-        for i, j in itertools.combinations(range(len(wins)), 2):
-            p = next(answers)
-            wins[i] += p
-            wins[j] += 1 - p
-        scores.append([value / max(len(wins) - 1, 1) for value in wins])
-    return _with_columns(dataset, {"scores": scores})
+        return _with_columns(dataset, {"preference_prob": values})
+    answers, of_group = iter(values), _mean_scores if as_logits else _win_rates
+    return _with_columns(dataset, {"scores": [of_group(len(row), answers) for row in dataset["completions"]]})
+
+
+def _win_rates(count: int, answers: Iterator[float]) -> list[float]:
+    """The mean probability of winning against the others, of each of `count` completions."""
+    wins = [0.0] * count
+    for i, j in itertools.combinations(range(count), 2):
+        p = next(answers)
+        wins[i] += p
+        wins[j] += 1 - p
+    return [value / max(count - 1, 1) for value in wins]
+
+
+def _mean_scores(count: int, answers: Iterator[float]) -> list[float]:
+    """The mean of s(i, j) - s(j, i) over all completions j, i itself included, of each of `count` completions i."""
+    totals = [0.0] * count
+    for i, j in itertools.combinations(range(count), 2):
+        difference = 2 * next(answers)
+        totals[i] += difference
+        totals[j] -= difference
+    return [value / count for value in totals]
 
 
 def _with_columns(dataset: Dataset, columns: dict[str, list]) -> Dataset:

@@ -30,6 +30,11 @@ def losses(args: argparse.Namespace) -> list[str]:
                 f"`--loss_type {name}`: a loss for rounds of self-play, which the small world does not play. See "
                 "`trl-ext iterate` and examples/rounds, or give pairs of such a round with `--dataset_name`."
             )
+        if not args.online and not loss_class(name).takes_pairs:
+            raise ValueError(
+                f"`--loss_type {name}` learns from whole groups of completions, and the small world has pairs. Add `--online`, which "
+                "samples groups, or give groups with `--dataset_name`."
+            )
         missing = [column for column in loss_class(name).columns if column not in WORLD_COLUMNS]
         if missing:
             raise ValueError(

@@ -20,7 +20,7 @@ upstream gradient `u`, which goes into the small tensors: `u (G W)` for the hidd
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -121,10 +121,24 @@ class Head:
             gather (`Callable`, *optional*):
                 Context manager that makes sharded parameters whole, entered again in the backward.
         """
-        dtype = compute_dtype(hidden)
         module = BACKENDS[self.backend]
-        if not module.can(transform, dtype) or not hidden.shape[0]:
+        if not module.can(transform, compute_dtype(hidden)) or not hidden.shape[0]:
             module = torch_head
+        return self.through(module, hidden, weight, bias, targets, transform, statistics, gather)
+
+    def through(
+        self,
+        module: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        targets: torch.Tensor,
+        transform: Transform,
+        statistics: tuple[str, ...] = (),
+        gather: Callable[..., AbstractContextManager] = lambda *parameters: nullcontext(),
+    ) -> TokenLogProbs:
+        """As a call, with tiles that `module` fills: a backend, or a [`~trl_ext.logprobs.divergence.Divergence`]."""
+        dtype = compute_dtype(hidden)
         trained = torch.is_grad_enabled() and weight.requires_grad
         plan = self.plan(hidden, weight, module.bytes_per_logit(dtype), trained)
         arguments = (targets, transform, statistics, module, plan, dtype, gather)

@@ -42,7 +42,7 @@ def forward_tile(tile, hidden, weight, bias, targets, transform, outputs, gradie
         gradient (`bool`):
             Whether the tile is turned into the gradient.
     """
-    slope = _logits(tile, hidden, weight, bias, transform, gradient)
+    slope = logits_tile(tile, hidden, weight, bias, transform, gradient)
     target = targets.unsqueeze(1)
     if outputs.mean_logits is not None:
         outputs.mean_logits.copy_(tile.mean(dim=1))
@@ -78,13 +78,13 @@ def forward_tile(tile, hidden, weight, bias, targets, transform, outputs, gradie
 
 def gradient_tile(tile, hidden, weight, bias, targets, transform, log_probs) -> None:
     """The gradient as [`forward_tile`] leaves it in the tile, computed again from the log-probabilities of the targets."""
-    slope = _logits(tile, hidden, weight, bias, transform, slope=True)
+    slope = logits_tile(tile, hidden, weight, bias, transform, slope=True)
     target = targets.unsqueeze(1)
     log_z = tile.gather(1, target) - log_probs.unsqueeze(1)
     _less_one_hot(tile.sub_(log_z).exp_(), target, slope)
 
 
-def _logits(tile, hidden, weight, bias, transform, slope: bool):
+def logits_tile(tile, hidden, weight, bias, transform, slope: bool):
     """Fill the tile with transformed logits; where `slope` is set, return the derivative of the soft cap, if there is one."""
     if transform.softcap is None:
         project(tile, hidden, weight, bias, transform.factor)

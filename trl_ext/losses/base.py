@@ -15,7 +15,7 @@ from .hyperparameters import check_hyperparameters
 
 logger = logging.getLogger(__name__)
 
-READABLE = ("ref_logps", "token_logps", "behaviour_logps")
+READABLE = ("ref_logps", "token_logps", "behaviour_logps", "teachers")
 
 
 @functools.cache
@@ -65,6 +65,7 @@ class Loss:
         citation (`str`): BibTeX entry for the model card.
         evidence (`str`): How sure the formula is, in a sentence, where it was read neither in the paper nor in its authors' code:
             third party, recalled, or ours. `trl-ext losses NAME` shows it, and a trainer says it once in the log.
+        one_turn (`str`): What a user should know where every completion has one assistant turn; a trainer says it once.
         columns (`tuple[str, ...]`): Dataset columns the loss requires.
         optional_columns (`tuple[str, ...]`): Dataset columns it uses where they are there.
         reads (`frozenset[str]`): What it is given beside the policy's log-probabilities of whole completions; what no loss in
@@ -73,26 +74,60 @@ class Loss:
             - `"ref_logps"`: those of the reference. Without it a batch may hold `None` in their place, and log-ratios then
               raise a `ValueError`; where no loss reads it, there is no reference model and no second forward;
             - `"token_logps"`: `PreferenceBatch.tokens`, the log-probabilities of each token, and its turn;
-            - `"behaviour_logps"`: `GroupBatch.behaviour_logps`, those under the policy that sampled.
+            - `"behaviour_logps"`: `GroupBatch.behaviour_logps`, those under the policy that sampled;
+            - `"teachers"`: `PreferenceBatch.chosen_divergences` or `GroupBatch.divergences`, what `per_token` makes of the logits
+              of the policy and of two more models that the trainer is given.
         update_first (`bool`): Whether the loss reads the state that has taken the micro-batch in, else the one before.
-        takes_groups (`bool`): Whether it also accepts a [`GroupBatch`].
+        takes_groups (`bool`): Whether it accepts a [`GroupBatch`].
+        takes_pairs (`bool`): Whether it accepts a [`PreferenceBatch`]; one of the two at least. A loss on whole groups alone says
+            `takes_groups = True` and `takes_pairs = False`: `pairing` is then "group" by default, and pairs are refused when the
+            trainer is built.
+        takes_lists (`bool`): Whether `score_chosen` and `score_rejected` may hold a list in each row, one number per reward
+            model: `batch.column(name, lists=True)` then has the shape `(B, M)`. Where they are numbers it is given `(B,)`, as
+            every loss. A loss that does not say so is never given lists: where it stands beside one that does, scores have to be
+            numbers.
     """
 
     paper: ClassVar[str] = ""
     title: ClassVar[str] = ""
     citation: ClassVar[str] = ""
     evidence: ClassVar[str] = ""
+    one_turn: ClassVar[str] = ""
     columns: ClassVar[tuple[str, ...]] = ()
     optional_columns: ClassVar[tuple[str, ...]] = ()
     reads: ClassVar[frozenset[str]] = frozenset({"ref_logps"})
     update_first: ClassVar[bool] = True
     takes_groups: ClassVar[bool] = False
+    takes_pairs: ClassVar[bool] = True
+    takes_lists: ClassVar[bool] = False
 
     def __post_init__(self):
         check_hyperparameters(self)
 
     def __call__(self, batch: PreferenceBatch) -> torch.Tensor:
         """Unreduced loss, shape `(B,)`, in the dtype of the log-probs."""
+        raise NotImplementedError
+
+    def per_token(
+        self, logits: torch.Tensor, teacher_logits: torch.Tensor, reverse_logits: torch.Tensor
+    ) -> torch.Tensor:
+        """
+        What a loss whose `reads` holds `"teachers"` says of each token: a pure function, row by row.
+
+        The trainers call it on a few tokens at a time, so that no model's logits are in memory at once, and hand the loss
+        its sums over the tokens of each completion.
+
+        Args:
+            logits (`torch.Tensor` of shape `(n, V)`):
+                Logits of the policy, in float32 or wider. The one argument with a gradient.
+            teacher_logits (`torch.Tensor` of shape `(n, V)`):
+                Those of the teacher at the same tokens.
+            reverse_logits (`torch.Tensor` of shape `(n, V)`):
+                Those of the reverse teacher.
+
+        Returns:
+            `torch.Tensor` of shape `(n,)`.
+        """
         raise NotImplementedError
 
     def metrics(self, batch: PreferenceBatch | GroupBatch) -> dict[str, float | torch.Tensor]:
@@ -155,7 +190,8 @@ class Loss:
 
         Args:
             columns (`dict[str, torch.Tensor]`):
-                The dataset's numeric columns that the loss reads, each of shape `(N,)`, finite.
+                The dataset's numeric columns that the loss reads, each of shape `(N,)`, finite; `(N, M)` where they are lists,
+                which a loss is given that `takes_lists`.
 
         Returns:
             `torch.Tensor` of shape `(N,)` or `None`: `True` where a row is unusable; `None` if every row can be used.

@@ -78,13 +78,17 @@ class PreferenceBatch:
         beta (`float`, *optional*, defaults to `0.1`):
             DPO temperature: rewards are `beta` times log-ratios.
         columns (`dict[str, torch.Tensor]`, *optional*, defaults to `{}`):
-            Numeric dataset columns by name, each of shape `(B,)`.
+            Numeric dataset columns by name, each of shape `(B,)`. Scores have the shape `(B, M)` where the data holds a list of
+            them, one of each of `M` reward models, which is given to losses that state `takes_lists`.
         empty_trace ([`PreferenceBatch`], *optional*):
             The pair that the same prompts gave with reasoning switched off. Rows that have none count 0 tokens there.
         state (`dict[str, torch.Tensor]`, *optional*, defaults to `{}`):
             The state of the loss, by the names that its `init_state` gives.
         tokens ([`TokenBatch`], *optional*):
             The same completions token by token; there for a loss whose `reads` holds `"token_logps"`.
+        chosen_divergences (`torch.Tensor` of shape `(B,)`, *optional*):
+            Sum, over the tokens of the chosen completion, of what the loss's `per_token` makes of the logits of the policy and of
+            its teachers; there for a loss whose `reads` holds `"teachers"`.
     """
 
     chosen_logps: torch.Tensor
@@ -98,6 +102,7 @@ class PreferenceBatch:
     empty_trace: "PreferenceBatch | None" = None
     state: Mapping[str, torch.Tensor] = field(default_factory=dict)
     tokens: TokenBatch | None = None
+    chosen_divergences: torch.Tensor | None = None
 
     @cached_property
     def chosen_logratios(self) -> torch.Tensor:
@@ -114,10 +119,26 @@ class PreferenceBatch:
         """Chosen minus rejected log-ratio, shape `(B,)`, nats: TRL's `delta_score` for reverse KL."""
         return self.chosen_logratios - self.rejected_logratios
 
-    def column(self, name: str) -> torch.Tensor:
-        """The column `name`, shape `(B,)`, in float32 or wider; a `ValueError` that lists what is there if absent."""
+    def column(self, name: str, lists: bool = False) -> torch.Tensor:
+        """
+        The column `name`, in float32 or wider.
+
+        Args:
+            name (`str`):
+                The column's name.
+            lists (`bool`, *optional*, defaults to `False`):
+                Whether it may hold lists, shape `(B, M)`, beside numbers, shape `(B,)`: for a loss that states `takes_lists`.
+
+        Raises:
+            `ValueError`: If there is no such column, with those that are there; and for lists where numbers are wanted.
+        """
         if name not in self.columns:
             raise ValueError(f"The batch has no column {name!r}; its columns are {sorted(self.columns)}.")
+        if self.columns[name].dim() > 1 and not lists:
+            raise ValueError(
+                f"The column {name!r} has shape {tuple(self.columns[name].shape)}: lists, of which a loss that takes one number per "
+                "pair could make another objective. Take their mean, or a loss that states `takes_lists`."
+            )
         return widened(self.columns[name])
 
 
@@ -146,6 +167,9 @@ class GroupBatch:
         behaviour_logps (`torch.Tensor` of shape `(B, K)`, *optional*):
             Log-probability of each completion under the policy that sampled it, in nats; there for a loss whose `reads`
             holds `"behaviour_logps"`. What stands where `mask` is `False` is not read.
+        divergences (`torch.Tensor` of shape `(B, K)`, *optional*):
+            Sum, over the tokens of each completion, of what the loss's `per_token` makes of the logits of the policy and of its
+            teachers; there for a loss whose `reads` holds `"teachers"`. What stands where `mask` is `False` is not read.
     """
 
     logps: torch.Tensor
@@ -157,6 +181,7 @@ class GroupBatch:
     columns: Mapping[str, torch.Tensor] = field(default_factory=dict)
     state: Mapping[str, torch.Tensor] = field(default_factory=dict)
     behaviour_logps: torch.Tensor | None = None
+    divergences: torch.Tensor | None = None
 
     @cached_property
     def logratios(self) -> torch.Tensor:

@@ -111,6 +111,10 @@ class BiasVarianceLoss(Loss):
         return frozenset(self.base_loss.reads)
 
     @property
+    def takes_lists(self) -> bool:
+        return self.base_loss.takes_lists
+
+    @property
     def divides_by_beta(self) -> bool:
         return self.base_loss.divides_by_beta
 

@@ -68,7 +68,8 @@ def register_loss(name: str, *, aliases: Iterable[str] = ()) -> Callable[[LossCl
 
     Raises:
         `ValueError`: If one of the names is none, or TRL, this package or another class already has it; if `reads` has an
-            unknown name; if the class states `needs_reference`, or one of `init_state` and `update` without the other.
+            unknown name; if the class states `needs_reference`, one of `init_state` and `update` without the other, or that it
+            takes neither pairs nor groups.
         `TypeError`: If the class is not a callable dataclass.
 
     Example:
@@ -136,6 +137,11 @@ def _check_statements(cls: type) -> None:
         raise ValueError(
             f"The loss {cls.__qualname__} has one of `init_state` and `update` without the other. State has its names, shapes "
             "and first values from `init_state` and moves by `update`: give both."
+        )
+    if not cls.takes_pairs and not cls.takes_groups:
+        raise ValueError(
+            f"The loss {cls.__qualname__} states `takes_pairs = False` and does not take groups either. A loss on whole groups alone "
+            "states `takes_groups = True` too."
         )
 
 

@@ -1,5 +1,6 @@
 """Length: how much it decides in data and in a model, and the win rate with its share taken out."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 

@@ -9,6 +9,7 @@ from typing import Any
 from trl_ext.data.checks import check_count
 from trl_ext.data.pairing import PAIRINGS
 from trl_ext.data.paths import refuse_missing_path, refuse_unwritable_folder
+from trl_ext.data.rewards import refuse_lists_of_groups
 from trl_ext.data.sampling import sample_completions
 from trl_ext.data.scores import check_temperature, score_preferences
 from trl_ext.rounds.checks import keyword_arguments, read_yaml, refuse_unknown, refuse_wrong_types
@@ -35,13 +36,15 @@ class RoundsConfig:
             Where each round's data, scores, models and metrics go.
         reward_funcs (`str`, `list`, `dict` or what [`score_preferences`] takes, *optional*):
             A sequence classifier's name or folder; `"module:function"` for a reward function; a list of them, whose rewards are
-            added up; `{"mean": [...]}` or `{"min": [...]}` for their mean or the smallest; `"implicit"` for the policy's own
-            log-ratio to the policy of the round before (DICE), with `implicit_reference` in the first round.
+            added up (an error for `reward_distillation`, which takes each: rounds keep one score per completion);
+            `{"mean": [...]}` or `{"min": [...]}` for their mean or the smallest; `"implicit"` for the policy's own log-ratio to
+            the policy of the round before (DICE), with `implicit_reference` in the first round.
         reward_weights (`list[float]`, *optional*):
             What each of a list of rewards is multiplied by before they are added up; 1 by default.
-        judge (`str` or `Callable`, *optional*):
+        judge (`str`, `dict` or `Callable`, *optional*):
             A judge of two in place of `reward_funcs`, as `"module:function"`: `function(prompts, completions_a, completions_b)`
-            gives for each the probability, in [0, 1], that the first is preferred.
+            gives for each the probability, in [0, 1], that the first is preferred. Or a general preference model,
+            `{"preference_model": NAME OR FOLDER}`, with `max_length` and `scores` of [`PreferenceModel`] beside it where wanted.
         rounds (`int`, *optional*, defaults to `3`):
             How many.
         prompts_per_round (`int`, *optional*):
@@ -167,6 +170,7 @@ class RoundsConfig:
                 f"`judge={self.judge!r}` and `implicit_reference={self.implicit_reference!r}`."
             )
         check_temperature(self.scoring.get("temperature", 1.0), self.scorer, grouped=True)
+        refuse_lists_of_groups(self.scorer)
 
     @property
     def scorer(self) -> Any:

@@ -10,10 +10,11 @@ from transformers import AutoTokenizer
 from transformers.integrations import get_reporting_integration_callbacks
 
 from trl_ext.data.cache import content_seed, processes, write_atomically
+from trl_ext.data.columns import takes_each_reward
 from trl_ext.data.groups import from_groups
-from trl_ext.data.rewards import JudgeFunction
+from trl_ext.data.rewards import JUDGES, read_columns
 from trl_ext.data.sampling import sample_completions
-from trl_ext.data.scores import score_preferences
+from trl_ext.data.scores import check_columns, score_preferences
 from trl_ext.rounds.checks import load_rows, refuse_unloadable_model
 from trl_ext.rounds.config import RoundsConfig
 from trl_ext.rounds.disk import claim, dataset_stage, stage
@@ -21,13 +22,13 @@ from trl_ext.rounds.extrapolate import extrapolate
 from trl_ext.rounds.log_probs import implicit_rewards, load_model, pair_log_probs
 from trl_ext.rounds.replay import TEMPLATE, load_replay, mix_replay
 from trl_ext.rounds.report import round_metrics
-from trl_ext.rounds.rewards import IMPLICIT, reward_model_names
+from trl_ext.rounds.rewards import IMPLICIT, check_kinds, model_names
 from trl_ext.rounds.shaping import balance_lengths, drop_truncated, without_empty
 from trl_ext.trainers.arguments import explained, refuse_liger_without_gpu
 from trl_ext.trainers.dpo import DPOTrainer
 from trl_ext.trainers.dpo_config import DPOConfig
 from trl_ext.trainers.loss_types import build_losses, resolve_loss_types
-from trl_ext.trainers.terms import check_reads
+from trl_ext.trainers.terms import Terms, check_reads
 
 
 # What a round's pairs have beside the texts: from what scores, and from the first policy
@@ -75,10 +76,11 @@ class IterativeDPO:
         # Refused now, not after the first sampling
         self.args = self._training_arguments(self.folder)
         self._check_losses()
-        models = [("reward model", name) for name in reward_model_names(config.scorer)]
+        models = model_names(config.scorer)
         models += [("implicit reference", name) for name in [config.implicit_reference] if name is not None]
         for what, name in [("model", config.model), *models]:
             refuse_unloadable_model(name, what)
+        check_kinds(config.scorer)
         self.prompts = self._load_prompts()
         self.tokenizer = AutoTokenizer.from_pretrained(config.model)
         if not isinstance(self.prompts[0]["prompt"], str) and self.tokenizer.chat_template is None:
@@ -95,13 +97,24 @@ class IterativeDPO:
         prompts = load_rows(self.config.prompts, "prompts")
         if "prompt" not in prompts.column_names:
             raise ValueError(f"{self.config.prompts} has no column 'prompt'; its columns are {prompts.column_names}.")
-        # The prompt, and what the chat template reads beside it
-        return prompts.select_columns([name for name in ("prompt", *TEMPLATE) if name in prompts.column_names])
+        read = read_columns(self.config.scorer)
+        check_columns(prompts, read)
+        # The prompt, and what the chat template and rewards read beside it
+        kept = dict.fromkeys(("prompt", *TEMPLATE, *read))
+        return prompts.select_columns([name for name in kept if name in prompts.column_names])
 
     @property
     def _read(self) -> set[str]:
         """Columns that the losses of this run read."""
         return {name for loss in self.losses.values() for name in (*loss.required_columns, *loss.optional_columns)}
+
+    @property
+    def _reads_reference(self) -> bool:
+        """Whether a loss of this run, TRL's own included, reads the reference."""
+        return (
+            "ref_logps"
+            in Terms(self.losses, {}, dict.fromkeys(set(self.args.loss_type) - set(self.losses), 1.0)).reads
+        )
 
     def _check_losses(self) -> None:
         """Refuse losses that read what the rounds do not make, or what these rewards do not give."""
@@ -117,11 +130,35 @@ class IterativeDPO:
                     f"The loss {name!r} reads log-probs under the policy that sampled the completions, which rounds do not keep. "
                     "Train it online: `trl_ext.OnlineDPOTrainer`."
                 )
+            if "teachers" in loss.reads:
+                raise ValueError(
+                    f"The loss {name!r} learns from a teacher and a reverse teacher, which rounds have not. Train it online, on what "
+                    "the policy samples: `trl_ext.OnlineDPOTrainer`."
+                )
+        if config.reference == "keep" and not self._reads_reference:
+            raise ValueError(
+                f"`reference='keep'` would have no effect: none of the losses {list(self.losses)} reads a reference. Leave it out."
+            )
+        several = isinstance(config.reward_funcs, (list, tuple)) and len(config.reward_funcs) > 1
+        if several and takes_each_reward(self.losses):
+            raise ValueError(
+                f"The losses {list(self.losses)} take each of several rewards, and rounds keep one score per completion. Give one that "
+                'combines them, `reward_funcs={"mean": [...]}`, or train online: `trl_ext.OnlineDPOTrainer`.'
+            )
         check_reads(self.losses, config.pairing == "group")
         if config.pairing == "group" and "inpo" in self.losses:
             raise ValueError('`inpo` is a loss on pairs: it has no meaning with `pairing="group"`.')
+        target, of_group = (
+            getattr(self.losses.get("sppo_soft"), "target", None),
+            getattr(config.scorer, "scores", None),
+        )
+        if target is not None and of_group is not None and target != of_group:
+            raise ValueError(
+                f"`sppo_soft` has `target={target!r}`, and the preference model gives groups `scores={of_group!r}`: the two must be the "
+                f"same. Give `judge={{preference_model: ..., scores: {target}}}` or `loss_kwargs={{target: {of_group}}}`."
+            )
         win_rates = config.judge is not None and config.length_shaping is None
-        if getattr(self.losses.get("sppo_soft"), "target", None) == "win_rate" and not win_rates:
+        if target == "win_rate" and not win_rates:
             raise ValueError(
                 f"`sppo_soft` reads scores as win rates, in [0, 1], which `reward_funcs={config.reward_funcs!r}`, "
                 f"`judge={config.judge!r}` and `length_shaping={config.length_shaping!r}` do not give. Give a judge of "
@@ -194,7 +231,7 @@ class IterativeDPO:
         judged = samples.map(without_empty).filter(lambda row: len(row["completions"]) >= 2)
         if not len(judged):
             raise ValueError(f"Round {number}: no prompt has two completions with any text.")
-        given = {"judge" if isinstance(scorer, JudgeFunction) else "reward_funcs": scorer}
+        given = {"judge" if isinstance(scorer, JUDGES) else "reward_funcs": scorer}
         return score_preferences(judged, **given, **{"cache_dir": folder / "scores", **self.config.scoring})
 
     def _pair(self, number: int, scored: Dataset) -> Dataset:
@@ -237,10 +274,9 @@ class IterativeDPO:
     def _train(self, folder: Path, policy: str, pairs: Dataset) -> None:
         args = self._training_arguments(folder / "train")
         reference = self.config.model if self.config.reference == "keep" else policy
-        model, ref_model = (load_model(name, args) for name in (policy, reference))
         trainer = DPOTrainer(
-            model=model,
-            ref_model=ref_model,
+            model=load_model(policy, args),
+            ref_model=load_model(reference, args) if self._reads_reference else None,
             args=dataclasses.replace(args, model_init_kwargs=None) if args.model_init_kwargs else args,
             train_dataset=pairs,
             processing_class=self.tokenizer,

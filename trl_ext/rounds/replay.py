@@ -6,6 +6,7 @@ from accelerate.logging import get_logger
 from datasets import Dataset, concatenate_datasets
 from trl.data_utils import extract_prompt
 
+from trl_ext.data.columns import list_lengths
 from trl_ext.rounds.checks import load_rows
 
 
@@ -32,8 +33,8 @@ def load_replay(name: str, prompts: Dataset, read: Iterable[str]) -> Dataset:
         The data, with the columns that new pairs have.
 
     Raises:
-        `ValueError`: For data that lack a column which is read: without it the loss would be another one. And for data of
-            another form than the prompts.
+        `ValueError`: For data that lack a column which is read: without it the loss would be another one. For lists of scores,
+            and for data of another form than the prompts.
     """
     data = load_rows(name, "replay")
     if "prompt" not in data.column_names and {"chosen", "rejected"} <= set(data.column_names):
@@ -51,6 +52,11 @@ def load_replay(name: str, prompts: Dataset, read: Iterable[str]) -> Dataset:
         raise ValueError(
             f"`replay={name!r}` has the columns {alone}, which the chat template reads, and the prompts have not. Remove them, "
             "or add them to the prompts."
+        )
+    lists = list_lengths(data, read)
+    if lists:
+        raise ValueError(
+            f"`replay={name!r}` has lists of scores in {list(lists)}, and rounds keep one score per completion. Take the mean of each."
         )
     if isinstance(data[0]["prompt"], str) != isinstance(prompts[0]["prompt"], str):
         raise ValueError(f"`replay={name!r}` and the prompts must both be text, or both be messages.")

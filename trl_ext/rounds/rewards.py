@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from trl_ext.data.paths import refuse_missing_path
+from trl_ext.data.preference_model import PreferenceModel
 from trl_ext.data.rewards import Ensemble, RewardFunction, as_scorer, reward_models
+from trl_ext.rounds.checks import refuse_unknown
 
 
 IMPLICIT = "implicit"
+JUDGE_HINT = " What scores one completion at a time is `reward_funcs`; a general preference model is {preference_model: NAME OR FOLDER}."
 
 
 def build_scorer(reward_funcs: Any, reward_weights: Sequence[float] | None, judge: Any) -> Any:
@@ -23,18 +26,36 @@ def build_scorer(reward_funcs: Any, reward_weights: Sequence[float] | None, judg
     if isinstance(reward_funcs, str) and reward_funcs == IMPLICIT and judge is None and reward_weights is None:
         return reward_funcs
     if isinstance(judge, str):
-        judge = _imported(judge, "judge", " What scores one completion at a time is `reward_funcs`.")
+        judge = _imported(judge, "judge", JUDGE_HINT)
+    elif isinstance(judge, dict):
+        judge = _preference_model(judge)
     scorer = as_scorer(_rewards(reward_funcs), reward_weights, judge)
-    for name in reward_model_names(scorer):
+    for what, name in model_names(scorer):
         if name == IMPLICIT:
             raise ValueError(f"`reward_funcs={reward_funcs!r}`: 'implicit' cannot be one of several. Give it alone.")
-        refuse_missing_path(name, "reward model")
+        refuse_missing_path(name, what)
     return scorer
 
 
-def reward_model_names(scorer: Any) -> list[str]:
-    """Names of the reward models that what scores is going to load."""
-    return [each.model for each in reward_models(scorer) if isinstance(each.model, str)]
+def model_names(scorer: Any) -> list[tuple[str, str]]:
+    """Kind and name of each model that what scores is going to load."""
+    return [(each.what, each.model) for each in reward_models(scorer) if isinstance(each.model, str)]
+
+
+def check_kinds(scorer: Any) -> None:
+    """Raise a `ValueError` for a preference model among rewards, and for another model as one; reads configurations alone."""
+    for each in reward_models(scorer):
+        each.outputs()
+
+
+def _preference_model(given: dict) -> PreferenceModel:
+    """The judge of a config that is a preference model, with its settings."""
+    settings = dict(given)
+    refuse_unknown(settings, ["preference_model", "max_length", "scores"], "`judge`")
+    name = settings.pop("preference_model", None)
+    if not isinstance(name, str):
+        raise ValueError(f"`judge={given!r}` names no model; expected {{preference_model: NAME OR FOLDER}}.")
+    return PreferenceModel(name, **settings)
 
 
 def _rewards(given: Any) -> Any:

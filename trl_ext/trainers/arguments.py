@@ -11,6 +11,10 @@ from accelerate.utils import is_xpu_available
 from trl_ext.trainers.scoring import LOGPROB_BACKENDS
 
 
+# Fields that are JSON objects on the command line
+DICT_FIELDS = ("loss_kwargs", "teacher_model_init_kwargs")
+
+
 @dataclass
 class LossArguments:
     """
@@ -33,6 +37,13 @@ class LossArguments:
             that is exact for the model and costs less. Rows have no padding then. A few rows of the first batch are
             scored both ways, forward and backward: if more than rounding differs, `"auto"` goes on in plain rows, with a
             warning, and `True` stops. Not used with `logprob_backend="trl"`.
+        teacher_model_name_or_path (`str`, *optional*):
+            Folder or hub name of the trainer's `teacher_model`, a model trained by DPO, for a loss that reads teachers
+            (`aligndistil`).
+        reverse_model_name_or_path (`str`, *optional*):
+            The same of its `reverse_model`, trained by DPO on swapped pairs.
+        teacher_model_init_kwargs (`dict[str, Any]` or `str`, *optional*):
+            What `from_pretrained` is given for both. By default they have the policy's dtype and attention.
     """
 
     loss_kwargs: dict[str, Any] | str | None = field(
@@ -63,6 +74,20 @@ class LossArguments:
             "help": "Whether a prompt runs through the model once for all of its completions: 'true', 'false', or "
             "'auto' (where that is exact for the model and costs less)."
         },
+    )
+    teacher_model_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder or hub name of a model trained by DPO, the teacher of a loss that reads teachers (aligndistil)."
+        },
+    )
+    reverse_model_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "The same of a model trained by DPO on pairs with chosen and rejected swapped."},
+    )
+    teacher_model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "What `from_pretrained` is given for both teachers, as a JSON object."},
     )
 
     def check_shared_arguments(self) -> None:

@@ -21,9 +21,10 @@ from trl_ext.trainers.loss_types import build_losses, check_combination, resolve
 from trl_ext.trainers.metrics import pair_metrics
 from trl_ext.trainers.mixing import MeasuredMixing
 from trl_ext.trainers.policy_copy import frozen_copy
-from trl_ext.trainers.prepare import PreferenceData, with_scores
+from trl_ext.trainers.prepare import PreferenceData
 from trl_ext.trainers.reference import copies_policy, precomputed, reference_forward, refuse_reference
 from trl_ext.trainers.scoring import Scorer, build_scorer, statistics_of_step
+from trl_ext.trainers.teachers import Teachers, given_teachers, with_divergences
 from trl_ext.trainers.terms import Terms
 from trl_ext.trainers.trl_seam import (
     PAIR_METRICS,
@@ -38,6 +39,7 @@ from trl_ext.trainers.trl_seam import (
     reference_in_inputs,
     unbind_forward,
 )
+from trl_ext.trainers.with_scores import with_scores
 from trl_ext.trainers.with_terms import WithTerms
 
 
@@ -83,12 +85,21 @@ class DPOTrainer(WithTerms, trl.DPOTrainer):
             Configuration. With TRL's class, losses of ours have their default hyper-parameters.
         train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
             Preference data in any form that TRL takes, with the columns that the losses require (`trl-ext losses NAME`
-            says which). A numeric column `weight`, at least 0, scales the loss of each pair.
+            says which). A numeric column `weight`, at least 0, scales the loss of each pair. Where a loss reads tokens (`dmpo`), of
+            conversations the assistant's turns alone are scored.
         reward_funcs (*optional*):
             What [`~trl_ext.data.score_preferences`] takes: a reward model, a function, or a list of them. Scores the pairs (or
-            groups) where a loss reads scores and the dataset has none.
+            groups) where a loss reads scores and the dataset has none. The rewards of a list are added up, but for a loss that
+            takes each of them (`reward_distillation`): it gets lists, one number per reward, and their sum would make another
+            method of it. Beside a loss that reads one score, or for groups, where one score decides which completion is
+            preferred, it is an error; an [`~trl_ext.data.Ensemble`] says there how to combine them.
         judge (`Callable`, *optional*):
-            A judge of two in place of `reward_funcs`; pairs get the column `preference_prob`.
+            A judge of two in place of `reward_funcs`, a function or a [`PreferenceModel`]; pairs get the column
+            `preference_prob`.
+        teacher_model, reverse_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
+            For a loss whose `reads` holds `"teachers"`, such as `aligndistil`: a model trained by DPO, and one trained by DPO on
+            the same pairs with `chosen` and `rejected` swapped. They are run, never trained. A run has them from here or from the
+            config.
         kwargs:
             All other arguments of [`trl.DPOTrainer`], with their meaning there.
 
@@ -113,12 +124,21 @@ class DPOTrainer(WithTerms, trl.DPOTrainer):
         peft_config: Any | None = None,
         reward_funcs: Any | None = None,
         judge: Callable | None = None,
+        teacher_model: "str | PreTrainedModel | None" = None,
+        reverse_model: "str | PreTrainedModel | None" = None,
     ):
         names, losses = ["sigmoid"], {}
         if args is not None:
             names = resolve_loss_types(args.loss_type)
             losses = build_losses(names, args.loss_kwargs if isinstance(args, DPOConfig) else None)
             check_combination(args, names, losses)
+        models = {
+            "model": model,
+            "ref_model": ref_model,
+            "teacher_model": teacher_model,
+            "reverse_model": reverse_model,
+        }
+        teachers = given_teachers(losses, args, models)
         if reward_funcs is not None or judge is not None:
             self._check_paths(model, ref_model)  # before the scoring, which may take long
             train_dataset, eval_dataset = (
@@ -145,12 +165,12 @@ class DPOTrainer(WithTerms, trl.DPOTrainer):
         self._keep_terms(terms, " + ".join(names))
         self._needs_reference = "ref_logps" in terms.reads
         if not self._needs_reference:
-            refuse_reference(names, ref_model, args)
+            refuse_reference(names, ref_model, args, teachers)
         copied = ref_model is None and self._needs_reference and copies_policy(model, peft_config, args)
         if copied:
             ref_model = frozen_copy(model)
 
-        with no_reference(args) if not self._needs_reference else contextlib.nullcontext():
+        with no_reference(model) if not self._needs_reference else contextlib.nullcontext():
             super().__init__(
                 model=model,
                 ref_model=ref_model,
@@ -165,19 +185,19 @@ class DPOTrainer(WithTerms, trl.DPOTrainer):
                 quantization_config=quantization_config,
                 peft_config=peft_config,
             )
-        if not self._needs_reference:
-            self.precompute_ref_logps = False
         if copied and self.precompute_ref_logps:
             self.ref_model = None  # it has served
         bind_forward(base_model(self.model))
+        self._teachers = Teachers(self, teachers) if teachers else None
         self._mixing = MeasuredMixing(self)
         if losses:  # TRL computes its own loss types, we the rest
             self.loss_types, self.loss_weights = [name for name, _ in theirs], [weight for _, weight in theirs]
         if losses or (self._scorer.head is not None and not dispatched):
             data = self._data
             self.accelerator.dataloader_config.dispatch_batches = False  # which a stream would have turned on
+            kinds = {"empty_trace": data.empty_trace, "groups": data.groups, "turns": data.turns}
             self.data_collator = RowsCollator(
-                self.data_collator, data.numeric_columns, data.empty_trace, data.groups, self._scorer.sharing
+                self.data_collator, data.numeric_columns, sharing=self._scorer.sharing, **kinds
             )
 
     @staticmethod
@@ -248,10 +268,13 @@ class DPOTrainer(WithTerms, trl.DPOTrainer):
         if self._needs_reference and rows.ref_logps is None:
             reference = self.model if self.ref_model is None else self.ref_model
             ref_token_logps = self._reference_token_logps(reference, rows)
+        divergence = None if self._teachers is None else self._teachers.divergence(rows, plan)
         # One forward for all rows, through the wrapped model
         statistics = None if scorer.head is None else statistics_of_step(self)
-        outputs = scorer(model, rows, statistics, router_logits=self.aux_loss_enabled)
+        outputs = scorer(model, rows, statistics, router_logits=self.aux_loss_enabled, divergence=divergence)
         scored = scorer.scored(rows, outputs.log_probs, ref_token_logps, terms.reads, self.ld_alpha)
+        if divergence is not None:
+            scored = with_divergences(scored, outputs, rows)
 
         # TRL's method is given the rows of its pairs, which come first. It adds its own loss types, the auxiliary loss and all of
         # its metrics, on the outputs that are there.

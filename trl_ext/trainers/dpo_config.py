@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 import trl
 
 from trl_ext.data.pairing import PAIRINGS
-from trl_ext.trainers.arguments import LossArguments
-from trl_ext.trainers.loss_types import build_losses, check_combination, resolve_loss_types
+from trl_ext.trainers.arguments import DICT_FIELDS, LossArguments
+from trl_ext.trainers.loss_types import build_losses, check_combination, check_pairing, resolve_loss_types
 
 
 @dataclass
@@ -20,9 +20,11 @@ class DPOConfig(LossArguments, trl.DPOConfig):
             alias; several are combined with `loss_weights`.
         pairing (`str`, *optional*):
             What is made of a dataset of groups (`prompt`, `completions`, `scores`): `"group"`, whole groups for the losses
-            that take them (`anchored`) and the best against the worst for the others; `"best_worst"`; or `"all"`, each two
-            completions of different scores. By default whole groups where a loss takes them, else best against worst.
-        loss_kwargs, logprob_backend, logprob_memory_mb, share_prefix:
+            that take them (`anchored`, `aligndistil`, `trpa`, `drpo`) and the best against the worst for the others;
+            `"best_worst"`; or `"all"`, each two completions of different scores. By default whole groups where a loss takes them,
+            else best against worst.
+        loss_kwargs, logprob_backend, logprob_memory_mb, share_prefix, teacher_model_name_or_path, reverse_model_name_or_path,
+        teacher_model_init_kwargs:
             See [`LossArguments`].
 
     Raises:
@@ -30,15 +32,16 @@ class DPOConfig(LossArguments, trl.DPOConfig):
             that exclude each other.
     """
 
-    _VALID_DICT_FIELDS = [*trl.DPOConfig._VALID_DICT_FIELDS, "loss_kwargs"]
+    _VALID_DICT_FIELDS = [*trl.DPOConfig._VALID_DICT_FIELDS, *DICT_FIELDS]
 
     loss_type: list[str] = field(
         default_factory=lambda: ["sigmoid"],
         metadata={
             "help": "Type of loss to use: TRL's own ('sigmoid', 'hinge', 'ipo', ...), those of trl_ext ('offset', "
             "'anchored', 'margin_adaptive', 'bias_variance', 'length_regularized', 'inpo', 'sppo_soft', "
-            "'alpha_dpo', 'asft', 'beta_dpo', 'cpo', 'eurus', 'robust_em', 'simpo', 'step_apo') and "
-            "registered ones; `trl-ext losses` lists them. Several are combined with `loss_weights`."
+            "'alpha_dpo', 'asft', 'beta_dpo', 'cpo', 'dmpo', 'drpo', 'eurus', 'reward_distillation', 'robust_em', "
+            "'simpo', 'step_apo', 'trpa', 'aligndistil') and registered ones; `trl-ext losses` lists them. Several are "
+            "combined with `loss_weights`."
         },
     )
 
@@ -56,8 +59,7 @@ class DPOConfig(LossArguments, trl.DPOConfig):
         self.check_shared_arguments()
         losses = build_losses(self.loss_type, self.loss_kwargs)
         check_combination(self, self.loss_type, losses)
-        if self.pairing is not None and self.pairing not in PAIRINGS:
-            raise ValueError(f"`pairing={self.pairing!r}` is unknown; choose one of {list(PAIRINGS)}.")
+        check_pairing(self.pairing, losses)
         if self.pairing == "group" and not any(loss.takes_groups for loss in losses.values()):
             raise ValueError(f"`pairing='group'` needs a loss that takes groups; {self.loss_type} take pairs only.")
         super().__post_init__()

@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from trl_ext.data.pairing import PAIRINGS
 from trl_ext.losses import TRL_LOSS_TYPES, get_loss, list_aliases, loss_class, resolve_name
 from trl_ext.losses.base import warn_once
 
@@ -84,6 +85,18 @@ def build_losses(names: list[str], loss_kwargs: dict[str, Any] | None) -> dict[s
     return {name: get_loss(name, **keyed.get(name, {})) for name in ours}
 
 
+def check_pairing(pairing: str | None, losses: dict[str, Any]) -> None:
+    """Raise a `ValueError` for a `pairing` that is unknown, or makes pairs of what `losses` learn from as whole groups alone."""
+    if pairing is not None and pairing not in PAIRINGS:
+        raise ValueError(f"`pairing={pairing!r}` is unknown; choose one of {list(PAIRINGS)}.")
+    whole = [name for name, loss in losses.items() if not loss.takes_pairs]
+    if whole and pairing not in (None, "group"):
+        raise ValueError(
+            f"`pairing={pairing!r}` makes pairs, and {whole} learn from whole groups alone. Leave it out, or set "
+            '`pairing="group"`.'
+        )
+
+
 def check_combination(args: TrainingArguments, names: list[str], losses: dict[str, Any]) -> None:
     """Raise a `ValueError` for options that have no meaning together; `losses` are ours among `names`."""
     betas = args.beta if isinstance(args.beta, (list, tuple)) else [args.beta]  # online: one an epoch
@@ -104,6 +117,16 @@ def check_combination(args: TrainingArguments, names: list[str], losses: dict[st
             raise ValueError(f"`loss_weights={weights}` has {len(weights)} weights for {len(names)} losses: {names}.")
         if not all(isinstance(weight, (int, float)) and math.isfinite(weight) for weight in weights):
             raise ValueError(f"`loss_weights={weights}` must be finite numbers, one for each of {names}.")
+    taught = [name for name, loss in losses.items() if "teachers" in loss.reads]
+    if len(taught) > 1:
+        raise ValueError(
+            f"The losses {taught} all read teachers, of which a run computes one number per token. Train one of them at a time."
+        )
+    if taught and getattr(args, "logprob_backend", "auto") == "trl":
+        raise ValueError(
+            f"The loss {taught[0]!r} compares logits with those of its teachers, and TRL's forward gives log-probs of tokens alone. "
+            "Set `logprob_backend` to 'auto'."
+        )
     if not losses or not hasattr(args, "f_divergence_type"):
         return
     if args.f_divergence_type != "reverse_kl":

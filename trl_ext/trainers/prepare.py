@@ -1,7 +1,8 @@
 """The data of an offline run: which columns the losses read, groups made into rows, and what is tokenized beside TRL's pair."""
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import trl
@@ -15,16 +16,24 @@ from trl_ext.data.columns import (
     WEIGHT,
     checked,
     columns_of,
+    list_lengths,
     over_splits,
     require_same_columns,
+    require_same_lists,
     used_columns,
 )
 from trl_ext.data.further import FURTHER, map_further
-from trl_ext.data.groups import BEHAVIOUR_LOGPS, GROUP_SCORES, OTHERS, from_groups, is_grouped
+from trl_ext.data.groups import (
+    BEHAVIOUR_LOGPS,
+    GROUP_SCORES,
+    OTHERS,
+    from_groups,
+    is_grouped,
+    refuse_cut_completions,
+)
 from trl_ext.data.reasoning import HAS_TRACES, check_pairs, tokenize_empty_trace
-from trl_ext.data.rewards import as_scorer
-from trl_ext.data.scores import score_preferences
 from trl_ext.data.tokens import require_chat_template
+from trl_ext.data.turns import TURNS, checked_turns, one_message_beside_images, range_of_turns, with_turns
 from trl_ext.losses.base import SigmoidLoss
 from trl_ext.trainers.loss_types import check_combination
 from trl_ext.trainers.terms import check_reads
@@ -34,31 +43,6 @@ logger = get_logger(__name__)
 
 # Of a dataset that is handed to `evaluate` and was prepared here before
 PREPARED = {FURTHER, GROUP_SCORES, *REFERENCES}
-
-
-def with_scores(dataset: Any, reward_funcs: Any, judge: Any, losses: Mapping[str, Any]) -> Any:
-    """The dataset, or each of several, with scores where a loss reads them and there are none."""
-    as_scorer(reward_funcs, None, judge)  # refused even where the data has scores already
-    read = {name for loss in losses.values() for name in (*loss.required_columns, *loss.optional_columns)}
-    given = "reward_funcs" if judge is None else "judge"
-    if not read & {"score_chosen", "score_rejected", "preference_prob"}:
-        raise ValueError(
-            f"`{given}` would not be used: none of the losses {sorted(losses) or 'of TRL'} reads scores. Leave it out."
-        )
-
-    def scored(each: Dataset | IterableDataset, split: str) -> Dataset:
-        if not isinstance(each, Dataset):
-            raise ValueError(f"`{given}` scores map-style datasets; load the data without `streaming=True`.")
-        there = {"score_chosen", "preference_prob", "scores"} & set(each.column_names)
-        needy = [name for name, loss in losses.items() if "score_chosen" in loss.required_columns]
-        if judge is not None and needy and not there and "completions" not in each.column_names:
-            raise ValueError(
-                f"The losses {needy} require scores, and a `judge` gives the pairs of the {split} dataset the column "
-                "'preference_prob'. Give `reward_funcs`, groups of completions, or another loss."
-            )
-        return each if there else score_preferences(each, reward_funcs, judge=judge)
-
-    return over_splits(dataset, scored)
 
 
 class PreferenceData:
@@ -77,6 +61,7 @@ class PreferenceData:
     def __init__(self, names: list[str], losses: dict[str, Any], args: trl.DPOConfig | None):
         self.names, self.losses, self.args = names, losses, args
         self.columns: list[str] = []
+        self.lists: dict[str, int] = {}
         self.pairing: str | None = None
         self.groups = False
 
@@ -90,9 +75,14 @@ class PreferenceData:
         return [column for column in self.columns if column not in TEXT_COLUMNS]
 
     @property
+    def turns(self) -> bool:
+        """Whether a loss reads tokens, so that of conversations the assistant's turns alone are scored."""
+        return any("token_logps" in loss.reads for loss in self.losses.values())
+
+    @property
     def signature(self) -> list[str]:
         """Columns of a prepared dataset that the collator reads, beside TRL's."""
-        return [*self.numeric_columns, FURTHER, GROUP_SCORES, BEHAVIOUR_LOGPS]
+        return [*self.numeric_columns, FURTHER, GROUP_SCORES, BEHAVIOUR_LOGPS, *(TURNS if self.turns else ())]
 
     # Before the model is loaded
 
@@ -119,7 +109,9 @@ class PreferenceData:
                 )
         self._check_reads(available)
         self._refuse_vision(available)
+        dataset = one_message_beside_images(dataset, "train") if self.turns else dataset
         dataset = checked(dataset, self.columns, losses, "train")
+        self.lists = self._list_lengths(dataset)
         for remark in filter(None, (loss.remark(self.columns) for loss in losses.values())):
             logger.warning(remark)
         return dataset
@@ -147,7 +139,15 @@ class PreferenceData:
             used_columns(available, self.losses, split)
         require_same_columns(read, available, split)
         self._check_reads(available)
-        return checked(dataset, self.columns, self.losses, split)
+        dataset = one_message_beside_images(dataset, split) if self.turns else dataset
+        dataset = checked(dataset, self.columns, self.losses, split)
+        require_same_lists(self._list_lengths(dataset), self.lists, split)
+        return dataset
+
+    def _list_lengths(self, dataset: Dataset | IterableDataset) -> dict[str, int]:
+        """How long the lists of scores are, where a loss takes them."""
+        takes = any(loss.takes_lists for loss in self.losses.values())
+        return list_lengths(dataset, self.numeric_columns) if takes else {}
 
     def _weighted(self) -> dict[str, Any]:
         """The losses that a `weight` column scales: ours, and TRL's `sigmoid`, which then is computed here."""
@@ -179,6 +179,11 @@ class PreferenceData:
                 raise ValueError(
                     f"The loss {name!r} reads the reference's log-probs of tokens, and `precompute_ref_log_probs=True` keeps one "
                     "number per completion. Set `precompute_ref_log_probs=False`."
+                )
+            if "token_logps" in loss.reads and getattr(self.args, "ld_alpha", None) is not None:
+                raise ValueError(
+                    f"The loss {name!r} reads log-probs of tokens, which `ld_alpha={self.args.ld_alpha}` (LD-DPO) does not weigh: it "
+                    "weighs sums. Leave one of the two out."
                 )
 
     def _refuse_vision(self, available: Sequence[str]) -> None:
@@ -227,13 +232,17 @@ class PreferenceData:
             if available & PREPARED:
                 return dataset  # prepared here before, such as `trainer.eval_dataset` handed to `evaluate`
             # Tokenized by the user, such as steps that no end of sequence follows
+            if self.turns and available & set(TURNS):
+                dataset = checked_turns(dataset, name)
+            self._remark_on_turns(dataset, name)
             return check_tokenized(dataset, name, args.max_length, args.truncation_mode == "keep_start")
-        if is_conversational(next(iter(dataset))):
+        conversational = is_conversational(next(iter(dataset)))
+        if conversational:
             require_chat_template(processing_class)
-        if any("token_logps" in loss.reads for loss in self.losses.values()):
+        if conversational and self.turns:
             if "prompt" not in available:  # else earlier turns would count as the completion's
                 dataset = dataset.map(extract_prompt)
-            dataset = dataset.map(refuse_turns, with_indices=True, fn_kwargs={"split": name})
+            tokenize = functools.partial(with_turns, tokenize)
         if self.empty_trace:
             dataset = dataset.map(check_pairs, with_indices=True, fn_kwargs={"split": name})
         else:
@@ -242,6 +251,7 @@ class PreferenceData:
         dataset = tokenize(dataset, processing_class, args, name)
         if rows is not None:
             say_what_was_dropped(rows, len(dataset), name, args.max_length)
+        self._remark_on_turns(dataset, name)
         if self.groups:
             return self._with_others(dataset, processing_class, args, name, tokenize)
         if not self.empty_trace:
@@ -258,6 +268,20 @@ class PreferenceData:
             tokenize_empty_trace, fn_kwargs={"tokenizer": tokenizer}, remove_columns=[HAS_TRACES], **options
         )
 
+    def _remark_on_turns(self, dataset: Dataset | IterableDataset, name: str) -> None:
+        """Say what follows where no completion has a second turn, and refuse what does not go with several. Streams are not read."""
+        if not self.turns or not isinstance(dataset, Dataset):
+            return
+        lowest, highest = range_of_turns(dataset) if TURNS[0] in dataset.column_names else (0, 0)
+        if lowest < 0 and self.args.precompute_ref_log_probs:
+            raise ValueError(
+                f"`precompute_ref_log_probs=True` scores whole completions, and of the {name} dataset the assistant's turns alone are "
+                "scored, since a loss in use reads them. Set `precompute_ref_log_probs=False`."
+            )
+        if name == "train" and highest < 1:
+            for remark in filter(None, (loss.one_turn for loss in self.losses.values())):
+                logger.warning(remark)
+
     def _with_others(
         self, dataset: Dataset, processing_class: Any, args: Any, name: str, tokenize: Callable
     ) -> Dataset:
@@ -270,20 +294,12 @@ class PreferenceData:
             return tokenize(flat, processing_class, whole, f"{name} (other completions)")
 
         beside = [column for column in ("prompt", "tools", "chat_template_kwargs") if column in dataset.column_names]
-        dataset = map_further(dataset, OTHERS, others, TOKENIZED, beside)
-        return dataset.map(_single_last)
-
-
-def refuse_turns(example: dict, index: int, split: str) -> dict:
-    """Raise a `ValueError` for a completion of several assistant turns: their tokens cannot be told apart."""
-    for side in ("chosen", "rejected"):
-        messages = example[side] if isinstance(example[side], list) else ()
-        if sum(message.get("role") == "assistant" for message in messages) > 1:
-            raise ValueError(
-                f"Row {index} of the {split} dataset: {side!r} has several assistant turns, and a loss in use reads log-probs of "
-                "tokens, whose turns are not told apart. Split the conversation at its last turn, or choose another loss."
-            )
-    return example
+        made = [*TOKENIZED, *(name for name in TURNS if name in dataset.column_names)]
+        dataset = map_further(dataset, OTHERS, others, made, beside)
+        dataset = dataset.map(_single_last)
+        if any("behaviour_logps" in loss.reads for loss in self.losses.values()):
+            refuse_cut_completions(dataset, args.max_length, name)
+        return dataset
 
 
 def _single_last(example: dict) -> dict:

@@ -30,13 +30,14 @@ ADAPTER = "ref"
 FILE = "ref_model.safetensors"
 
 
-def refuse_reference(names: list[str], ref_model: Any, args: DPOConfig) -> None:
+def refuse_reference(names: list[str], ref_model: Any, args: DPOConfig, teachers: Any = None) -> None:
     """Raise a `ValueError` for what would make or move a reference that none of the losses `names` reads."""
     given = [name for name in ("sync_ref_model", "precompute_ref_log_probs") if getattr(args, name)]
     given += ["ref_model"] if ref_model is not None else []
     if given:
+        hint = " What AlignDistil's own code calls the reference is `reverse_model` here." if teachers else ""
         raise ValueError(
-            f"None of the losses {names} reads a reference model, so {given} would have no effect. Leave {given} out."
+            f"None of the losses {names} reads a reference model, so {given} would have no effect. Leave {given} out.{hint}"
         )
 
 

@@ -15,7 +15,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from trl.trainer.utils import FusedCausalLMOutput
 
-from trl_ext.logprobs import Head, Sharing, completion_lengths, liger_head, scored_tokens, sum_completions
+from trl_ext.logprobs import Divergence, Head, Sharing, completion_lengths, liger_head, scored_tokens, sum_completions
 from trl_ext.rows import Rows, Scored
 from trl_ext.trainers.self_check import is_sharded, why_differs
 from trl_ext.trainers.shared_prompts import build_sharing
@@ -54,6 +54,7 @@ class Scorer:
         rows: Rows,
         statistics: tuple[str, ...] | None = None,
         router_logits: bool = False,
+        divergence: Divergence | None = None,
     ) -> FusedCausalLMOutput:
         """
         Args:
@@ -65,6 +66,9 @@ class Scorer:
                 Which of the statistics to compute; all that the model's head was asked for by default.
             router_logits (`bool`):
                 Whether to ask a MoE model for its auxiliary loss.
+            divergence ([`~trl_ext.logprobs.Divergence`], *optional*):
+                What to compute of each token beside its log-probability, with numbers of shape `(N, T - 1)`. It comes back in the
+                output's field [`~trl_ext.trainers.trl_seam.DIVERGENCE`].
 
         Returns:
             TRL's output, with fields of shape `(N, T - 1)` in either layout.
@@ -76,7 +80,7 @@ class Scorer:
             self._check(model, rows)
         if self.sharing is None:
             rows = dataclasses.replace(rows, layout=None)
-        return self.forward(model, rows, statistics, router_logits)
+        return self.forward(model, rows, statistics, router_logits, divergence)
 
     def _check(self, model: Callable, rows: Rows) -> None:
         """Compare both layouts, once per model, and once more when gradients are first wanted."""
@@ -103,11 +107,18 @@ class Scorer:
         self.sharing = None
 
     def forward(
-        self, model: Callable, rows: Rows, statistics: tuple[str, ...] | None, router_logits: bool = False
+        self,
+        model: Callable,
+        rows: Rows,
+        statistics: tuple[str, ...] | None,
+        router_logits: bool = False,
+        divergence: Divergence | None = None,
     ) -> FusedCausalLMOutput:
         """One call of the model in the layout that the rows have, unchecked."""
         inputs, layout = rows.inputs, rows.layout
-        head = contextlib.nullcontext() if self.head is None else head_in_place(self.head, statistics)
+        if divergence is not None:
+            divergence = dataclasses.replace(divergence, numbers=_as_scored(divergence.numbers, rows))
+        head = contextlib.nullcontext() if self.head is None else head_in_place(self.head, statistics, divergence)
         if layout is None:
             with head:
                 return fused_forward(model, {**inputs, "completion_mask": rows.completion_mask}, router_logits)
@@ -161,11 +172,19 @@ class Scorer:
             ref_logps = sum_completions(ref_token_logps, mask, ld_alpha, rows.partner)
         if "token_logps" in reads:
             tokens["token_logps"], scored = scored_tokens(token_logps, mask)
-            tokens["turns"] = scored.long() - 1
+            tokens["turns"] = scored.long() - 1 if rows.turns is None else rows.turns[:, 1:]
             if ref_token_logps is not None:
                 tokens["ref_token_logps"], _ = scored_tokens(ref_token_logps, mask)
         behaviour_logps = rows.behaviour_logps if "behaviour_logps" in reads else None
         return Scored(logps, completion_lengths(mask), ref_logps, behaviour_logps, **tokens)
+
+
+def _as_scored(values: torch.Tensor, rows: Rows) -> torch.Tensor:
+    """Values `(N, T - 1)` of tokens as `(M,)` of those that are scored, in the order in which the head is given them."""
+    if rows.layout is None:
+        return values[rows.completion_mask[:, 1:] != 0]
+    scored = rows.layout.scored
+    return values.flatten()[scored[rows.layout.slots.flatten()[scored].argsort()]]
 
 
 def build_scorer(

@@ -13,7 +13,7 @@ from accelerate.utils import gather_object
 from safetensors.torch import load_file, save_file
 
 from trl_ext.data.columns import WEIGHT
-from trl_ext.losses import GroupBatch, PreferenceBatch
+from trl_ext.losses import GroupBatch, Loss, PreferenceBatch
 from trl_ext.losses.bias_variance import present
 from trl_ext.rows import Plan, Scored
 
@@ -229,10 +229,23 @@ def check_reads(losses: Mapping[str, Any], groups: bool) -> None:
     """Raise a `ValueError` for losses that read what batches of pairs, or of `groups`, do not hold."""
     for name, loss in losses.items():
         whole = groups and loss.takes_groups
+        if not loss.takes_pairs and not whole:
+            behaviour = (
+                ", `behaviour_logps` (each with one entry per completion)" if "behaviour_logps" in loss.reads else ""
+            )
+            raise ValueError(
+                f'The loss {name!r} learns from whole groups of completions alone, and it was given pairs. Set `pairing="group"`; '
+                f"offline, give the data as groups: the columns `prompt`, `completions`, `scores`{behaviour}."
+            )
         if "behaviour_logps" in loss.reads and not whole:
             raise ValueError(
                 f"The loss {name!r} reads log-probs under the policy that sampled the completions, which whole groups have and "
                 'pairs have not. Set `pairing="group"`; offline, give the data as groups with a column `behaviour_logps`.'
+            )
+        if "teachers" in loss.reads and getattr(type(loss), "per_token", Loss.per_token) is Loss.per_token:
+            raise ValueError(
+                f"The loss {name!r} reads teachers and does not say what it makes of a token: define its method `per_token(logits, "
+                "teacher_logits, reverse_logits)`."
             )
         if "token_logps" in loss.reads and whole:
             raise ValueError(

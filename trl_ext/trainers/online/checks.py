@@ -1,16 +1,20 @@
 """What can be said about an online run before it begins, and about rewards before they are learnt from."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from trl_ext.data.columns import PAIRS, TEXT_COLUMNS
+from trl_ext.data.classifier import refuse_preference_model
+from trl_ext.data.columns import SCORES, TEXT_COLUMNS
 from trl_ext.data.paths import refuse_missing_path
+from trl_ext.data.preference_model import PreferenceModel
+from trl_ext.data.rewards import RewardModel, read_columns
+from trl_ext.data.tokens import require_chat_template
 
 
-SCORE_COLUMNS = PAIRS[0]
+SCORE_COLUMNS = SCORES
 # What a run itself gives the losses, for the completions that it has sampled
 OWN_COLUMNS = (*SCORE_COLUMNS, *TEXT_COLUMNS, "preference_prob")
 
@@ -59,7 +63,13 @@ def reads_win_rates(loss: Any) -> bool:
     return refuses(1.5) and not refuses(0.75)
 
 
+def learns_without_scores(losses: Mapping[str, Any]) -> bool:
+    """Whether all losses learn from completions, whatever they are worth."""
+    return all("teachers" in loss.reads for loss in losses.values())
+
+
 def check_arguments(
+    losses: Mapping[str, Any],
     model: Any,
     ref_model: Any,
     reward_funcs: Any,
@@ -70,14 +80,28 @@ def check_arguments(
     args: Any,
 ) -> list:
     """The reward functions as a list; a `ValueError` for arguments that exclude each other or cannot be used."""
-    if (reward_funcs is None or reward_funcs == []) == (judge is None):
+    scored = not (reward_funcs is None or reward_funcs == [])
+    if learns_without_scores(losses) and not scored and judge is None:
+        if args.pairing != "group":
+            raise ValueError(
+                f"`pairing={args.pairing!r}` prefers one completion to another, and there are no `reward_funcs` and no `judge`. Set "
+                f'`pairing="group"`: {list(losses)} then learn from every completion.'
+            )
+    elif scored == (judge is not None):
         given = "neither" if judge is None else "both"
         raise ValueError(
             f"Completions are judged by `reward_funcs` or by a `judge`; got {given}. Give one of the two."
         )
     if judge is not None and not callable(judge):
         raise ValueError(f"`judge={judge!r}` is not callable.")
+    if isinstance(judge, (torch.nn.Module, RewardModel)):
+        raise ValueError(
+            f"`judge` is a {type(judge).__name__}, which compares no two completions. A general preference model is given as "
+            "`judge=PreferenceModel(model)`, a reward model as `reward_funcs`."
+        )
     penalties = [name for name in ("missing_eos_penalty", "length_penalty") if getattr(args, name, None)]
+    if judge is None and not scored and penalties:
+        raise ValueError(f"{penalties} take something off a reward, and there are no `reward_funcs`. Leave them out.")
     if judge is not None and penalties:
         raise ValueError(
             f"{penalties} take something off a reward, and a `judge` gives none. Leave them out, or have the "
@@ -99,6 +123,10 @@ def check_arguments(
         return []
     reward_funcs = list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
     for reward in reward_funcs:
+        if isinstance(reward, PreferenceModel):
+            raise ValueError(
+                "`reward_funcs` has a PreferenceModel, which compares two completions: give it as `judge`."
+            )
         if not isinstance(reward, str) and not callable(reward):
             raise ValueError(
                 f"`reward_funcs` has {reward!r}, a {type(reward).__name__}; expected a function, a reward model, or the "
@@ -109,7 +137,35 @@ def check_arguments(
                 f"`reward_funcs` has a {type(reward).__name__} without a tokenizer: give one in `reward_processing_classes`."
             )
         refuse_missing_path(reward, "reward model")
+        refuse_preference_model(reward)
     return reward_funcs
+
+
+def check_preference_model(judge: PreferenceModel, prompt: Any) -> None:
+    """Load a judge, and raise a `ValueError` for one that cannot compare completions of such prompts, or not online."""
+    if judge.scores != "win_rate":
+        raise ValueError(
+            f"`judge` has `scores={judge.scores!r}`, which groups get in `score_preferences` and in rounds. Online, losses learn from "
+            "win rates: leave `scores` out."
+        )
+    judge.load()
+    if isinstance(prompt, list):
+        require_chat_template(judge.processing_class)
+
+
+def check_reward_columns(reward_funcs: Sequence[Any], available: Sequence[str], split: str) -> None:
+    """Raise a `ValueError` where a dataset lacks a column that a reward function says that it reads, by an attribute `columns`."""
+    for reward in reward_funcs:
+        missing = [name for name in read_columns(reward) if name not in available]
+        if missing:
+            raise ValueError(
+                f"The reward function {reward!r} reads {missing}, which the {split} dataset does not have. Its columns are "
+                f"{sorted(available)}."
+            )
+
+
+def _shown(value: torch.Tensor) -> str:
+    return f"{value.item():g}" if value.dim() == 0 else f"[{', '.join(f'{each:g}' for each in value.tolist())}]"
 
 
 def check_rewards(name: str, loss: Any, columns: Mapping[str, torch.Tensor]) -> None:
@@ -118,7 +174,7 @@ def check_rewards(name: str, loss: Any, columns: Mapping[str, torch.Tensor]) -> 
     if bad is None or not bad.any():
         return
     row = int(bad.nonzero()[0])
-    shown = ", ".join(f"{column}={values[row].item():g}" for column, values in columns.items())
+    shown = ", ".join(f"{column}={_shown(values[row])}" for column, values in columns.items())
     hint = " A `judge` in place of `reward_funcs` gives win rates." if reads_win_rates(loss) else ""
     raise ValueError(
         f"The loss {name!r} cannot take {int(bad.sum())} of {len(bad)} pairs of this batch, the first with {shown}. "

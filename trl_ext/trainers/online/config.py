@@ -7,10 +7,10 @@ from typing import Any
 from trl.experimental.online_dpo import OnlineDPOConfig as TRLOnlineDPOConfig
 
 from trl_ext.data.pairing import PAIRINGS
-from trl_ext.losses.base import HingeLoss, SigmoidLoss
+from trl_ext.losses.base import HingeLoss, SigmoidLoss, warn_once
 from trl_ext.losses.online_ipo import OnlineIPOLoss
-from trl_ext.trainers.arguments import LossArguments
-from trl_ext.trainers.loss_types import build_losses, check_combination, resolve_loss_types
+from trl_ext.trainers.arguments import DICT_FIELDS, LossArguments
+from trl_ext.trainers.loss_types import build_losses, check_combination, check_pairing, resolve_loss_types
 from trl_ext.trainers.online.checks import check_losses, check_reference
 from trl_ext.trainers.terms import check_reads
 
@@ -33,6 +33,11 @@ def build_online_losses(args: Any) -> dict[str, Any]:
     return {name: ours[name] if name in ours else ONLINE_TRL_LOSSES[name]() for name in names}
 
 
+def default_pairing(losses: dict[str, Any]) -> str:
+    """The `pairing` of a run that sets none."""
+    return "best_worst" if all(loss.takes_pairs for loss in losses.values()) else "group"
+
+
 @dataclass
 class OnlineDPOConfig(LossArguments, TRLOnlineDPOConfig):
     r"""
@@ -49,10 +54,11 @@ class OnlineDPOConfig(LossArguments, TRLOnlineDPOConfig):
             Weight of each loss.
         num_generations (`int`, *optional*, defaults to `2`):
             Completions sampled for each prompt, at least 2.
-        pairing (`str`, *optional*, defaults to `"best_worst"`):
+        pairing (`str`, *optional*):
             `"best_worst"`: the best against the worst of them; `"all"`: each two of different rewards; `"group"`: all of
-            them at once, for losses that take groups (`anchored`). Prompts whose completions tie are dropped, and the
-            share of them is logged as `pairs/dropped_prompts`.
+            them at once, for losses that take groups (`anchored`, `aligndistil`, `trpa`, `drpo`). By default `"group"` where a
+            loss takes whole groups alone (`trpa`, `drpo`), else `"best_worst"`. Prompts whose completions tie are dropped, and the
+            share of them is logged as `pairs/dropped_prompts`; `aligndistil` alone learns from them too.
         length_penalty (`float`, *optional*, defaults to `0.0`):
             What each completion token takes off the reward, in the reward's unit.
         mixture_coef (`float`, *optional*, defaults to `0.0`):
@@ -67,7 +73,8 @@ class OnlineDPOConfig(LossArguments, TRLOnlineDPOConfig):
             Steps between two synchronisations.
         ref_model_mixup_alpha (`float`, *optional*, defaults to `0.6`):
             `reference = alpha policy + (1 - alpha) reference`; 1.0 copies.
-        loss_kwargs, logprob_backend, logprob_memory_mb, share_prefix:
+        loss_kwargs, logprob_backend, logprob_memory_mb, share_prefix, teacher_model_name_or_path, reverse_model_name_or_path,
+        teacher_model_init_kwargs:
             See [`LossArguments`].
 
     Raises:
@@ -75,24 +82,26 @@ class OnlineDPOConfig(LossArguments, TRLOnlineDPOConfig):
             that exclude each other.
     """
 
-    _VALID_DICT_FIELDS = [*TRLOnlineDPOConfig._VALID_DICT_FIELDS, "loss_kwargs", "generation_kwargs"]
+    _VALID_DICT_FIELDS = [*TRLOnlineDPOConfig._VALID_DICT_FIELDS, *DICT_FIELDS, "generation_kwargs"]
 
     loss_type: list[str] = field(
         default_factory=lambda: ["sigmoid"],
         metadata={
             "help": "Type of loss to use: 'sigmoid', 'ipo', 'hinge' on summed log-probabilities, those of trl_ext "
             "('offset', 'anchored', 'margin_adaptive', 'bias_variance', 'length_regularized', 'sppo_soft', "
-            "'alpha_dpo', 'asft', 'beta_dpo', 'cpo', 'eurus', 'robust_em', 'simpo') and registered ones. "
+            "'alpha_dpo', 'asft', 'beta_dpo', 'cpo', 'drpo', 'eurus', 'reward_distillation', 'robust_em', 'simpo', "
+            "'trpa', 'aligndistil') and registered ones. "
             "Several are combined with `loss_weights`."
         },
     )
     loss_weights: list[float] | None = field(default=None, metadata={"help": "Weight of each loss."})
     num_generations: int = field(default=2, metadata={"help": "Completions sampled for each prompt, at least 2."})
-    pairing: str = field(
-        default="best_worst",
+    pairing: str | None = field(
+        default=None,
         metadata={
             "help": "'best_worst': the best against the worst completion; 'all': each two of different rewards; "
-            "'group': all at once, for losses that take groups.",
+            "'group': all at once, for losses that take groups. By default 'group' where a loss takes nothing else, else "
+            "'best_worst'.",
             "choices": list(PAIRINGS),
         },
     )
@@ -128,9 +137,16 @@ class OnlineDPOConfig(LossArguments, TRLOnlineDPOConfig):
     def _check_groups(self, losses: dict[str, Any]) -> None:
         if not isinstance(self.num_generations, int) or self.num_generations < 2:
             raise ValueError(f"`num_generations={self.num_generations!r}` must be a whole number, at least 2.")
-        if self.pairing not in PAIRINGS:
-            raise ValueError(f"`pairing={self.pairing!r}` is unknown; choose one of {list(PAIRINGS)}.")
+        check_pairing(self.pairing, losses)
+        if self.pairing is None:
+            self.pairing = default_pairing(losses)
         single = [name for name, loss in losses.items() if not loss.takes_groups]
+        whole = [name for name, loss in losses.items() if not loss.takes_pairs]
+        if whole and single:
+            raise ValueError(
+                f"{whole} learn from whole groups alone, and {single} from pairs; an online run makes one of the two. Train with "
+                "losses of one kind, or offline, where the others are given each group's best and worst."
+            )
         if self.pairing == "group" and single:
             raise ValueError(
                 f"`pairing='group'` needs losses that take groups; {single} take pairs. Use 'best_worst' or 'all'."
@@ -141,6 +157,13 @@ class OnlineDPOConfig(LossArguments, TRLOnlineDPOConfig):
             raise ValueError(
                 f"{sampled} read log-probs under the policy that sampled, and with `mixture_coef={self.mixture_coef}` no policy "
                 "sampled but a mixture of two. Set `mixture_coef=0`."
+            )
+        longest = getattr(losses.get("drpo"), "max_length", self.max_new_tokens)
+        if longest != self.max_new_tokens:
+            warn_once(
+                f"drpo: the length reward is 0 at `max_length={longest}` tokens, and completions have at most "
+                f"`max_new_tokens={self.max_new_tokens}`. The two are one number in the paper: loss_kwargs="
+                f'{{"max_length": {self.max_new_tokens}}}.'
             )
         if "bias_variance" in losses and self.pairing != "best_worst":
             raise ValueError(

@@ -38,7 +38,14 @@ class Evaluation:
         prompts = completions.prompts
         k = len(completions.ids) // len(prompts)
         if self.judge is not None:
-            wins = call_judge(self.judge, prompts * k, completions.texts, baseline.texts * k)
+            templates = self._judge_templates(inputs)
+            wins = call_judge(
+                self.judge,
+                prompts * k,
+                completions.texts,
+                baseline.texts * k,
+                None if templates is None else templates * k,
+            )
         else:
             theirs = self.score(inputs, baseline)
             difference = scores.values - theirs.values

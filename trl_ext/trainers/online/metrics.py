@@ -1,6 +1,8 @@
 """What an online run logs of a batch, one value per completion, prompt or pair."""
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from accelerate.logging import get_logger
@@ -78,6 +80,12 @@ def of_learnt(
     metrics["rewards/margins"] = margins
     metrics["rewards/accuracies"] = (margins > 0).double()
     return metrics
+
+
+def without_comparisons(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """What of the metrics says something where no completion is preferred to another and none is scored."""
+    words = ("score", "chosen", "rejected", "rewards/")
+    return {name: value for name, value in metrics.items() if not any(word in name for word in words)}
 
 
 def dropped_prompts(selection: Selection) -> torch.Tensor:

@@ -1,13 +1,19 @@
 """The prompts of an online run: which of their columns are read, and whether all can be used. Checked before a model is loaded."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from datasets import Dataset, IterableDataset
 
 from trl_ext.data.columns import WEIGHT, checked, columns_of, over_splits, require_same_columns
 from trl_ext.data.tokens import require_chat_template
-from trl_ext.trainers.online.checks import OWN_COLUMNS, SCORE_COLUMNS, of_completions, reads_win_rates
+from trl_ext.trainers.online.checks import (
+    OWN_COLUMNS,
+    SCORE_COLUMNS,
+    check_reward_columns,
+    of_completions,
+    reads_win_rates,
+)
 
 
 class PromptData:
@@ -23,10 +29,20 @@ class PromptData:
             Of the trainer.
         args ([`OnlineDPOConfig`]):
             Configuration.
+        reward_funcs (`Sequence`, *optional*):
+            Reward functions and models of the run, which may read columns too.
     """
 
-    def __init__(self, losses: Mapping[str, Any], judged: bool, processing_class: Any, args: Any):
+    def __init__(
+        self,
+        losses: Mapping[str, Any],
+        judged: bool,
+        processing_class: Any,
+        args: Any,
+        reward_funcs: Sequence[Any] = (),
+    ):
         self.losses, self.judged, self.processing_class, self.args = losses, judged, processing_class, args
+        self.reward_funcs = reward_funcs
         self.columns: list[str] = []
 
     def training(self, dataset: Any) -> Any:
@@ -35,6 +51,7 @@ class PromptData:
             return dataset
         available = columns_of(dataset, "train")
         check_images(available, self.args, self.losses)
+        check_reward_columns(self.reward_funcs, available, "train")
         self.columns = read_columns(available, "train", self.losses, self.judged)
         return check_prompts(dataset, self.columns, "train", self.processing_class)
 
@@ -45,6 +62,7 @@ class PromptData:
     def _split(self, dataset: Dataset | IterableDataset, split: str) -> Dataset | IterableDataset:
         available = columns_of(dataset, split)
         read_columns(available, split, self.losses, self.judged)
+        check_reward_columns(self.reward_funcs, available, split)
         require_same_columns(self.columns, available, split)
         return check_prompts(dataset, self.columns, split, self.processing_class)
 

@@ -27,12 +27,15 @@ class Scores:
             Probability that the row's completion is preferred to the column's, from a judge.
         per_function (`dict[str, torch.Tensor]`, *optional*):
             Reward of each function, shape `(B, K)`, NaN where it had no opinion.
+        each (`torch.Tensor` of shape `(B, K, M)`, *optional*):
+            Where the losses take lists of scores: what each of `M` functions adds to `values`, less the penalties.
     """
 
     values: torch.Tensor
     mask: torch.Tensor | None = None
     probabilities: torch.Tensor | None = None
     per_function: dict[str, torch.Tensor] = field(default_factory=dict)
+    each: torch.Tensor | None = None
 
     def __post_init__(self):
         if self.mask is None:
@@ -112,17 +115,22 @@ def call_reward_model(
 
 
 def call_judge(
-    function: Callable[[list, list, list], Sequence[float]], prompts: list, first: list, second: list
+    function: Callable[..., Sequence[float]],
+    prompts: list,
+    first: list,
+    second: list,
+    templates: list[dict] | None = None,
 ) -> torch.Tensor:
     """
-    Probability that each completion of `first` is preferred to that of `second`, shape `(N,)`.
+    Probability that each completion of `first` is preferred to that of `second`, shape `(N,)`. `templates`, arguments of the chat
+    template of each prompt, are for a [`~trl_ext.data.PreferenceModel`].
 
     Raises:
         `ValueError`: If the answer has another length or is no probability.
         `RuntimeError`: If the function raises; its own error is the cause.
     """
     try:
-        answer = function(prompts, first, second)
+        answer = function(prompts, first, second, *([] if templates is None else [templates]))
     except Exception as error:
         raise RuntimeError(f"`judge` raised {type(error).__name__} on {len(prompts)} comparisons: {error}") from error
     values = torch.as_tensor(answer, dtype=torch.float32).flatten() if answer is not None else torch.empty(0)
@@ -138,7 +146,7 @@ def call_judge(
     return values
 
 
-def judge_scores(function: Callable, prompts: list, completions: list) -> Scores:
+def judge_scores(function: Callable, prompts: list, completions: list, templates: list[dict] | None = None) -> Scores:
     """
     Each two completions of a prompt compared once.
 
@@ -149,6 +157,8 @@ def judge_scores(function: Callable, prompts: list, completions: list) -> Scores
             `B` prompts.
         completions (`list`):
             `K` blocks of `B` completions.
+        templates (`list[dict]`, *optional*):
+            Arguments of the chat template of each prompt, for a [`~trl_ext.data.PreferenceModel`].
     """
     b = len(prompts)
     k = len(completions) // b
@@ -160,6 +170,7 @@ def judge_scores(function: Callable, prompts: list, completions: list) -> Scores
         prompts * len(pairs),
         [completions[i * b + row] for i, _ in pairs for row in range(b)],
         [completions[j * b + row] for _, j in pairs for row in range(b)],
+        None if templates is None else templates * len(pairs),
     ).view(len(pairs), b)
     probabilities = torch.full((b, k, k), 0.5)
     for (i, j), values in zip(pairs, answer, strict=True):
@@ -168,7 +179,13 @@ def judge_scores(function: Callable, prompts: list, completions: list) -> Scores
     return Scores(wins, probabilities=probabilities)
 
 
-def reward_scores(trainer: Any, inputs: dict[str, Any], completions: Completions) -> Scores:
+def rows_of(inputs: dict[str, Any], count: int) -> list[dict[str, Any]]:
+    """What each of `count` rows of a batch has for the chat template."""
+    names = [name for name in ("tools", "chat_template_kwargs") if name in inputs]
+    return [{name: inputs[name][row] for name in names} for row in range(count)]
+
+
+def reward_scores(trainer: Any, inputs: dict[str, Any], completions: Completions, each: bool = False) -> Scores:
     """
     What the reward functions and models of a trainer say, weighted and added up, less its penalties.
 
@@ -179,12 +196,13 @@ def reward_scores(trainer: Any, inputs: dict[str, Any], completions: Completions
             A batch of the dataset: lists by column.
         completions ([`~trl_ext.generation.Completions`]):
             `K` of each of `B` prompts.
+        each (`bool`, *optional*, defaults to `False`):
+            Whether the losses take a list with each function's share, times its weight and less the penalties as if it were alone.
+            A completion has scores then where every function has an opinion.
     """
     prompts, b = completions.prompts, len(completions.prompts)
     k = len(completions.ids) // b
-    rows = [
-        {name: inputs[name][row] for name in ("tools", "chat_template_kwargs") if name in inputs} for row in range(b)
-    ]
+    rows = rows_of(inputs, b)
     columns = {
         name: list(value) * k if isinstance(value, (list, tuple)) else value
         for name, value in inputs.items()
@@ -204,17 +222,20 @@ def reward_scores(trainer: Any, inputs: dict[str, Any], completions: Completions
         # Two functions may have one name
         rewards[name if name not in rewards else f"{name}_{len(rewards)}"] = values
     stacked = torch.stack(list(rewards.values()), dim=1)
-    total = (stacked * trainer.reward_weights.cpu()).nansum(dim=1)
+    weighted = stacked * trainer.reward_weights.cpu()
+    totals = torch.cat([weighted.nansum(dim=1, keepdim=True), weighted], dim=1)  # of all functions, and of each
     if trainer.args.missing_eos_penalty is not None:
-        total = total - trainer.args.missing_eos_penalty * ~completions.ended.cpu()
+        totals = totals - trainer.args.missing_eos_penalty * ~completions.ended.cpu().unsqueeze(1)
     if trainer.args.length_penalty:
-        total = total - trainer.args.length_penalty * torch.tensor([len(row) for row in ids])
+        totals = totals - trainer.args.length_penalty * torch.tensor([[len(row)] for row in ids])
 
     def by_prompt(values: torch.Tensor) -> torch.Tensor:
-        return values.view(k, b).T
+        return values.view(k, b, *values.shape[1:]).transpose(0, 1)
 
+    missing = stacked.isnan()
     return Scores(
-        by_prompt(total),
-        by_prompt(~stacked.isnan().all(dim=1)),
+        by_prompt(totals[:, 0]),
+        by_prompt(~(missing.any(dim=1) if each else missing.all(dim=1))),
         per_function={name: by_prompt(values) for name, values in rewards.items()},
+        each=by_prompt(totals[:, 1:]) if each else None,
     )

@@ -55,13 +55,20 @@ class Selection:
         """Scores of completions, in the shape of their `numbers`; 0 where one is absent."""
         return torch.where(numbers == ABSENT, 0, self.scores.values.cpu().T.flatten()[numbers])
 
+    def rewards_of_pairs(self) -> torch.Tensor:
+        """What losses read of the pairs: their scores, shape `(P, 2)`, or lists of them, shape `(P, 2, M)`."""
+        each = self.scores.each
+        return self.scores_of(self.pairs) if each is None else each.cpu().transpose(0, 1).flatten(0, 1)[self.pairs]
+
     def only(self, kept: torch.Tensor) -> "Selection":
         """The pairs or groups that `kept`, shape `(P,)`, marks."""
         groups = None if self.groups is None else self.groups[kept]
         return dataclasses.replace(self, pairs=self.pairs[kept], groups=groups)
 
 
-def select(completions: Completions, scores: Scores, pairing: str, keep_ties: bool = False) -> Selection:
+def select(
+    completions: Completions, scores: Scores, pairing: str, keep_ties: bool = False, whole_groups: bool = False
+) -> Selection:
     """
     Which completions are learnt from, and which are preferred to which.
 
@@ -74,11 +81,13 @@ def select(completions: Completions, scores: Scores, pairing: str, keep_ties: bo
             `"best_worst"`, `"all"` or `"group"`.
         keep_ties (`bool`, *optional*, defaults to `False`):
             Whether two equal completions form a pair too.
+        whole_groups (`bool`, *optional*, defaults to `False`):
+            Whether a group whose completions are all equal is learnt from too.
     """
     values, mask = scores.values.cpu(), scores.mask.cpu()
     b, k = values.shape
     if pairing == "group":  # those with anything to learn
-        found = pair_up(values, mask, "best_worst")
+        found = pair_up(values, mask, "best_worst", keep_ties=whole_groups)
     else:
         probabilities = None if scores.probabilities is None else scores.probabilities.cpu()
         found = pair_up(values, mask, pairing, probabilities, keep_ties)
@@ -175,7 +184,7 @@ def _plan(selections: list[Selection], places: list[torch.Tensor], columns: Mapp
         # A missing pair has the columns of the other: losses may refuse other values, and nothing comes of them
         filled.append(
             {
-                name: values.new_zeros(len(prompts))
+                name: values.new_zeros(len(prompts), *values.shape[1:])
                 .index_put((where[1 - half],), own[1 - half][name])
                 .index_put((where[half],), values)
                 for name, values in own[half].items()
@@ -193,6 +202,6 @@ def _columns(selection: Selection, columns: Mapping[str, torch.Tensor], win_rate
         chosen, rejected = (selection.pairs // len(selection.completions.prompts)).unbind(1)
         found["preference_prob"] = probabilities.cpu()[selection.prompts, chosen, rejected]
     if probabilities is None or win_rates or selection.groups is not None:
-        chosen, rejected = selection.scores_of(selection.pairs).unbind(1)
+        chosen, rejected = selection.rewards_of_pairs().unbind(1)
         found |= {"score_chosen": chosen, "score_rejected": rejected}
     return found

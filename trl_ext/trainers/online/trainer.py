@@ -9,7 +9,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from accelerate.utils import is_peft_model, send_to_device
+from accelerate.logging import get_logger
+from accelerate.utils import is_peft_model
 from transformers import Trainer
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl.experimental.online_dpo import OnlineDPOTrainer as TRLOnlineDPOTrainer
@@ -17,26 +18,38 @@ from trl.experimental.utils import create_reference_model
 from trl.trainer.callbacks import SyncRefModelCallback
 from trl.trainer.utils import add_fused_lm_head, create_model_from_path
 
-from trl_ext.data.columns import WEIGHT
+from trl_ext.data.columns import takes_each_reward
+from trl_ext.data.preference_model import PreferenceModel
+from trl_ext.data.tokens import template_arguments
 from trl_ext.generation import Completions
-from trl_ext.rows import from_batch, to_batch
-from trl_ext.trainers.online.checks import check_arguments, check_reference, check_rewards, reads_win_rates
-from trl_ext.trainers.online.config import OnlineDPOConfig, build_online_losses
+from trl_ext.trainers.online.checks import (
+    check_arguments,
+    check_preference_model,
+    check_reference,
+    learns_without_scores,
+    reads_win_rates,
+)
+from trl_ext.trainers.online.config import OnlineDPOConfig, build_online_losses, default_pairing
 from trl_ext.trainers.online.evaluate import Evaluation
 from trl_ext.trainers.online.generate import Generation
-from trl_ext.trainers.online.metrics import Ties, dropped_prompts, of_completions, of_learnt
+from trl_ext.trainers.online.learn import Learning
+from trl_ext.trainers.online.metrics import Ties
 from trl_ext.trainers.online.prompts import PromptData
-from trl_ext.trainers.online.rewards import Scores, judge_scores, reward_scores
-from trl_ext.trainers.online.selection import Selection, build_table, select
+from trl_ext.trainers.online.rewards import Scores, judge_scores, reward_scores, rows_of
+from trl_ext.trainers.online.selection import Selection, select
 from trl_ext.trainers.policy_copy import frozen_copy
 from trl_ext.trainers.reference import SyncReferenceAdapter, add_reference_adapter
 from trl_ext.trainers.scoring import build_scorer
+from trl_ext.trainers.teachers import Teachers, given_teachers
 from trl_ext.trainers.terms import Terms
 from trl_ext.trainers.trl_seam import base_model, bind_forward, unbind_forward
 from trl_ext.trainers.with_terms import WithTerms
 
 
-class OnlineDPOTrainer(Generation, Evaluation, WithTerms, TRLOnlineDPOTrainer):
+logger = get_logger(__name__)
+
+
+class OnlineDPOTrainer(Generation, Learning, Evaluation, WithTerms, TRLOnlineDPOTrainer):
     """
     TRL's `OnlineDPOTrainer` with the losses of this package, `K` completions per prompt, and generation at full speed.
 
@@ -57,7 +70,8 @@ class OnlineDPOTrainer(Generation, Evaluation, WithTerms, TRLOnlineDPOTrainer):
     `rewards/rejected`, `rewards/margins`, `rewards/accuracies`, `logps/*`, `lengths/*` and `logratios/*` are over the pairs that
     are learnt from (for groups: the best completion against the worst). `completions/*`, `val/contain_eos_token`,
     `rewards/unscored` and each reward function's `rewards/NAME/mean` are over all sampled completions; `pairs/dropped_prompts` is
-    the share of prompts of which nothing is learnt. `loss/NAME` of several losses is each one's own mean over prompts.
+    the share of prompts of which nothing is learnt. `loss/NAME` of several losses is each one's own mean over prompts. Where there
+    are neither rewards nor a judge, what compares completions is not logged.
 
     Example:
 
@@ -78,12 +92,21 @@ class OnlineDPOTrainer(Generation, Evaluation, WithTerms, TRLOnlineDPOTrainer):
     ```
 
     Args:
+        reward_funcs (*optional*):
+            TRL's: a function, a reward model, or a list of them, whose rewards times `reward_weights` are added up. That total
+            chooses the pairs and is what losses read as scores, but for a loss that takes each of several (`reward_distillation`):
+            it gets a list per completion, each entry less the penalties, and learns from completions on which all functions have
+            an opinion. Beside a loss that reads one score that is an error.
         args ([`OnlineDPOConfig`] or TRL's, *optional*):
             Configuration.
         judge (`Callable`, *optional*):
             Judge of two completions in place of `reward_funcs`: `judge(prompts, completions_a, completions_b)` gives for
-            each the probability, in [0, 1], that the first completion is preferred. Reaches `ipo` and `anchored` as a
-            soft target, and `sppo_soft` as win rates against the prompt's other completions.
+            each the probability, in [0, 1], that the first completion is preferred; or a [`PreferenceModel`], of which each
+            process has a copy. Reaches `ipo` and `anchored` as a soft target, and `sppo_soft` as win rates against the prompt's
+            other completions. A run whose losses all learn from completions and not from preferences (`aligndistil`) needs
+            neither rewards nor a judge, and `pairing="group"`.
+        teacher_model, reverse_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
+            For a loss that reads teachers, as in [`DPOTrainer`].
         train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
             Prompts in a column `prompt`, as text or as messages. All columns are handed to reward functions. A numeric column
             `weight`, at least 0, scales the loss of each prompt.
@@ -114,6 +137,8 @@ class OnlineDPOTrainer(Generation, Evaluation, WithTerms, TRLOnlineDPOTrainer):
         optimizers=(None, None),
         preprocess_logits_for_metrics=None,
         judge: Callable[[list, list, list], Any] | None = None,
+        teacher_model: Any = None,
+        reverse_model: Any = None,
     ):
         if args is None:
             name = model if isinstance(model, str) else model.config._name_or_path
@@ -122,12 +147,24 @@ class OnlineDPOTrainer(Generation, Evaluation, WithTerms, TRLOnlineDPOTrainer):
             if not hasattr(args, field.name):
                 setattr(args, field.name, field.default)
         losses = build_online_losses(args)
+        if args.pairing is None:
+            args.pairing = default_pairing(losses)
         terms = Terms(
             losses, dict(zip(losses, args.loss_weights or [1.0] * len(losses), strict=True)), can_be_empty=True
         )
         self._keep_terms(terms, "Online " + " + ".join(losses))
         check_reference(losses, args)
+        for remark in filter(None, (loss.one_turn for loss in losses.values())):
+            logger.warning_once(remark)
+        models = {
+            "model": model,
+            "ref_model": ref_model,
+            "teacher_model": teacher_model,
+            "reverse_model": reverse_model,
+        }
+        teachers = given_teachers(losses, args, models)
         reward_funcs = check_arguments(
+            losses,
             model,
             ref_model,
             reward_funcs,
@@ -138,13 +175,16 @@ class OnlineDPOTrainer(Generation, Evaluation, WithTerms, TRLOnlineDPOTrainer):
             args,
         )
         self.judge = judge
+        self._each_reward = len(reward_funcs) > 1 and takes_each_reward(losses)
         if train_dataset is None:
             raise ValueError("`train_dataset` is required: a dataset with a column `prompt`.")
         if args.accelerator_config.dispatch_batches is None:
             # Of streams: texts are no tensors that one process could send to others
             args.accelerator_config.dispatch_batches = False
-        self._data = PromptData(losses, judge is not None, processing_class, args)
+        self._data = PromptData(losses, judge is not None, processing_class, args, reward_funcs)
         train_dataset, eval_dataset = self._data.training(train_dataset), self._data.evaluation(eval_dataset)
+        if isinstance(judge, PreferenceModel):
+            check_preference_model(judge, next(iter(train_dataset))["prompt"])
 
         model_init_kwargs = args.model_init_kwargs
         if isinstance(model, str):
@@ -157,7 +197,10 @@ class OnlineDPOTrainer(Generation, Evaluation, WithTerms, TRLOnlineDPOTrainer):
                 unbind_forward(base_model(given))
         self._needs_reference = "ref_logps" in terms.reads
         if ref_model is not None and not self._needs_reference:
-            raise ValueError(f"None of the losses {list(losses)} reads a reference model. Leave `ref_model` out.")
+            hint = " What AlignDistil's own code calls the reference is `reverse_model` here." if teachers else ""
+            raise ValueError(
+                f"None of the losses {list(losses)} reads a reference model. Leave `ref_model` out.{hint}"
+            )
         if ref_model is None and self._needs_reference and peft_config is None:
             if not (args.sync_ref_model and is_peft_model(model)):
                 # TRL's says what ZeRO-3 needs in place of a copy
@@ -186,6 +229,8 @@ class OnlineDPOTrainer(Generation, Evaluation, WithTerms, TRLOnlineDPOTrainer):
             )
         finally:
             args.model_init_kwargs = model_init_kwargs
+        if isinstance(judge, PreferenceModel):
+            judge.model.to(self.accelerator.device)
         self.num_generations = args.num_generations
         self._thinking = (True, False) if "bias_variance" in losses else (True,)
         self._win_rates = judge is not None and any(reads_win_rates(loss) for loss in losses.values())
@@ -194,6 +239,7 @@ class OnlineDPOTrainer(Generation, Evaluation, WithTerms, TRLOnlineDPOTrainer):
             "preference_prob" in loss.optional_columns or reads_win_rates(loss) for loss in losses.values()
         )
         self._scorer = build_scorer(self.model, args, False, self.ref_model if self._has_ref_model else None)
+        self._teachers = Teachers(self, teachers) if teachers else None
         self._ties = Ties()
         self._sampling = self._sampling_config()
         if self.use_vllm:
@@ -240,63 +286,22 @@ class OnlineDPOTrainer(Generation, Evaluation, WithTerms, TRLOnlineDPOTrainer):
     def score(self, inputs: dict[str, Any], completions: Completions) -> Scores:
         """Second step: what each completion is worth, penalties included."""
         if self.judge is not None:
-            return judge_scores(self.judge, completions.prompts, completions.texts)
-        return reward_scores(self, inputs, completions)
+            return judge_scores(self.judge, completions.prompts, completions.texts, self._judge_templates(inputs))
+        if not self.reward_funcs:  # nothing is preferred, and nothing has to be
+            return Scores(torch.zeros(len(completions.prompts), len(completions.ids) // len(completions.prompts)))
+        return reward_scores(self, inputs, completions, self._each_reward)
+
+    def _judge_templates(self, inputs: dict[str, Any]) -> list[dict[str, Any]] | None:
+        """Arguments of the chat template of each prompt, for a judge that renders conversations with its own."""
+        if not isinstance(self.judge, PreferenceModel):
+            return None
+        return [template_arguments(row) for row in rows_of(inputs, len(inputs["prompt"]))]
 
     def pair(self, completions: Completions, scores: Scores) -> Selection:
         """Third step: which completions are learnt from, and which are preferred to which."""
-        return select(completions, scores, self.args.pairing, self._keep_ties)
-
-    def learn(self, model: torch.nn.Module, inputs: dict[str, Any], selections: list[Selection]) -> torch.Tensor:
-        """
-        Fourth step: the mean loss over the prompts of the batch; a prompt without a pair adds 0.
-
-        Args:
-            model (`torch.nn.Module`):
-                The policy, wrapped or not.
-            inputs (`dict[str, Any]`):
-                A batch of the dataset: lists by column.
-            selections (`list[Selection]`):
-                One, or for `bias_variance` one with reasoning and one without.
-        """
-        terms, scorer = self._terms, self._scorer
-        columns = {name: torch.tensor([float(value) for value in inputs[name]]) for name in self._data.columns}
-        dropped = [dropped_prompts(selection) for selection in selections]
-        if WEIGHT in columns:  # what does not count is not learnt from
-            selections = [selection.only(columns[WEIGHT][selection.prompts] > 0) for selection in selections]
-        rows, plan, places = build_table(
-            selections, columns, self.max_length, self._tokenizer.pad_token_id, self._win_rates
+        return select(
+            completions, scores, self.args.pairing, self._keep_ties, learns_without_scores(self._terms.losses)
         )
-        for each in filter(None, (plan.columns, plan.empty_columns)):
-            for name, loss in terms.losses.items():
-                check_rewards(name, loss, each)
-        if scorer.sharing is not None:
-            layout = scorer.sharing.layout(rows.inputs, rows.completion_mask, rows.prompt)
-            rows = dataclasses.replace(rows, layout=layout)
-        rows, plan = from_batch(send_to_device(to_batch(rows, plan), self.accelerator.device))
-
-        # The reference first: what the policy keeps for its backward is not in memory yet
-        ref_token_logps = None
-        if self._needs_reference:
-            with torch.no_grad(), self._reference() as reference, self.accelerator.autocast():
-                ref_token_logps = scorer(reference, rows, statistics=()).log_probs
-        token_logps = scorer(model, rows, statistics=()).log_probs
-        scored = scorer.scored(rows, token_logps, ref_token_logps, terms.reads)
-        if "behaviour_logps" in terms.reads:  # the policy that has just sampled
-            scored = dataclasses.replace(scored, behaviour_logps=scored.logps.detach())
-        total, metrics, alone = terms.total(scored, plan, self.beta, self.model.training, self._over_processes)
-        self._note(metrics, len(plan.pairs))
-        self._note({"beta": self.beta})
-        if len(terms.losses) > 1:
-            self._note(alone, plan.count)
-        for selection, place, lost, suffix in zip(selections, places, dropped, ("", "_empty_trace"), strict=False):
-            values = of_completions(selection.completions, selection.scores) | {"pairs/dropped_prompts": lost}
-            values |= of_learnt(selection, place, scored.logps, scored.ref_logps, self.beta)
-            self._note({name + suffix: value for name, value in values.items()})
-        if self.model.training:
-            self._ties.count(learnt=any(bool((lost == 0).any()) for lost in dropped))
-        # A batch without a pair still runs, so that all processes take part; it adds nothing
-        return total + 0.0 * scored.logps.sum()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         self._ties.look(self._due)

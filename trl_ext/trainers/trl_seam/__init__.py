@@ -17,6 +17,7 @@ that is used anywhere in the package and does not stand in `names.py`.
 from .check import require_names
 from .data import tokenize_pairs, with_cache_key
 from .forward import (
+    DIVERGENCE,
     NON_MODEL_KEYS,
     ROW_FIELDS,
     Replay,
@@ -26,6 +27,7 @@ from .forward import (
     head_in_place,
     map_rows,
     model_inputs,
+    projections_in_place,
     unbind_forward,
 )
 from .loss import (
@@ -47,5 +49,11 @@ from .names import (
     ONLINE_METHODS,
     ONLINE_TRAINER,
     PRIVATE_NAMES,
+    REWARD_ATTRIBUTES,
+    REWARD_METHODS,
+    REWARD_TRAINER,
+    SFT_ATTRIBUTES,
+    SFT_METHODS,
+    SFT_TRAINER,
     VLLM_ATTRIBUTES,
 )

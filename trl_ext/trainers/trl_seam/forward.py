@@ -14,7 +14,7 @@ from torch.distributed.tensor import Partial
 from trl.trainer import utils
 from trl.trainer.utils import FusedCausalLMOutput
 
-from trl_ext.logprobs import Head, Transform
+from trl_ext.logprobs import Divergence, Head, Projection, TokenLogProbs, Transform, projection
 from trl_ext.logprobs.substitute import Substitute
 
 
@@ -23,6 +23,9 @@ NON_MODEL_KEYS = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps")
 
 # Fields of the fused head's output that have one row per sequence
 ROW_FIELDS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1", "label_mask")
+
+# The field that a divergence comes out in: that of WPO, which none of our losses goes with. TRL's forward knows no others
+DIVERGENCE = "log_sum_sq_probs"
 
 
 def model_inputs(inputs: dict) -> dict:
@@ -46,26 +49,24 @@ def map_rows(outputs: FusedCausalLMOutput, function: Callable[[torch.Tensor], to
 
 
 @contextlib.contextmanager
-def head_in_place(head: Head, statistics: tuple[str, ...] | None) -> Iterator[None]:
+def head_in_place(
+    head: Head, statistics: tuple[str, ...] | None, divergence: Divergence | None = None
+) -> Iterator[None]:
     """
     While open, TRL's fused forward projects hidden states through `head`, at scored positions only.
 
     All else in that forward stays TRL's: shifting, soft caps and scales of model families, sharded heads, the auxiliary
-    loss of MoE models. Of the statistics that TRL wants, those not in `statistics` come back as zeros; `None` is all.
+    loss of MoE models. Of the statistics that TRL wants, those not in `statistics` come back as zeros; `None` is all. A
+    `divergence` comes back in the field [`DIVERGENCE`]: out of the wrapped model's forward, with its gradient.
     """
 
     def apply(hidden, weight, bias, targets, temperature, _chunk_size, softcap, scale, outputs):
         _average_gradients(weight, bias)
         wanted = tuple(name for name in outputs if name != "log_probs" and (statistics is None or name in statistics))
-        result = head(
-            hidden,
-            weight,
-            bias,
-            targets,
-            Transform(scale, softcap, temperature),
-            wanted,
-            gather=utils.maybe_gather_lm_head_ctx,
-        )
+        transform, gather = Transform(scale, softcap, temperature), utils.maybe_gather_lm_head_ctx
+        result = head(hidden, weight, bias, targets, transform, wanted, gather=gather)
+        if divergence is not None:
+            result = result._replace(**{DIVERGENCE: divergence(head, hidden, weight, bias, transform, gather)})
         zeros = {name: torch.zeros_like(result.log_probs) for name in outputs if getattr(result, name) is None}
         if "is_top1" in zeros:
             zeros["is_top1"] = zeros["is_top1"].bool()
@@ -73,6 +74,25 @@ def head_in_place(head: Head, statistics: tuple[str, ...] | None) -> Iterator[No
 
     with _HEAD.acting(apply):
         yield
+
+
+@contextlib.contextmanager
+def projections_in_place(copied: bool) -> Iterator[list[Projection]]:
+    """
+    While open, TRL's fused forward projects nothing: what each call would have projected is put into the list.
+
+    Args:
+        copied (`bool`):
+            Whether heads are copied: those of a sharded model are whole in its forward alone.
+    """
+    found: list[Projection] = []
+
+    def apply(hidden, weight, bias, targets, temperature, _chunk_size, softcap, scale, outputs):
+        found.append(projection(hidden, weight, bias, Transform(scale, softcap, temperature), copied))
+        return TokenLogProbs(hidden.new_zeros(len(hidden)))
+
+    with _HEAD.acting(apply):
+        yield found
 
 
 def _install_head(current: ContextVar) -> Callable[[], None]:

@@ -2,9 +2,14 @@
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextvars import ContextVar
+from typing import Any
 
-from trl import DPOConfig, DPOTrainer
+from trl import DPOTrainer
+from trl.trainer import dpo_trainer
+
+from trl_ext.logprobs.substitute import Substitute
 
 
 # What TRL's loss logs from each per-token statistic
@@ -76,14 +81,30 @@ def reference_in_inputs(trainer: DPOTrainer) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def no_reference(args: DPOConfig) -> Iterator[None]:
-    """
-    While open, `trl.DPOTrainer.__init__` loads no reference model, as where reference log-probs are precomputed.
-
-    What it would compute is for the trainer's own `_precompute_ref_logps` to leave out.
-    """
-    args.precompute_ref_log_probs = True
-    try:
+def no_reference(model: Any) -> Iterator[None]:
+    """While open, `trl.DPOTrainer.__init__`, given `model` and no reference, loads none: the policy is all that it loads, if anything."""
+    with _LOADER.acting(["policy"] if isinstance(model, str) else []):
         yield
-    finally:
-        args.precompute_ref_log_probs = False
+
+
+def _install_loader(current: ContextVar) -> Callable[[], None]:
+    """Have TRL's trainer load what is left to load in the thread that builds it, and then nothing."""
+    load = dpo_trainer.create_model_from_path
+
+    def create_model_from_path(*args: Any, **kwargs: Any) -> Any:
+        left = current.get()
+        if left is not None and not left:
+            return None
+        if left:
+            left.pop()
+        return load(*args, **kwargs)
+
+    dpo_trainer.create_model_from_path = create_model_from_path
+
+    def remove() -> None:
+        dpo_trainer.create_model_from_path = load
+
+    return remove
+
+
+_LOADER = Substitute(_install_loader)

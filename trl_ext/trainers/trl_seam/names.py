@@ -3,7 +3,7 @@ The private names of TRL and other libraries that this package uses, by what has
 or extends stand here too.
 
 What a class or a module has is looked up when a trainer is loaded (`check.py`). What only an object has is looked up by the
-tests alone: `DPO_ATTRIBUTES`, `ONLINE_ATTRIBUTES`, `VLLM_ATTRIBUTES` and `OBJECT_NAMES`.
+tests alone: `DPO_ATTRIBUTES`, `ONLINE_ATTRIBUTES`, `REWARD_ATTRIBUTES`, `SFT_ATTRIBUTES`, `VLLM_ATTRIBUTES` and `OBJECT_NAMES`.
 """
 
 # Methods of `trl.DPOTrainer` that ours extends, and attributes that it reads
@@ -82,11 +82,26 @@ ONLINE_ATTRIBUTES = (
     "vllm_mode",
 )
 
+# What ours extends or reads of `trl.RewardTrainer`
+REWARD_METHODS = ("compute_loss", "save_model")
+REWARD_ATTRIBUTES = ("_metrics", "_name", "_paper", "_tag_names")
+# What ours extends or reads of `trl.SFTTrainer`
+SFT_METHODS = (
+    "_prepare_dataset",
+    "_set_signature_columns_if_needed",
+    "compute_loss",
+    "evaluate",
+    "get_batch_samples",
+)
+SFT_ATTRIBUTES = ("_name", "_paper", "_signature_columns", "chat_template")
+
 # Set by TRL where vLLM generates, and nowhere else
 VLLM_ATTRIBUTES = ("_last_loaded_step",)
 
 # Of `trl.trainer.utils`: what its fused forward looks up
 FORWARD_NAMES = ("_ChunkedLogProbFunction", "_use_triton", "maybe_gather_lm_head_ctx")
+# Of `trl.trainer.dpo_trainer`: what loads policy and reference
+LOADER_NAMES = ("create_model_from_path",)
 
 # Of transformers and datasets: a colon stands before what is looked up in a module
 LIBRARY_NAMES = {
@@ -105,9 +120,16 @@ OBJECT_NAMES = {
     "torch.compile": ("_orig_mod",),
 }
 
-# Looked up when any trainer is loaded, and when the online one is
-ALL_TRAINERS = {"trl:DPOTrainer": DPO_METHODS, "trl.trainer.utils": FORWARD_NAMES, **LIBRARY_NAMES}
+# Looked up when any trainer is loaded, and when those of rewards, of online training and of supervised fine-tuning are
+ALL_TRAINERS = {
+    "trl:DPOTrainer": DPO_METHODS,
+    "trl.trainer.utils": FORWARD_NAMES,
+    "trl.trainer.dpo_trainer": LOADER_NAMES,
+    **LIBRARY_NAMES,
+}
+REWARD_TRAINER = {"trl:RewardTrainer": REWARD_METHODS}
 ONLINE_TRAINER = {"trl.experimental.online_dpo:OnlineDPOTrainer": ONLINE_METHODS}
+SFT_TRAINER = {"trl:SFTTrainer": SFT_METHODS}
 
 PRIVATE_NAMES = frozenset(
     name
@@ -116,6 +138,10 @@ PRIVATE_NAMES = frozenset(
         DPO_ATTRIBUTES,
         ONLINE_METHODS,
         ONLINE_ATTRIBUTES,
+        REWARD_METHODS,
+        REWARD_ATTRIBUTES,
+        SFT_METHODS,
+        SFT_ATTRIBUTES,
         VLLM_ATTRIBUTES,
         FORWARD_NAMES,
         *LIBRARY_NAMES.values(),
