@@ -7,12 +7,19 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForSequenceClassification
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    Qwen3Config,
+    Qwen3ForSequenceClassification,
+)
 
 import trl_ext
 from tests.conftest import preference_rows
 from tests.helpers import history, options
 from tests.online.runs import online, prompts
+from trl_ext.data import Ensemble, PreferenceModel, RewardFunction
 from trl_ext.metrics import MetricsCallback
 
 
@@ -241,6 +248,35 @@ def test_conversations(known):
     found = MetricsCallback(known, ["mean_reward"], chats, reward_funcs=reward, max_new_tokens=MOST).measure()
     assert found["samples/mean_reward"] == 1.0
     assert all(prompt == chats[0]["prompt"] and completion[0]["role"] == "assistant" for prompt, completion in seen)
+
+
+def test_functions_that_read_columns(known):
+    def same(completions, reference, **kwargs):
+        return [float(each in text) for each, text in zip(reference, completions, strict=True)]
+
+    reward = RewardFunction(same, version="1", columns=["reference"])
+    data = held_out(40, reference=["it", "never"] * 20)
+    found = MetricsCallback(
+        known, ["mean_reward", "win_rate"], data, reward_funcs=reward, max_new_tokens=MOST
+    ).measure()
+    assert 0.1 < found["samples/mean_reward"] < 0.5  # of the even rows alone
+    with pytest.raises(ValueError, match=r"lacks \['reference'\]"):
+        MetricsCallback(known, ["mean_reward"], held_out(2), reward_funcs=reward)
+    with pytest.raises(ValueError, match="Several rewards as a list have no mean"):
+        MetricsCallback(known, ["mean_reward"], data, reward_funcs=Ensemble([reward, reward], "list"))
+
+
+def test_a_preference_model_as_judge(known, tiny_model_dir):
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_model_dir, num_labels=2)
+    model.config.preference_temperature = 0.5
+    seen = []
+    judge = PreferenceModel(model, AutoTokenizer.from_pretrained(tiny_model_dir))
+    compare = judge.compare
+    judge.compare = lambda *given: seen.append(given) or compare(*given)
+    found = MetricsCallback(known, ["win_rate"], held_out(6), judge=judge, max_new_tokens=MOST).measure()
+    assert len(seen) == 2 and seen[0][1] == seen[1][2] and all(len(given[3]) == 6 for given in seen)
+    # s(a, b) = -s(b, a): the order is of no account
+    assert found["samples/position_bias"] == pytest.approx(0, abs=1e-6)
 
 
 # While training

@@ -69,13 +69,13 @@ class MetricsCallback(TrainerCallback):
         pairs ([`~datasets.Dataset`], *optional*):
             `prompt`, `chosen` and `rejected`, plain or conversational.
         reward_funcs (*optional*):
-            As in [`~trl_ext.data.score_preferences`]. An [`OnlineDPOTrainer`] has its own, which are taken by default, weights and
+            As in [`~trl_ext.data.score_preferences`]; functions that say so are handed columns of `prompts`. An [`OnlineDPOTrainer`] has its own, which are taken by default, weights and
             penalties included: its `score`.
         reward_weights (`Sequence[float]`, *optional*):
             What each of `reward_funcs` is multiplied by; 1 by default.
         judge (`Callable`, *optional*):
-            `judge(prompts, completions_a, completions_b)`: for each the probability that the first is preferred. Asked in both
-            orders. Without it the higher reward wins. Where an [`OnlineDPOTrainer`] has a judge and nothing is given here, it is taken.
+            `judge(prompts, completions_a, completions_b)`: for each the probability that the first is preferred; or a
+            [`~trl_ext.data.PreferenceModel`]. Asked in both orders. Without it the higher reward wins. Where an [`OnlineDPOTrainer`] has a judge and nothing is given here, it is taken.
         baseline (`str`, *optional*, defaults to `"reference"`):
             What win rates compare with: the reference's own completions, sampled in the same way, or a column of `prompts` with
             answers.

@@ -10,9 +10,18 @@ from transformers import Trainer
 
 from trl_ext.data.cache import content_seed
 from trl_ext.data.checks import require_columns
-from trl_ext.data.rewards import Ensemble, JudgeFunction, RewardModel, finite_numbers, reward_models
+from trl_ext.data.preference_model import PreferenceModel
+from trl_ext.data.rewards import (
+    Ensemble,
+    JudgeFunction,
+    RewardModel,
+    finite_numbers,
+    gives_lists,
+    read_columns,
+    reward_models,
+)
 from trl_ext.data.sampling import check_prompts, render_prompt
-from trl_ext.data.scores import check_renderable
+from trl_ext.data.scores import check_columns, check_renderable
 from trl_ext.data.tokens import prompt_ids, template_arguments
 from trl_ext.generation import Completions
 from trl_ext.rounds.shaping import text_length
@@ -35,7 +44,7 @@ class OnPrompts:
     Args:
         reward (*optional*):
             What scores one completion, as one of the classes of [`trl_ext.data.rewards`]; by default the trainer's own `score`.
-        judge ([`~trl_ext.data.JudgeFunction`], *optional*):
+        judge ([`~trl_ext.data.JudgeFunction`] or [`~trl_ext.data.PreferenceModel`], *optional*):
             What compares two.
         trainer, metrics, prompts, baseline, max_new_tokens, batch_size, seed:
             See [`MetricsCallback`].
@@ -47,7 +56,7 @@ class OnPrompts:
         metrics: Sequence[str],
         prompts: Dataset,
         reward: Any,
-        judge: JudgeFunction | None,
+        judge: JudgeFunction | PreferenceModel | None,
         baseline: str,
         max_new_tokens: int,
         batch_size: int,
@@ -70,10 +79,16 @@ class OnPrompts:
         self._check_room()
         if baseline != REFERENCE:
             self._check_baseline(prompts)
-        check_renderable(prompts, reward)
-        for model in reward_models(reward):
-            model.load()
-            model.model.to(trainer.accelerator.device)
+        check_columns(prompts, read_columns(reward))
+        if gives_lists(reward):
+            raise ValueError(
+                "Several rewards as a list have no mean: give them as `reward_funcs=[...]`, which adds them up."
+            )
+        for scorer in (reward, judge):
+            check_renderable(prompts, scorer)
+            for model in reward_models(scorer):
+                model.load()
+                model.model.to(trainer.accelerator.device)
 
     def _check_room(self) -> None:
         empty = [row for row, ids in enumerate(self.prompt_ids) if not ids]
@@ -136,9 +151,11 @@ class OnPrompts:
         if self.judge is None:
             rewards = zip(columns["reward"], self._rewards(rows, ids, theirs), strict=True)
             return found | {"preference": [_higher(a, b) for a, b in rewards]}
+        templates = [template_arguments(row) for row in rows] if isinstance(self.judge, PreferenceModel) else None
+        rest = () if templates is None else (templates,)  # a function sees no template
         return found | {
-            "preference": self.judge(prompts, ours, texts),
-            "swapped": [1 - value for value in self.judge(prompts, texts, ours)],
+            "preference": self.judge(prompts, ours, texts, *rest),
+            "swapped": [1 - value for value in self.judge(prompts, texts, ours, *rest)],
         }
 
     def _given_answer(self, answer: Any) -> Answer:
@@ -150,7 +167,7 @@ class OnPrompts:
         """NaN where no reward function of the trainer has an opinion."""
         prompts, texts = [row["prompt"] for row in rows], [answer.text for answer in answers]
         if self.reward is not None:
-            return _rewards(self.reward, prompts, texts, [template_arguments(row) for row in rows])
+            return _rewards(self.reward, prompts, texts, rows)
         completions = Completions(
             prompts=prompts,
             texts=texts,
@@ -206,10 +223,10 @@ def _higher(a: float, b: float) -> float:
     return math.nan if math.isnan(a) or math.isnan(b) else 0.5 * (1 + (a > b) - (a < b))
 
 
-def _rewards(reward: Any, prompts: list, texts: list, templates: list[dict]) -> list[float]:
+def _rewards(reward: Any, prompts: list, texts: list, rows: list[dict]) -> list[float]:
     if isinstance(reward, Ensemble):
-        members = [_rewards(each, prompts, texts, templates) for each in reward.reward_funcs]
+        members = [_rewards(each, prompts, texts, rows) for each in reward.reward_funcs]
         return [reward.combined(values) for values in zip(*members, strict=True)]
     if isinstance(reward, RewardModel):
-        return finite_numbers(reward(prompts, texts, templates), texts)
-    return reward(prompts, texts)
+        return finite_numbers(reward(prompts, texts, [template_arguments(row) for row in rows]), texts)
+    return reward(prompts, texts, rows)
