@@ -9,7 +9,7 @@ from tests.helpers import build, first_batch, loss_and_gradients
 from trl_ext import DPOConfig, DPOTrainer
 from trl_ext.data import EMPTY_TRACE, strip_reasoning_traces
 from trl_ext.data.reasoning import answer_text, check_pairs, tokenize_empty_trace, trace_is_open
-from trl_ext.data.sampling import _render
+from trl_ext.data.sampling import render_prompt
 
 
 # The ways of public templates: a switch; a trace that the generation prompt opens and conversations leave out (as
@@ -128,7 +128,7 @@ def test_answer(text, opened, answer):
 def test_which_prompts_leave_a_trace_open(template, thinking, tiny_model_dir):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
     tokenizer.chat_template = template or tokenizer.chat_template
-    prompt = _render({"prompt": row()["prompt"]}, tokenizer, thinking)
+    prompt = render_prompt({"prompt": row()["prompt"]}, tokenizer, thinking)
     assert trace_is_open(prompt) == (template == OPENS and thinking is not False)
 
 

@@ -101,12 +101,12 @@ def test_which_token_fills_rows_up(pad, stops, expected, monkeypatch):
 
 
 def test_reasoning_switched_off(tiny_model_dir, tmp_path):
-    from trl_ext.data.sampling import _render
+    from trl_ext.data.sampling import render_prompt
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
     row = {"prompt": [{"role": "user", "content": "what"}]}
-    assert _render(row, tokenizer, False).endswith("<think>\n\n</think>\n\n")
-    assert _render(row, tokenizer, True).endswith("assistant\n")
+    assert render_prompt(row, tokenizer, False).endswith("<think>\n\n</think>\n\n")
+    assert render_prompt(row, tokenizer, True).endswith("assistant\n")
     conversations = Dataset.from_list([row, row])
     data = sample_completions(
         conversations, str(tiny_model_dir), 2, max_new_tokens=4, thinking=False, cache_dir=tmp_path

@@ -11,6 +11,7 @@ import yaml
 
 import trl_ext
 import trl_ext.data
+import trl_ext.metrics
 import trl_ext.rounds
 from trl_ext.cli import _parser
 from trl_ext.data import recipes
@@ -48,7 +49,7 @@ def signatures(value):
 
 
 def exported():
-    modules = [trl_ext, trl_ext.data, trl_ext.rounds]
+    modules = [trl_ext, trl_ext.data, trl_ext.metrics, trl_ext.rounds]
     found = {f"{module.__name__}.{name}": getattr(module, name) for module in modules for name in module.__all__}
     for name, value in vars(recipes).items():
         if getattr(value, "__module__", None) == recipes.__name__ and not name.startswith("_"):

@@ -88,7 +88,11 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--plot", metavar="FILE", help="draw lengths and margins here")
     inspect.set_defaults(function=_inspect)
 
-    from trl_ext import demo
+    from trl_ext import compare, demo
+
+    compare_parser = commands.add_parser("compare", help="trainings side by side, seeds as one: a table and plots")
+    compare.add_arguments(compare_parser)
+    compare_parser.set_defaults(function=compare.run)
 
     demo_parser = commands.add_parser("demo", help="train DPO and our losses in a small world, nothing to download")
     demo.add_arguments(demo_parser)

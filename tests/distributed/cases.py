@@ -22,8 +22,9 @@ from tests.helpers import OUR_LOSSES, WITH_STATE, build, history, masked_rows
 from tests.helpers import options as short
 from tests.online.runs import Scripted, online, prompts
 from trl_ext.data import PreferenceModel
+from trl_ext.metrics import MetricsCallback
 from trl_ext.trainers.mixing import estimate_alpha
-from trl_ext.trainers.reference import FILE
+from trl_ext.trainers.reference import FILE, _gathered
 from trl_ext.trainers.reward import RewardConfig, RewardTrainer
 
 
@@ -358,6 +359,44 @@ def generated(model_dir: Path, folder: Path, **options) -> dict[str, Any]:
     return outcome(trained)
 
 
+def held_out(model_dir: Path, folder: Path, **options) -> dict[str, Any]:
+    """
+    Metrics of prompts and pairs that the processes cannot share evenly. Policy and reference leave no choice of the next token, so
+    that samples are the same in however many processes; completions end after different numbers of tokens.
+    """
+    trained = trainer(model_dir, folder, **{**SGD, "learning_rate": 0.0, "gradient_checkpointing": True, **options})
+    for model, factor in ((trained.model, 1e4), (trained.accelerator.unwrap_model(trained.ref_model), -1e4)):
+        with torch.no_grad(), _gathered(model.lm_head.weight, written=True):
+            model.lm_head.weight.mul_(factor)
+        model.generation_config.eos_token_id = list(range(1, 512, 3))
+    names = [
+        "kl_to_reference",
+        "mean_reward",
+        "mean_length",
+        "ended_share",
+        "win_rate",
+        "preference_accuracy",
+        "length_bias",
+    ]
+    callback = MetricsCallback(
+        trained,
+        names,
+        prompts(7),
+        Dataset.from_list(preference_rows(5)),
+        reward_funcs=by_text,
+        batch_size=2,
+        max_new_tokens=24,
+        eval_steps=1,
+        eval_on_start=True,
+    )
+    trained.add_callback(callback)
+    trained.train()
+    logged = [entry for entry in history(trained) if "eval_samples/win_rate" in entry]
+    assert [entry["step"] for entry in logged] == [0, 1, 2] and logged[0]["eval_samples/kl_to_reference"] > 100
+    assert logged[0]["eval_samples/mean_length_low"] < logged[0]["eval_samples/mean_length"] < 24
+    return {"logged": logged, "every process": str(logged)}
+
+
 def preferring(model_dir: Path, folder: Path) -> dict[str, Any]:
     """A general preference model is trained, and judges online: each process has a copy, and compares its own completions."""
     pairs = Dataset.from_list([{k: row[k] for k in ("prompt", "chosen", "rejected")} for row in preference_rows(ROWS)])
@@ -418,6 +457,7 @@ CASES = {
         "statistics": statistics,
         "selfish": selfish,
         "one process logs": one_process_logs,
+        "held out": held_out,
         "turns": partial(train, rows=conversations() * 2, loss_type="dmpo", evaluate=True, learning_rate=1e-3),
         "online": partial(scripted, num_generations=4, loss_type=["offset", "anchored"]),
         "remembering online": remembering_online,
@@ -435,6 +475,7 @@ CASES = {
         "moved adapter": ADAPTER,
         "groups, precomputed": partial(groups, precompute_ref_log_probs=True),
         "alpha": refused_alpha,
+        "held out": held_out,
         "online": partial(scripted, num_generations=4, loss_type="anchored", pairing="group"),
         "taught online": taught_online,
         "generated": partial(generated, generation_kwargs={"do_sample": False}),
@@ -449,5 +490,6 @@ CASES = {
         "moved reference": moved_reference,
         "moved adapter": ADAPTER,
         "alpha": refused_alpha,
+        "held out": held_out,
     },
 }

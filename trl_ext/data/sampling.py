@@ -92,7 +92,7 @@ def sample_completions(
     """
     options = Sampling(num_generations, temperature, top_p, max_new_tokens, seed)
     check_count("batch_size", batch_size)
-    _check_prompts(prompts)
+    check_prompts(prompts)
     refuse_missing_path(model, "model")
     if not isinstance(use_vllm, bool):
         raise ValueError(f"`use_vllm={use_vllm!r}` must be True or False.")
@@ -103,7 +103,9 @@ def sample_completions(
         tokenizer = AutoTokenizer.from_pretrained(model if isinstance(model, str) else model.config.name_or_path)
     state = processes()
     rows = list(prompts)
-    ids = [prompt_ids(_render(row, tokenizer, thinking), tokenizer, isinstance(row["prompt"], list)) for row in rows]
+    ids = [
+        prompt_ids(render_prompt(row, tokenizer, thinking), tokenizer, isinstance(row["prompt"], list)) for row in rows
+    ]
     for index, tokens in enumerate(ids):
         if not tokens:
             raise ValueError(f"The prompt of row {index} has no tokens: {rows[index]['prompt']!r}.")
@@ -152,7 +154,7 @@ def sample_completions(
     )
 
 
-def _check_prompts(prompts: Any) -> None:
+def check_prompts(prompts: Any) -> None:
     if not isinstance(prompts, Dataset) or "prompt" not in prompts.column_names or not len(prompts):
         columns = getattr(prompts, "column_names", type(prompts).__name__)
         raise ValueError(f"`prompts` must be a dataset with a column 'prompt' and at least one row; got {columns}.")
@@ -162,7 +164,7 @@ def _check_prompts(prompts: Any) -> None:
             raise ValueError(f"Row {index}: the prompt is {prompt!r}; expected text or messages.")
 
 
-def _render(row: dict, tokenizer: PreTrainedTokenizerBase, thinking: bool | None) -> str:
+def render_prompt(row: dict, tokenizer: PreTrainedTokenizerBase, thinking: bool | None) -> str:
     """The text of a row's prompt as the model sees it, but for what the tokenizer adds to plain text."""
     if isinstance(row["prompt"], list):
         require_chat_template(tokenizer)
