@@ -375,7 +375,7 @@ def test_ensembles_of_ensembles():
 
 def test_a_reward_model_that_gives_no_number(tiny_model_dir, tmp_path, monkeypatch):
     """Its answers are looked at as those of functions are, and none is kept."""
-    monkeypatch.setattr(RewardModel, "__call__", lambda self, prompts, *rest: [math.nan] * len(prompts))
+    monkeypatch.setattr(RewardModel, "logits", lambda self, prompts, *rest: torch.full((len(prompts), 1), torch.nan))
     model = AutoModelForSequenceClassification.from_pretrained(tiny_model_dir, num_labels=1)
     with pytest.raises(ValueError, match="returned nan for"):
         score_preferences(PAIRS, RewardModel(model, AutoTokenizer.from_pretrained(tiny_model_dir)), cache_dir=tmp_path)

@@ -17,7 +17,7 @@ from transformers import (
 from trl_ext.data.cache import content_key, model_key
 from trl_ext.data.checks import check_count
 from trl_ext.data.paths import refuse_missing_path
-from trl_ext.data.tokens import Text, reward_ids, tokenizer_key
+from trl_ext.data.tokens import Text, padding_id, reward_ids, tokenizer_key
 
 
 # Where an adapter's configuration lies: in the adapter's own folder it would make of it a whole model, whose weights are missing
@@ -108,9 +108,8 @@ class Classifier:
 
     @property
     def pad_id(self) -> int | None:
-        """The token that fills rows up: the tokenizer's padding token, else its end-of-sequence token, as in TRL."""
-        pad_id = self.processing_class.pad_token_id
-        return self.processing_class.eos_token_id if pad_id is None else pad_id
+        """The token that fills rows up."""
+        return padding_id(self.processing_class)
 
     def key(self) -> str:
         """What a score depends on beside the text."""

@@ -1,5 +1,6 @@
 """What scores completions: reward models, reward functions, several of them as one, and judges of two."""
 
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -45,8 +46,17 @@ class RewardModel(Classifier):
     def __call__(
         self, prompts: Sequence[Text], completions: Sequence[Text], templates: Sequence[dict] | None = None
     ) -> list[float]:
-        """The reward of each completion; `templates` are arguments of the chat template, one dict per completion."""
-        return self.logits(prompts, completions, templates)[:, 0].tolist()
+        """
+        The reward of each completion; `templates` are arguments of the chat template, one dict per completion. A `ValueError`
+        if one is not finite.
+        """
+        rewards = self.logits(prompts, completions, templates)[:, 0].tolist()
+        for reward, completion, prompt in zip(rewards, completions, prompts, strict=True):
+            if not math.isfinite(reward):
+                raise ValueError(
+                    f"The reward model returned {reward} for the completion {completion!r} of the prompt {prompt!r}."
+                )
+        return rewards
 
 
 @dataclass

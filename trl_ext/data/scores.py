@@ -27,7 +27,6 @@ from trl_ext.data.rewards import (
     JudgeFunction,
     RewardModel,
     as_scorer,
-    finite_numbers,
     read_columns,
     refuse_lists_of_groups,
     reward_models,
@@ -241,8 +240,7 @@ def _computed(
         for start in range(0, len(todo), batch_size):
             batch = todo[start : start + batch_size]
             texts = [work[key] for key in batch]
-            values = finite_numbers(function(texts), texts)
-            fresh = dict(zip(batch, values, strict=True))
+            fresh = dict(zip(batch, function(texts), strict=True))
             if ledger is not None:
                 ledger.append(fresh)
             done |= fresh

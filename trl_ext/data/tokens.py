@@ -17,6 +17,11 @@ from trl_ext.data.cache import content_key
 Text = Any  # a string, or a list of messages
 
 
+def padding_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token that fills rows up: the tokenizer's padding token, else its end-of-sequence token, as in TRL."""
+    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
 def require_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise a `ValueError` if the tokenizer cannot render conversations."""
     if not getattr(tokenizer, "chat_template", None):

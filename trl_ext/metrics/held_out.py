@@ -16,6 +16,7 @@ from trl.trainer.utils import pad
 from trl_ext.data.collator import RowsCollator
 from trl_ext.data.generators import stop_tokens
 from trl_ext.data.reasoning import completion_text
+from trl_ext.data.tokens import padding_id
 from trl_ext.generation import sample
 from trl_ext.rows import Rows, Scored, from_batch
 from trl_ext.trainers.online.generate import eager
@@ -97,7 +98,7 @@ def sample_answers(
     """
     tokenizer, device = trainer._tokenizer, trainer.accelerator.device
     rows = [torch.tensor(row, device=device) for row in prompt_ids]
-    pad_id = _pad_id(tokenizer)
+    pad_id = padding_id(tokenizer)
     ids = pad(rows, padding_value=pad_id, padding_side="left")
     mask = pad([torch.ones_like(row) for row in rows], padding_value=0, padding_side="left")
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
@@ -156,7 +157,7 @@ def score_answers(
         (torch.arange(len(row)) >= len(row) - len(answer.ids)).long() for row, answer in zip(ids, answers, strict=True)
     ]
     inputs = {
-        "input_ids": pad(ids, padding_value=_pad_id(trainer._tokenizer), padding_side="right"),
+        "input_ids": pad(ids, padding_value=padding_id(trainer._tokenizer), padding_side="right"),
         "attention_mask": pad([torch.ones_like(row) for row in ids], padding_value=0, padding_side="right"),
     }
     number = torch.arange(len(ids))
@@ -174,7 +175,7 @@ def score_pairs(trainer: Trainer, examples: list[dict[str, Any]]) -> Scored:
     """
     args = trainer.args
     collate = DataCollatorForPreference(
-        _pad_id(trainer._tokenizer), args.max_length, getattr(args, "truncation_mode", "keep_start")
+        padding_id(trainer._tokenizer), args.max_length, getattr(args, "truncation_mode", "keep_start")
     )
     rows, _ = from_batch(send_to_device(RowsCollator(collate)(examples), trainer.accelerator.device))
     scored = _scored(trainer, rows)
@@ -198,7 +199,3 @@ def has_reference(trainer: Trainer) -> bool:
 
 def _reference_of(trainer: Trainer) -> torch.nn.Module:
     return trainer.model if trainer.ref_model is None else trainer.ref_model
-
-
-def _pad_id(tokenizer: Any) -> int:
-    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id

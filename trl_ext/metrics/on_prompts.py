@@ -15,7 +15,6 @@ from trl_ext.data.rewards import (
     Ensemble,
     JudgeFunction,
     RewardModel,
-    finite_numbers,
     gives_lists,
     read_columns,
     reward_models,
@@ -228,5 +227,5 @@ def _rewards(reward: Any, prompts: list, texts: list, rows: list[dict]) -> list[
         members = [_rewards(each, prompts, texts, rows) for each in reward.reward_funcs]
         return [reward.combined(values) for values in zip(*members, strict=True)]
     if isinstance(reward, RewardModel):
-        return finite_numbers(reward(prompts, texts, [template_arguments(row) for row in rows]), texts)
+        return reward(prompts, texts, [template_arguments(row) for row in rows])
     return reward(prompts, texts, rows)

@@ -28,7 +28,7 @@ from trl_ext.trainers.arguments import explained, refuse_liger_without_gpu
 from trl_ext.trainers.dpo import DPOTrainer
 from trl_ext.trainers.dpo_config import DPOConfig
 from trl_ext.trainers.loss_types import build_losses, resolve_loss_types
-from trl_ext.trainers.terms import Terms, check_reads
+from trl_ext.trainers.terms import check_reads
 
 
 # What a round's pairs have beside the texts: from what scores, and from the first policy
@@ -111,10 +111,7 @@ class IterativeDPO:
     @property
     def _reads_reference(self) -> bool:
         """Whether a loss of this run, TRL's own included, reads the reference."""
-        return (
-            "ref_logps"
-            in Terms(self.losses, {}, dict.fromkeys(set(self.args.loss_type) - set(self.losses), 1.0)).reads
-        )
+        return any(name not in self.losses or "ref_logps" in self.losses[name].reads for name in self.args.loss_type)
 
     def _check_losses(self) -> None:
         """Refuse losses that read what the rounds do not make, or what these rewards do not give."""

@@ -15,6 +15,7 @@ from trl_ext.data.cache import processes
 from trl_ext.data.checks import TOKENIZED
 from trl_ext.data.collator import RowsCollator
 from trl_ext.data.further import in_twos
+from trl_ext.data.tokens import padding_id
 from trl_ext.rows import from_batch
 from trl_ext.trainers.dpo_config import DPOConfig
 from trl_ext.trainers.scoring import build_scorer
@@ -59,7 +60,7 @@ def pair_log_probs(
     """
     state = processes()
     examples = list(tokenize_pairs(pairs, tokenizer, args).select_columns(list(TOKENIZED)))
-    pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    pad_id = padding_id(tokenizer)
     # Longest first, so that rows of a batch are alike and memory runs out at once or never
     order = sorted(range(len(examples)), key=lambda index: -sum(map(len, examples[index].values())))
     mine = order[state.process_index :: state.num_processes]

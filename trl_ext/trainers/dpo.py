@@ -132,13 +132,14 @@ class DPOTrainer(WithTerms, trl.DPOTrainer):
             names = resolve_loss_types(args.loss_type)
             losses = build_losses(names, args.loss_kwargs if isinstance(args, DPOConfig) else None)
             check_combination(args, names, losses)
-        models = {
-            "model": model,
-            "ref_model": ref_model,
-            "teacher_model": teacher_model,
-            "reverse_model": reverse_model,
-        }
-        teachers = given_teachers(losses, args, models)
+        teachers = given_teachers(
+            losses,
+            args,
+            model=model,
+            ref_model=ref_model,
+            teacher_model=teacher_model,
+            reverse_model=reverse_model,
+        )
         if reward_funcs is not None or judge is not None:
             self._check_paths(model, ref_model)  # before the scoring, which may take long
             train_dataset, eval_dataset = (

@@ -36,7 +36,7 @@ def read_teachers(losses: Mapping[str, Any]) -> list[str]:
     return [name for name, loss in losses.items() if "teachers" in loss.reads]
 
 
-def given_teachers(losses: Mapping[str, Any], args: Any, models: Mapping[str, Any]) -> dict[str, Any]:
+def given_teachers(losses: Mapping[str, Any], args: Any, **models: Any) -> dict[str, Any]:
     """
     The two teachers as they were given, by the name of the argument; `{}` where no loss reads them.
 
@@ -45,7 +45,7 @@ def given_teachers(losses: Mapping[str, Any], args: Any, models: Mapping[str, An
             The losses of the run, by name.
         args ([`~transformers.TrainingArguments`] or `None`):
             Configuration, which may name them.
-        models (`dict[str, Any]`):
+        **models:
             What the trainer was given: `model`, `ref_model`, and the two of [`TEACHERS`].
 
     Raises:

@@ -105,13 +105,8 @@ def call_reward_model(
     Raises:
         `ValueError`: If an answer is NaN or infinite.
     """
-    rewards = RewardModel(model, processing_class)(prompts, completions, [template_arguments(row) for row in rows])
-    for reward, completion, prompt in zip(rewards, completions, prompts, strict=True):
-        if not math.isfinite(reward):
-            raise ValueError(
-                f"The reward model returned {reward} for the completion {completion!r} of the prompt {prompt!r}."
-            )
-    return torch.tensor(rewards, dtype=torch.float32)
+    templates = [template_arguments(row) for row in rows]
+    return torch.tensor(RewardModel(model, processing_class)(prompts, completions, templates), dtype=torch.float32)
 
 
 def call_judge(

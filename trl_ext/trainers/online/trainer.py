@@ -156,13 +156,14 @@ class OnlineDPOTrainer(Generation, Learning, Evaluation, WithTerms, TRLOnlineDPO
         check_reference(losses, args)
         for remark in filter(None, (loss.one_turn for loss in losses.values())):
             logger.warning_once(remark)
-        models = {
-            "model": model,
-            "ref_model": ref_model,
-            "teacher_model": teacher_model,
-            "reverse_model": reverse_model,
-        }
-        teachers = given_teachers(losses, args, models)
+        teachers = given_teachers(
+            losses,
+            args,
+            model=model,
+            ref_model=ref_model,
+            teacher_model=teacher_model,
+            reverse_model=reverse_model,
+        )
         reward_funcs = check_arguments(
             losses,
             model,
