@@ -4,8 +4,8 @@ AlignDistil end to end, in one command: train a DPO model and one on swapped pai
     python examples/aligndistil.py --output_dir out
     python examples/aligndistil.py --model_name_or_path path/to/model --dataset_name pairs.jsonl --output_dir out --max_steps 100
 
-Every field of `DPOConfig` is a flag. The two models go to `OUTPUT_DIR/teacher` and `OUTPUT_DIR/reverse`; folders that are there are
-used again, and `--teacher_model_name_or_path`, `--reverse_model_name_or_path` name others. On what the policy itself samples, with no
+Every field of `DPOConfig` is a flag. The two models go to `OUTPUT_DIR/teacher` and `OUTPUT_DIR/reverse`; to use ones that are trained
+already, name them: `--teacher_model_name_or_path out/teacher`, `--reverse_model_name_or_path out/reverse`. On what the policy itself samples, with no
 rewards, `OnlineDPOTrainer(..., teacher_model=..., reverse_model=...)` learns with `loss_type="aligndistil"`,
 `loss_kwargs={"beta2": 15.0}` and `pairing="group"`.
 """
@@ -35,26 +35,25 @@ class Script:
 
 
 def trained(pairs, folder: Path, script: Script, args: DPOConfig) -> str:
-    """The folder of a model that was trained by DPO on the pairs; not trained again where it is there."""
-    if not (folder / "config.json").exists():
-        config = DPOConfig(
-            output_dir=str(folder),
-            max_steps=script.teacher_max_steps,
-            num_train_epochs=1,
-            learning_rate=script.teacher_learning_rate,
-            beta=args.beta,
-            per_device_train_batch_size=args.per_device_train_batch_size,
-            gradient_accumulation_steps=args.gradient_accumulation_steps,
-            max_length=args.max_length,
-            bf16=args.bf16,
-            use_cpu=args.use_cpu,
-            seed=args.seed,
-            report_to=args.report_to,
-            save_strategy="no",
-        )
-        trainer = DPOTrainer(model=script.model_name_or_path, args=config, train_dataset=pairs)
-        trainer.train()
-        trainer.save_model()
+    """The folder of a model that was trained by DPO on the pairs."""
+    config = DPOConfig(
+        output_dir=str(folder),
+        max_steps=script.teacher_max_steps,
+        num_train_epochs=1,
+        learning_rate=script.teacher_learning_rate,
+        beta=args.beta,
+        per_device_train_batch_size=args.per_device_train_batch_size,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        max_length=args.max_length,
+        bf16=args.bf16,
+        use_cpu=args.use_cpu,
+        seed=args.seed,
+        report_to=args.report_to,
+        save_strategy="no",
+    )
+    trainer = DPOTrainer(model=script.model_name_or_path, args=config, train_dataset=pairs)
+    trainer.train()
+    trainer.save_model()
     return str(folder)
 
 
@@ -65,11 +64,14 @@ if __name__ == "__main__":
 
     pairs = load_preferences(script.dataset_name)
     swapped = pairs.rename_columns({"chosen": "rejected", "rejected": "chosen"})
-    folder = Path(args.output_dir)
-    if args.teacher_model_name_or_path is None:
-        args.teacher_model_name_or_path = trained(pairs, folder / "teacher", script, args)
-    if args.reverse_model_name_or_path is None:
-        args.reverse_model_name_or_path = trained(swapped, folder / "reverse", script, args)
+    options = {"teacher": "teacher_model_name_or_path", "reverse": "reverse_model_name_or_path"}
+    to_train = {name: Path(args.output_dir, name) for name, option in options.items() if getattr(args, option) is None}
+    for name, folder in to_train.items():
+        # It may have been trained from another model or on other pairs
+        if folder.exists():
+            parser.error(f"{folder} is there already. Use it with `--{options[name]} {folder}`, or remove it.")
+    for name, folder in to_train.items():
+        setattr(args, options[name], trained(pairs if name == "teacher" else swapped, folder, script, args))
 
     trainer = DPOTrainer(model=script.model_name_or_path, args=args, train_dataset=pairs)
     trainer.train()

@@ -103,3 +103,15 @@ def test_example(name, tiny_model_dir, shared_data, tmp_path):
     assert ("rewards/bleu/mean" in done.stdout) == bool(with_references)
     assert (tmp_path / "out" / "model.safetensors").is_file()
     assert "huggingface.co/papers" in (tmp_path / "out" / "README.md").read_text()
+    if (
+        name == "aligndistil"
+    ):  # teachers of an earlier run, perhaps of other pairs, are used where they are named alone
+        again = subprocess.run([*map(str, command)], capture_output=True, text=True, env=environment, cwd=tmp_path)
+        teacher, reverse = tmp_path / "out" / "teacher", tmp_path / "out" / "reverse"
+        assert again.returncode == 2
+        assert f"{teacher} is there already. Use it with `--teacher_model_name_or_path {teacher}`" in again.stderr
+        command += ["--teacher_model_name_or_path", teacher, "--reverse_model_name_or_path", reverse]
+        before = (teacher / "model.safetensors").stat().st_mtime_ns
+        again = subprocess.run([*map(str, command)], capture_output=True, text=True, env=environment, cwd=tmp_path)
+        assert again.returncode == 0, again.stderr
+        assert (teacher / "model.safetensors").stat().st_mtime_ns == before
