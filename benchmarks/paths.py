@@ -55,7 +55,12 @@ class LigerTrainer(LogitsTrainer):
 
 
 TRAINERS = {"trl": trl.DPOTrainer, "liger": LigerTrainer, "logits": LogitsTrainer}
-PATHS = (*TRAINERS, "ours", "ours-plain")
+REFERENCE_FREE = {
+    "ours-simpo": "simpo",
+    "ours-cpo": "cpo",
+    "ours-asft": "asft",
+}  # losses whose step spares the reference
+PATHS = (*TRAINERS, "ours", "ours-plain", *REFERENCE_FREE)
 ATTEMPTS = 4  # to take a step in which nothing is compiled
 
 
@@ -85,12 +90,16 @@ class Path:
     def __init__(self, name: str, args: argparse.Namespace, models: Models):
         self.device, self.recompilations, self.turn = args.device, 0, 0
         ours = name.startswith("ours")
-        options = {"logprob_memory_mb": args.memory_mb, "share_prefix": name == "ours" and "auto"} if ours else {}
+        options = (
+            {"logprob_memory_mb": args.memory_mb, "share_prefix": name != "ours-plain" and "auto"} if ours else {}
+        )
         text = {"prompt": "a ", "chosen": "b", "rejected": "c"}
         grouped = ours and args.num_generations > 2
         if grouped:
             options["loss_type"] = "anchored"
             text = {"prompt": "a ", "completions": ["b", "c", "b"], "scores": [2.0, 1.0, 0.0]}
+        if name in REFERENCE_FREE:
+            options["loss_type"] = REFERENCE_FREE[name]
         config = (trl_ext if ours else trl).DPOConfig(
             output_dir=tempfile.mkdtemp(),
             report_to="none",
@@ -105,7 +114,7 @@ class Path:
         )
         self.trainer = (trl_ext.DPOTrainer if ours else TRAINERS[name])(
             model=models.policy,
-            ref_model=models.reference,
+            ref_model=None if name in REFERENCE_FREE else models.reference,
             args=config,
             processing_class=tokenizer(),
             train_dataset=Dataset.from_list([text]),

@@ -4,7 +4,8 @@ A whole DPO training step, through the trainers, on four paths in one run:
 - `trl`: TRL's `DPOTrainer` as it is
 - `liger`: the same with `LigerFusedLinearDPOLoss` for head and loss
 - `logits`: the same with plain logits of all tokens
-- `ours`: `trl_ext.DPOTrainer`; `ours-plain` is that without shared prompts
+- `ours`: `trl_ext.DPOTrainer`; `ours-plain` is that without shared prompts, and `ours-simpo`, `ours-cpo`, `ours-asft` are those
+  losses in place of DPO's, without a reference model: their step beside that of `ours`
 
     python benchmarks/throughput.py                                  # 26 M parameters, prompts of about 200 tokens
     python benchmarks/throughput.py --prompt 500 --lora
@@ -45,7 +46,7 @@ from common import (
     write,
 )
 from lengths import PROFILES, sampled, tokens
-from paths import PATHS, Models, Path
+from paths import PATHS, REFERENCE_FREE, Models, Path
 from transformers.utils.logging import set_verbosity_error
 
 
@@ -126,6 +127,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error("--num_generations takes an even number, and --pairs a multiple of half of it")
     if args.paths[0] != "trl":
         parser.error("--paths begins with trl: the others are compared with it")
+    if args.num_generations > 2 and set(args.paths) & set(REFERENCE_FREE):
+        parser.error(f"--num_generations makes groups of completions, and {list(REFERENCE_FREE)} learn from pairs")
     if args.memory == "allocator" and args.device == "cpu":
         parser.error("--memory allocator needs a GPU; the peak of a CPU is that of a process: --memory process")
     args.blocks |= args.device != "cpu"
@@ -180,6 +183,9 @@ def agreements(paths: dict[str, Path], args: argparse.Namespace) -> dict[str, di
     theirs = paths["trl"].gradients()
     found = {}
     for name, path in paths.items():
+        if name in REFERENCE_FREE:
+            found[name] = {}
+            continue
         loss, gradients = theirs if name == "trl" else path.gradients()
         same_loss = args.num_generations == 2
         found[name] = {
