@@ -45,6 +45,9 @@ class Scale:
     samples: int = 384  # completions for each point
     fine_tuning: int = 300  # steps of the toy start
 
+    def resized(self, name: str, work: float) -> "Scale":
+        return dataclasses.replace(self, name=name, work=work)
+
     def count(self, number: int) -> int:
         """A number of steps or rows at this size, at least 2."""
         return max(2, round(number * self.work))
@@ -68,6 +71,7 @@ class Claim:
     steps: ClassVar[int] = 48
     batch: ClassVar[int] = 16
     smallest: ClassVar[float] = 0.1  # of an effect in reward, logits
+    drawn: ClassVar[str] = "reward"  # against KL
 
     def __init__(self, scale: Scale):
         self.scale = scale
@@ -87,7 +91,11 @@ class Claim:
         ]
 
     def settings(self, run: Run) -> dict[str, Any]:
-        return next(side for side in self.sides if side.name == run.side).settings[run.setting]
+        return next((side.settings[run.setting] for side in self.sides if side.name == run.side), {})
+
+    def described(self, run: Run) -> Any:
+        """What is written beside a run's result: where it differs, the run is done anew."""
+        return [self.settings(run), self.steps, self.batch]
 
     def data(self, world: World, run: Run) -> Dataset:
         raise NotImplementedError

@@ -128,7 +128,9 @@ def compare(ours: Paths, theirs: Paths, metric: str = "reward") -> tuple[list[fl
     seeds = sorted(set.intersection(*(set(each) for side in (ours, theirs) for each in side.values())))
     if not seeds:
         raise ValueError("no seed has finished with all settings of both losses")
-    top = common_kl(*({at: {seed: each[seed] for seed in seeds} for at, each in side.items()} for side in (ours, theirs)))
+    top = common_kl(
+        *({at: {seed: each[seed] for seed in seeds} for at, each in side.items()} for side in (ours, theirs))
+    )
     totals: dict[int, list[tuple[float, float]]] = {seed: [] for seed in seeds}
     for kl in (top / 4, top / 2, top):
         read = []
@@ -138,7 +140,10 @@ def compare(ours: Paths, theirs: Paths, metric: str = "reward") -> tuple[list[fl
             read.append({seed: at_kl(side[picks[seed]][seed], kl, metric) for seed in seeds})
         for seed in seeds:
             totals[seed].append((read[0][seed], read[1][seed]))
-    means = [{"ours": statistics.fmean(a for a, _ in each), "theirs": statistics.fmean(b for _, b in each)} for each in totals.values()]
+    means = [
+        {"ours": statistics.fmean(a for a, _ in each), "theirs": statistics.fmean(b for _, b in each)}
+        for each in totals.values()
+    ]
     return [mean["ours"] - mean["theirs"] for mean in means], top, means
 
 

@@ -16,11 +16,11 @@ class Offset(Claim):
             "offset",
             tuple(
                 {"loss_type": "offset", "beta": beta, "loss_kwargs": {"alpha": alpha}}
-                for beta in (0.1, 0.3)
+                for beta in (0.3, 1.0)
                 for alpha in (0.5, 1.0)
             ),
         ),
-        Side("DPO", tuple({"loss_type": "sigmoid", "beta": beta} for beta in (0.03, 0.1, 0.3, 1.0))),
+        Side("DPO", tuple({"loss_type": "sigmoid", "beta": beta} for beta in (0.1, 0.3, 1.0, 3.0))),
     )
     seeds = 6
 

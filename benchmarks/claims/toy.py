@@ -15,7 +15,8 @@ from .worlds import World
 
 MAX_LENGTH = 128
 TRAINING = {
-    "learning_rate": 5e-4,
+    "learning_rate": 3e-4,
+    "lr_scheduler_type": "cosine",
     "use_cpu": True,
     "bf16": False,
     "activation_checkpointing": False,
@@ -24,8 +25,18 @@ TRAINING = {
 
 
 class ToyWorld(World):
+    def variant(self, prompt: str, kind: str) -> str:
+        """The prompt as it is ("plain"), one that asks for a trace ("traced"), or the latter with an empty trace ("empty")."""
+        if kind == "plain":
+            return prompt
+        return f"{world.REASONING} {prompt}" + (f" {world.EMPTY}" if kind == "empty" else "")
+
     def completion(self, prompt: str, ids: torch.Tensor) -> str:
         return world.clean(super().completion(prompt, ids))
+
+    def foreign(self, prompts: list[str], seed: int) -> list[str]:
+        rng = random.Random(seed)
+        return [f" {world.review(rng)}" for _ in prompts]
 
 
 def build(folder: Path, scale: Scale) -> ToyWorld:
@@ -39,9 +50,7 @@ def build(folder: Path, scale: Scale) -> ToyWorld:
             rng = random.Random(0)
             tokenizer = lm.word_tokenizer(world.vocabulary())
             model = lm.build_model(tokenizer, MAX_LENGTH)
-            lm.fine_tune(
-                model, tokenizer, world.corpus(rng, 6000), scale.fine_tuning, MAX_LENGTH, rng, lambda: None
-            )
+            lm.fine_tune(model, tokenizer, world.corpus(rng, 6000), scale.fine_tuning, MAX_LENGTH, rng, lambda: None)
             model.save_pretrained(folder / "start.part")
             tokenizer.save_pretrained(folder / "start.part")
             (folder / "start.part").rename(start)

@@ -5,7 +5,7 @@ import copy
 import json
 import random
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,11 @@ from trl_ext.data.rewards import RewardModel
 from trl_ext.data.tokens import prompt_ids
 from trl_ext.demo.training import quiet
 from trl_ext.generation import sample
+
+
+SILENT = {"save_strategy": "no", "logging_strategy": "no", "report_to": "none", "disable_tqdm": True}
+# What the training of a reward model shares with that of a policy
+REWARD_TRAINING = ("learning_rate", "lr_scheduler_type", "use_cpu", "bf16", "max_length")
 
 
 @dataclass
@@ -161,12 +166,24 @@ class World:
                 write_atomically(path, json.dumps(make()))
         return json.loads(path.read_text())
 
-    def groups(self, seed: int, count: int, each: int = 4, model: PreTrainedModel | None = None) -> list[dict]:
+    def variant(self, prompt: Any, kind: str) -> Any:
+        """The prompt as it is ("plain"), or with reasoning asked for ("traced") or switched off ("empty")."""
+        if kind != "plain":
+            raise ValueError(f"This world has no prompts of the kind {kind!r}.")
+        return prompt
+
+    def foreign(self, prompts: list, seed: int) -> list:
+        """Texts that answer the prompts and come from no policy."""
+        raise ValueError("This world has no texts from elsewhere.")
+
+    def groups(
+        self, seed: int, count: int, each: int = 4, model: PreTrainedModel | None = None, kind: str = "plain"
+    ) -> list[dict]:
         """Prompts with completions of the start (or of a model) and their true rewards: `prompt`, `completions`, `scores`."""
 
         def make() -> list[dict]:
             rng = random.Random(seed)
-            prompts = [rng.choice(self.prompts) for _ in range(count)]
+            prompts = [self.variant(rng.choice(self.prompts), kind) for _ in range(count)]
             drawn = self.sample(model or self.start, [prompt for prompt in prompts for _ in range(each)], seed)
             scores = self.score(drawn.prompts, drawn.texts)
             return [
@@ -174,7 +191,7 @@ class World:
                 for i, prompt in enumerate(prompts)
             ]
 
-        return make() if model is not None else self.kept(f"groups-{seed}-{count}-{each}", make)
+        return make() if model is not None else self.kept(f"groups-{kind}-{seed}-{count}-{each}", make)
 
     # Training
 
@@ -194,41 +211,57 @@ class World:
 
         The reference of the loss is the model that training begins with.
         """
-        policy = copy.deepcopy(self.start) if model is None else model
-        reference = self.start if model is None else copy.deepcopy(model)
-        points: list[dict[str, float]] = []
-        if model is None:
-            points.append({"step": 0, **self.kept_start(prompts)})
-        at = sorted({max(1, round(share * steps)) for share in marks})
-        with quiet(), tempfile.TemporaryDirectory() as folder:
-            args = DPOConfig(
-                output_dir=folder,
-                max_steps=steps,
-                per_device_train_batch_size=batch,
-                seed=seed,
-                save_strategy="no",
-                logging_strategy="no",
-                report_to="none",
-                disable_tqdm=True,
-                warmup_steps=min(5, steps - 1),
-                **{**self.training, **settings},
+        points = [{"step": 0, **self.kept_start(prompts)}] if model is None else []
+        with self.trainer(dataset, settings, seed, steps, batch, model) as trainer:
+            policy = trainer.model
+            trainer.add_callback(
+                _At(
+                    {max(1, round(share * steps)) for share in marks},
+                    lambda step: points.append({"step": step, **self.measure(policy, prompts)}),
+                )
             )
-            trainer = DPOTrainer(
-                model=policy,
-                ref_model=reference,
-                args=args,
-                processing_class=self.tokenizer,
-                train_dataset=dataset,
-                callbacks=[_At(at, lambda step: points.append({"step": step, **self.measure(policy, prompts)}))],
-            )
-            trainer.remove_callback(PrinterCallback)
             trainer.train()
         return Trained(points, trainer)
+
+    @contextlib.contextmanager
+    def trainer(
+        self,
+        dataset: Dataset,
+        settings: dict[str, Any],
+        seed: int,
+        steps: int,
+        batch: int,
+        model: PreTrainedModel | None = None,
+    ) -> Iterator[DPOTrainer]:
+        """The trainer of a run, in a folder that goes with it."""
+        with quiet(), tempfile.TemporaryDirectory() as folder:
+            trainer = DPOTrainer(
+                model=self.clone(self.start) if model is None else model,
+                ref_model=self.clone(self.start if model is None else model),
+                args=DPOConfig(
+                    output_dir=folder,
+                    max_steps=steps,
+                    per_device_train_batch_size=batch,
+                    seed=seed,
+                    warmup_steps=min(5, steps - 1),
+                    **{**SILENT, **self.training, **settings},
+                ),
+                processing_class=self.tokenizer,
+                train_dataset=dataset,
+            )
+            trainer.remove_callback(PrinterCallback)
+            yield trainer
 
     def kept_start(self, prompts: list | None = None) -> dict[str, float]:
         """The start as a point of every path."""
         name = f"start-{'-'.join(['held' if prompts is None else 'own', *self.extra])}"
         return self.kept(name, lambda: {**self.measure(self.start, prompts), "kl": 0.0})
+
+    def clone(self, model: PreTrainedModel) -> PreTrainedModel:
+        """A copy of the weights in a model that no trainer has touched."""
+        copied = copy.deepcopy(self.start)
+        copied.load_state_dict(model.state_dict())
+        return copied
 
     def reward_model(self, name: str, pairs: Dataset, steps: int) -> RewardModel:
         """A reward model that is trained on pairs by Bradley-Terry, from the start's weights."""
@@ -243,16 +276,13 @@ class World:
                 torch.manual_seed(0)
                 model = AutoModelForSequenceClassification.from_pretrained(self.folder / "start", num_labels=1)
                 model.config.pad_token_id = self.tokenizer.pad_token_id
-                shared = {key: value for key, value in self.training.items() if key not in ("learning_rate", "beta", "logprob_backend")}
+                shared = {key: value for key, value in self.training.items() if key in REWARD_TRAINING}
                 args = RewardConfig(
                     output_dir=str(folder) + ".training",
                     max_steps=steps,
                     per_device_train_batch_size=32,
-                    save_strategy="no",
-                    logging_strategy="no",
-                    report_to="none",
-                    disable_tqdm=True,
-                    **{**shared, "learning_rate": self.training["learning_rate"]},
+                    **SILENT,
+                    **shared,
                 )
                 columns = pairs.select_columns(["prompt", "chosen", "rejected"])
                 trainer = RewardTrainer(model=model, args=args, train_dataset=columns, processing_class=self.tokenizer)
@@ -269,7 +299,7 @@ class World:
 class _At(TrainerCallback):
     """Calls a function after some steps."""
 
-    def __init__(self, steps: list[int], call: Callable[[int], None]):
+    def __init__(self, steps: set[int], call: Callable[[int], None]):
         self.steps, self.call = steps, call
 
     def on_step_end(self, args, state, control, **kwargs):
