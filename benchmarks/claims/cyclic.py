@@ -11,23 +11,25 @@ from datasets import Dataset
 from trl_ext import DPOConfig
 from trl_ext.rounds.log_probs import pair_log_probs
 
-from .data import TWOS, pairs
+from .data import pairs
 from .frame import Claim, Run, Side
 from .judging import Row, chosen, row, select, unmeasured
 from .worlds import World
 
 
 ROUNDS = 3
-# Completions are of three kinds, by their true reward among the start's completions: the lower 60 %, the next 25 %, the upper 15 %
-QUANTILES = (0.6, 0.85)
+# Completions are of three kinds, by their true reward among the start's completions: the lower 75 %, the next 15 %, the upper 10 %
+QUANTILES = (0.75, 0.9)
 # By how much a kind is preferred to another: upper to lower, lower to middle, middle to upper. The equilibrium is a third of each
-LEAD = ((0.0, 0.4, -0.4), (-0.4, 0.0, 0.4), (0.4, -0.4, 0.0))
+LEAD = ((0.0, 0.45, -0.45), (-0.45, 0.0, 0.45), (0.45, -0.45, 0.0))
+EACH = 8  # completions of a prompt: a win rate is a mean over seven others
+TWOS = ((0, 1), (2, 3), (4, 5), (6, 7))
 SPPO, INPO, ROUND, FIXED = "sppo_soft", "inpo", "DPO in rounds", "DPO on the start's answers"
 BETAS = tuple({"loss_type": "sigmoid", "beta": beta} for beta in (0.1, 0.3, 1.0))
 
 
 def exploitability(shares: list[float]) -> float:
-    """By how much more than half the best answer to a policy wins against it: 0 at the equilibrium, 0.4 where all is of one kind."""
+    """By how much more than half the best answer to a policy wins against it: 0 at the equilibrium, 0.45 where all is of one kind."""
     return max(sum(lead * share for lead, share in zip(leads, shares, strict=True)) for leads in LEAD)
 
 
@@ -56,9 +58,9 @@ class Cyclic(Claim):
     def execute(self, world: World, run: Run) -> dict[str, Any]:
         limits = thresholds(world)
         world = dataclasses.replace(world, extra={"exploitability": functools.partial(measured, world, limits)})
-        steps, size, settings = self.scale.count(self.steps), self.scale.count(128), self.settings(run)
+        steps, size, settings = self.scale.count(self.steps), self.scale.count(64), self.settings(run)
         if run.side == FIXED:
-            groups = world.groups(run.seed, ROUNDS * size)
+            groups = world.groups(run.seed, ROUNDS * size, each=EACH)
             dataset = self.labelled(world, groups, limits, run)
             return {
                 "points": world.train(
@@ -68,14 +70,14 @@ class Cyclic(Claim):
         policy, points = world.start, [{"step": 0, **world.kept_start()}]
         for number in range(ROUNDS):
             seed = 100 * run.seed + number
-            dataset = self.labelled(world, world.groups(seed, size, model=policy if number else None), limits, run)
+            dataset = self.labelled(world, world.groups(seed, size, EACH, policy if number else None), limits, run)
             trained = world.train(dataset, settings, seed, steps, self.batch, model=world.clone(policy), marks=(1.0,))
             points += [{**point, "step": point["step"] + number * steps} for point in trained.points]
             policy = world.clone(trained.trainer.model)
         return {"points": points}
 
     def labelled(self, world: World, groups: list[dict[str, Any]], limits: list[float], run: Run) -> Dataset:
-        """Two pairs of each group: the label is drawn from the preference, scores are win rates within the group."""
+        """Four pairs of each group: the label is drawn from the preference, scores are win rates within the group."""
         rng, rows = random.Random(run.seed), []
         for group in groups:
             kinds = [kind(score, limits) for score in group["scores"]]
@@ -95,7 +97,7 @@ class Cyclic(Claim):
         dataset = pairs(rows)
         if run.side == INPO:
             args = DPOConfig(output_dir=str(world.folder / "unused"), report_to="none", **world.training)
-            values = pair_log_probs(str(world.folder / "start"), dataset, world.tokenizer, args, batch_size=32)
+            values = pair_log_probs(world.name, dataset, world.tokenizer, args, batch_size=32)
             for name, column in zip(
                 ("initial_chosen_logps", "initial_rejected_logps"), zip(*values, strict=True), strict=True
             ):

@@ -42,7 +42,7 @@ class Scale:
     seeds: int | None = None
     settings: int | None = None
     work: float = 1.0  # share of training steps and of data
-    samples: int = 384  # completions for each point
+    samples: int = 256  # completions for each point
     fine_tuning: int = 300  # steps of the toy start
 
     def resized(self, name: str, work: float) -> "Scale":
@@ -68,10 +68,11 @@ class Claim:
     conditions: ClassVar[tuple[str, ...]] = ("",)
     sides: ClassVar[tuple[Side, ...]]
     seeds: ClassVar[int] = 5
-    steps: ClassVar[int] = 48
+    steps: ClassVar[int] = 40
     batch: ClassVar[int] = 16
     smallest: ClassVar[float] = 0.1  # of an effect in reward, logits
     drawn: ClassVar[str] = "reward"  # against KL
+    toy_only: ClassVar[bool] = False  # whether it needs what only the demonstration's world has
 
     def __init__(self, scale: Scale):
         self.scale = scale

@@ -41,7 +41,7 @@ class LengthRegularized(Claim):
             groups = world.groups(seed, self.scale.count(128), model=policy if number else None)
             for group in groups:
                 group["scores"] = [
-                    score + LIKING * len(world.tokenizer(text)["input_ids"])
+                    score + LIKING * world.tokens_of(text)
                     for score, text in zip(group["scores"], group["completions"], strict=True)
                 ]
             dataset = data.pairs(data.labelled(groups, seed))

@@ -22,7 +22,6 @@ class Offset(Claim):
         ),
         Side("DPO", tuple({"loss_type": "sigmoid", "beta": beta} for beta in (0.1, 0.3, 1.0, 3.0))),
     )
-    seeds = 6
 
     def data(self, world: World, run: Run) -> Dataset:
         """As in the paper: completions of the start, the one with the higher score is chosen, ties are dropped."""

@@ -62,6 +62,8 @@ def run_all(claims: list[Claim], place: Place, workers: int, minutes: float, aga
                 todo.append((claim, run))
     if not todo:
         return 0
+    # Whole seeds of all claims: what is there when time runs out can be judged
+    todo.sort(key=lambda each: each[1].seed)
     place.folder.mkdir(parents=True, exist_ok=True)
     began, progress, failed, deaths = time.monotonic(), Progress(len(todo)), 0, {}
     waiting, flying = list(reversed(todo)), {}

@@ -15,7 +15,7 @@ from .worlds import World
 
 MAX_LENGTH = 128
 TRAINING = {
-    "learning_rate": 3e-4,
+    "learning_rate": 2e-4,
     "lr_scheduler_type": "cosine",
     "use_cpu": True,
     "bf16": False,
@@ -63,6 +63,7 @@ def build(folder: Path, scale: Scale) -> ToyWorld:
         prompts=prompts[64:],
         held_out=prompts[:64],
         folder=folder,
+        name=str(start),
         training=TRAINING,
         samples=scale.samples,
         max_new_tokens=64,

@@ -60,6 +60,7 @@ class World:
         prompts (`list`): Prompts to train on, strings or conversations.
         held_out (`list`): Prompts to measure on.
         folder (`Path`): Where what several runs share is kept.
+        name (`str`): Folder or hub name of the start.
         training (`dict`): Arguments of `DPOConfig` that no claim sets.
         samples (`int`): Completions for each point that is measured.
     """
@@ -70,10 +71,12 @@ class World:
     prompts: list
     held_out: list
     folder: Path
+    name: str
     training: dict[str, Any]
     samples: int
     max_new_tokens: int
-    rows_at_once: int = 256
+    rows_at_once: int = 256  # of sampling; a quarter of it where logits of all tokens are kept
+    pairs_at_once: int = 64
     extra: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -92,6 +95,10 @@ class World:
         """A completion as the dataset has it: text after a text, a message after messages."""
         text = self.tokenizer.decode(ids, skip_special_tokens=True)
         return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+
+    def tokens_of(self, completion: Any) -> int:
+        text = completion if isinstance(completion, str) else completion[0]["content"]
+        return len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     @torch.no_grad()
     def sample(self, model: PreTrainedModel, prompts: list, seed: int) -> Sampled:
@@ -195,6 +202,11 @@ class World:
 
     # Training
 
+    def batches(self, size: int) -> dict[str, int]:
+        """Arguments of a trainer that learns from so many pairs at each step."""
+        at_once = min(size, self.pairs_at_once)
+        return {"per_device_train_batch_size": at_once, "gradient_accumulation_steps": max(1, size // at_once)}
+
     def train(
         self,
         dataset: Dataset,
@@ -241,10 +253,9 @@ class World:
                 args=DPOConfig(
                     output_dir=folder,
                     max_steps=steps,
-                    per_device_train_batch_size=batch,
                     seed=seed,
                     warmup_steps=min(5, steps - 1),
-                    **{**SILENT, **self.training, **settings},
+                    **{**SILENT, **self.training, **self.batches(batch), **settings},
                 ),
                 processing_class=self.tokenizer,
                 train_dataset=dataset,
@@ -274,14 +285,14 @@ class World:
         with FileLock(f"{folder}.lock"), quiet():
             if not folder.exists():
                 torch.manual_seed(0)
-                model = AutoModelForSequenceClassification.from_pretrained(self.folder / "start", num_labels=1)
+                model = AutoModelForSequenceClassification.from_pretrained(self.name, num_labels=1, dtype="float32")
                 model.config.pad_token_id = self.tokenizer.pad_token_id
                 shared = {key: value for key, value in self.training.items() if key in REWARD_TRAINING}
                 args = RewardConfig(
                     output_dir=str(folder) + ".training",
                     max_steps=steps,
-                    per_device_train_batch_size=32,
                     **SILENT,
+                    **self.batches(32),
                     **shared,
                 )
                 columns = pairs.select_columns(["prompt", "chosen", "rejected"])
