@@ -25,7 +25,8 @@ LEAD = ((0.0, 0.45, -0.45), (-0.45, 0.0, 0.45), (0.45, -0.45, 0.0))
 EACH = 8  # completions of a prompt: a win rate is a mean over seven others
 TWOS = ((0, 1), (2, 3), (4, 5), (6, 7))
 SPPO, INPO, ROUND, FIXED = "sppo_soft", "inpo", "DPO in rounds", "DPO on the start's answers"
-BETAS = tuple({"loss_type": "sigmoid", "beta": beta} for beta in (0.1, 0.3, 1.0))
+# DPO with the exact preference of each pair: no noise of labels speaks against it
+BETAS = tuple({"loss_type": "anchored", "beta": beta} for beta in (0.1, 0.3, 1.0))
 
 
 def exploitability(shares: list[float]) -> float:
@@ -54,19 +55,23 @@ class Cyclic(Claim):
     )
     steps = 24  # of each round
     drawn = "exploitability"
+    smallest = 0.02
 
     def execute(self, world: World, run: Run) -> dict[str, Any]:
+        """What is to be high here, and settings are chosen by, is how little a policy can be exploited: it stands as `reward`."""
+        points = self.path(world, run)
+        return {
+            "points": [{**each, "true_reward": each["reward"], "reward": -each["exploitability"]} for each in points]
+        }
+
+    def path(self, world: World, run: Run) -> list[dict[str, float]]:
         limits = thresholds(world)
         world = dataclasses.replace(world, extra={"exploitability": functools.partial(measured, world, limits)})
         steps, size, settings = self.scale.count(self.steps), self.scale.count(64), self.settings(run)
         if run.side == FIXED:
-            groups = world.groups(run.seed, ROUNDS * size, each=EACH)
-            dataset = self.labelled(world, groups, limits, run)
-            return {
-                "points": world.train(
-                    dataset, settings, run.seed, ROUNDS * steps, self.batch, marks=(1 / 3, 2 / 3, 1.0)
-                ).points
-            }
+            dataset = self.labelled(world, world.groups(run.seed, ROUNDS * size, EACH), limits, run)
+            thirds = (1 / 3, 2 / 3, 1.0)
+            return world.train(dataset, settings, run.seed, ROUNDS * steps, self.batch, marks=thirds).points
         policy, points = world.start, [{"step": 0, **world.kept_start()}]
         for number in range(ROUNDS):
             seed = 100 * run.seed + number
@@ -74,10 +79,10 @@ class Cyclic(Claim):
             trained = world.train(dataset, settings, seed, steps, self.batch, model=world.clone(policy), marks=(1.0,))
             points += [{**point, "step": point["step"] + number * steps} for point in trained.points]
             policy = world.clone(trained.trainer.model)
-        return {"points": points}
+        return points
 
     def labelled(self, world: World, groups: list[dict[str, Any]], limits: list[float], run: Run) -> Dataset:
-        """Four pairs of each group: the label is drawn from the preference, scores are win rates within the group."""
+        """Four pairs of each group: labels drawn from the preference for INPO, win rates in the group for SPPO, the preference for DPO."""
         rng, rows = random.Random(run.seed), []
         for group in groups:
             kinds = [kind(score, limits) for score in group["scores"]]
@@ -91,17 +96,17 @@ class Cyclic(Claim):
                 rows.append({
                     "prompt": group["prompt"], "chosen": group["completions"][a], "rejected": group["completions"][b],
                     "score_chosen": wins[a], "score_rejected": wins[b],
+                    "preference_prob": 0.5 + LEAD[kinds[a]][kinds[b]],
                 })  # fmt: skip
         if run.side == SPPO:
             return pairs(rows, "score_chosen", "score_rejected")
+        if run.side != INPO:
+            return pairs(rows, "preference_prob")
         dataset = pairs(rows)
-        if run.side == INPO:
-            args = DPOConfig(output_dir=str(world.folder / "unused"), report_to="none", **world.training)
-            values = pair_log_probs(world.name, dataset, world.tokenizer, args, batch_size=32)
-            for name, column in zip(
-                ("initial_chosen_logps", "initial_rejected_logps"), zip(*values, strict=True), strict=True
-            ):
-                dataset = dataset.add_column(name, list(column))
+        args = DPOConfig(output_dir=str(world.folder / "unused"), report_to="none", **world.training)
+        values = zip(*pair_log_probs(world.name, dataset, world.tokenizer, args, batch_size=32), strict=True)
+        for name, column in zip(("initial_chosen_logps", "initial_rejected_logps"), values, strict=True):
+            dataset = dataset.add_column(name, list(column))
         return dataset
 
     def rows(self, results: list[dict[str, Any]]) -> list[Row]:
@@ -109,16 +114,13 @@ class Cyclic(Claim):
         kls = {}
         for side in self.sides:
             paths = select(results, lambda each, name=side.name: each["side"] == name)
-            last = {
-                at: {seed: -points[-1]["exploitability"] for seed, points in each.items()}
-                for at, each in paths.items()
-            }
+            last = {at: {seed: points[-1]["reward"] for seed, points in each.items()} for at, each in paths.items()}
             seeds = sorted(set.intersection(*map(set, last.values()))) if last else []
             if seeds:
                 picks = chosen(last, seeds)
                 ends[side.name] = {seed: -last[picks[seed]][seed] for seed in seeds}
                 kls[side.name] = statistics.fmean(paths[picks[seed]][seed][-1]["kl"] for seed in seeds)
-        found = []
+        found = [self.against(results, "", ours, FIXED, what="exploitability saved") for ours in (SPPO, INPO)]
         for ours, theirs in ((SPPO, FIXED), (INPO, FIXED), (SPPO, ROUND), (INPO, ROUND)):
             text = f"exploitability saved by {ours} beside {theirs}, after three rounds"
             if not {ours, theirs} <= set(ends):
@@ -129,7 +131,8 @@ class Cyclic(Claim):
             common = sorted(set(ends[ours]) & set(ends[theirs]))
             a, b = (statistics.fmean(ends[side][seed] for seed in common) for side in (ours, theirs))
             note = f"{a:.3f} and {b:.3f}, at KL {kls[ours]:.2g} and {kls[theirs]:.2g}: the ends are compared; {len(common)} seeds"
-            found.append(row(self.name, text, [ends[theirs][seed] - ends[ours][seed] for seed in common], 0.02, note))
+            values = [ends[theirs][seed] - ends[ours][seed] for seed in common]
+            found.append(row(self.name, text, values, self.smallest, note))
         return found
 
 

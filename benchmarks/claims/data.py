@@ -2,15 +2,25 @@
 
 import random
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
+from filelock import FileLock
+from transformers import AutoModelForSequenceClassification, PrinterCallback
 
-from .worlds import World, prefer
+from trl_ext.data.rewards import RewardModel
+from trl_ext.demo.training import quiet
+from trl_ext.trainers.reward import RewardConfig, RewardTrainer
+
+from .worlds import SILENT, World, prefer
 
 
 # Every completion of a group of four is in one pair
 TWOS = ((0, 1), (2, 3))
+# What the training of a reward model shares with that of a policy
+REWARD_TRAINING = ("learning_rate", "lr_scheduler_type", "use_cpu", "bf16", "max_length")
 
 
 def labelled(groups: Sequence[dict[str, Any]], seed: int, noise: float = 0.0) -> list[dict[str, Any]]:
@@ -40,30 +50,47 @@ def pairs(rows: Sequence[dict[str, Any]], *columns: str) -> Dataset:
     )
 
 
-def judged(world: World, name: str, rows: Sequence[dict[str, Any]], steps: int) -> Any:
-    """
-    A function that scores `(prompts, completions)` with a reward model that is trained on these very pairs, labels as they are.
-    """
-    model = None
-
-    def score(prompts: list, completions: list) -> list[float]:
-        nonlocal model
-        model = model or world.reward_model(name, pairs(rows), steps)
-        found: list[float] = []
-        for first in range(0, len(prompts), 64):
-            found += model(prompts[first : first + 64], completions[first : first + 64])
-        return found
-
-    return score
+def reward_model(world: World, name: str, rows: Sequence[dict[str, Any]], steps: int) -> RewardModel:
+    """A reward model that is trained on pairs by Bradley-Terry, from the start's weights."""
+    folder = world.folder / "reward-models" / name
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"), quiet():
+        if not folder.exists():
+            torch.manual_seed(0)
+            model = AutoModelForSequenceClassification.from_pretrained(world.name, num_labels=1, dtype="float32")
+            model.config.pad_token_id = world.tokenizer.pad_token_id
+            shared = {key: value for key, value in world.training.items() if key in REWARD_TRAINING}
+            args = RewardConfig(
+                output_dir=str(folder) + ".training",
+                max_steps=steps,
+                **SILENT,
+                **world.batches(32),
+                **shared,
+            )
+            trainer = RewardTrainer(
+                model=model, args=args, train_dataset=pairs(rows), processing_class=world.tokenizer
+            )
+            trainer.remove_callback(PrinterCallback)
+            trainer.train()
+            trainer.save_model(f"{folder}.part")
+            Path(f"{folder}.part").rename(folder)
+    scorer = RewardModel(str(folder), processing_class=world.tokenizer, dtype="float32")
+    scorer.load()
+    scorer.model.to(world.device)
+    return scorer
 
 
 def scored(world: World, name: str, rows: list[dict[str, Any]], steps: int) -> list[dict[str, Any]]:
     """The pairs with `score_chosen` and `score_rejected` of a reward model that is trained on them; kept under the name."""
 
     def make() -> list[list[float]]:
-        score = judged(world, name, rows, steps)
-        prompts = [row["prompt"] for row in rows]
-        return [score(prompts, [row[side] for row in rows]) for side in ("chosen", "rejected")]
+        model = reward_model(world, name, rows, steps)
+        found: list[list[float]] = [[], []]
+        for first in range(0, len(rows), world.rows_at_once):
+            part = rows[first : first + world.rows_at_once]
+            for scores, side in zip(found, ("chosen", "rejected"), strict=True):
+                scores += model([row["prompt"] for row in part], [row[side] for row in part])
+        return found
 
     chosen, rejected = world.kept(f"scores-{name}", make)
     return [{**row, "score_chosen": a, "score_rejected": b} for row, a, b in zip(rows, chosen, rejected, strict=True)]

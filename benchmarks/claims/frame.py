@@ -112,11 +112,18 @@ class Claim:
         return [self.against(results, condition, ours, other) for condition in self.conditions for other in others]
 
     def against(
-        self, results: list[dict[str, Any]], condition: str, ours: str, theirs: str, metric: str = "reward"
+        self,
+        results: list[dict[str, Any]],
+        condition: str,
+        ours: str,
+        theirs: str,
+        metric: str = "reward",
+        what: str = "true reward",
+        smallest: float | None = None,
     ) -> Row:
         """The row of one comparison at equal KL; of `length`, shorter is better."""
-        what = {"reward": "true reward", "length": "tokens saved"}[metric]
-        measured = f"{what}, {ours} less {theirs}" if metric == "reward" else f"{what} by {ours} beside {theirs}"
+        saved = what.endswith("saved")
+        measured = f"{what} by {ours} beside {theirs}, at equal KL" if saved else f"{what}, {ours} less {theirs}"
         measured += f" ({condition})" if condition else ""
         paths = [
             select(results, lambda each, side=side: each["side"] == side and each["condition"] == condition)
@@ -127,7 +134,7 @@ class Claim:
         except (ValueError, IndexError, TypeError) as error:
             return unmeasured(self.name, measured, f"not measured: {error}")
         a, b = (statistics.fmean(mean[side] for mean in means) for side in ("ours", "theirs"))
-        note = f"{a:.2f} and {b:.2f}, at KL {kl / 4:.2g}, {kl / 2:.2g}, {kl:.2g}; {len(values)} seeds"
+        note = f"{a:.3g} and {b:.3g}, at KL {kl / 4:.2g}, {kl / 2:.2g}, {kl:.2g}; {len(values)} seeds"
         if metric == "length":
-            return row(self.name, measured, [-value for value in values], 1.0, note)
-        return row(self.name, measured, values, self.smallest, note)
+            values = [-value for value in values]
+        return row(self.name, measured, values, self.smallest if smallest is None else smallest, note)

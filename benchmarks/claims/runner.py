@@ -18,6 +18,7 @@ from tqdm import tqdm
 from trl_ext.data.cache import write_atomically
 
 from .frame import Claim, Run, Scale
+from .toy import TRAINING, build
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,8 @@ class Place:
 
     def arguments(self, claim: Claim, run: Run) -> dict[str, Any]:
         """What a run depends on: where it changes, the run is done anew."""
-        shown = {"settings": claim.described(run), "scale": dataclasses.asdict(self.scale), "real": self.real}
+        where = TRAINING if self.real is None else self.real
+        shown = {"settings": claim.described(run), "scale": dataclasses.asdict(self.scale), "world": where}
         return json.loads(json.dumps(shown))
 
     def result(self, claim: Claim, run: Run) -> dict[str, Any] | None:
@@ -147,9 +149,7 @@ def begin(place: Place) -> None:
 def world_of(place: Place) -> Any:
     if "world" not in _here:
         if place.real is None:
-            from . import toy
-
-            _here["world"] = toy.build(place.folder / "world", place.scale)
+            _here["world"] = build(place.folder / "world", place.scale)
         else:
             from . import real
 

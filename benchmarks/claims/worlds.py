@@ -18,15 +18,12 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from trl_ext import DPOConfig, DPOTrainer
 from trl_ext.data.cache import write_atomically
-from trl_ext.data.rewards import RewardModel
 from trl_ext.data.tokens import prompt_ids
 from trl_ext.demo.training import quiet
 from trl_ext.generation import sample
 
 
 SILENT = {"save_strategy": "no", "logging_strategy": "no", "report_to": "none", "disable_tqdm": True}
-# What the training of a reward model shares with that of a policy
-REWARD_TRAINING = ("learning_rate", "lr_scheduler_type", "use_cpu", "bf16", "max_length")
 
 
 @dataclass
@@ -273,38 +270,6 @@ class World:
         copied = copy.deepcopy(self.start)
         copied.load_state_dict(model.state_dict())
         return copied
-
-    def reward_model(self, name: str, pairs: Dataset, steps: int) -> RewardModel:
-        """A reward model that is trained on pairs by Bradley-Terry, from the start's weights."""
-        from transformers import AutoModelForSequenceClassification
-
-        from trl_ext.trainers.reward import RewardConfig, RewardTrainer
-
-        folder = self.folder / "reward-models" / name
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{folder}.lock"), quiet():
-            if not folder.exists():
-                torch.manual_seed(0)
-                model = AutoModelForSequenceClassification.from_pretrained(self.name, num_labels=1, dtype="float32")
-                model.config.pad_token_id = self.tokenizer.pad_token_id
-                shared = {key: value for key, value in self.training.items() if key in REWARD_TRAINING}
-                args = RewardConfig(
-                    output_dir=str(folder) + ".training",
-                    max_steps=steps,
-                    **SILENT,
-                    **self.batches(32),
-                    **shared,
-                )
-                columns = pairs.select_columns(["prompt", "chosen", "rejected"])
-                trainer = RewardTrainer(model=model, args=args, train_dataset=columns, processing_class=self.tokenizer)
-                trainer.remove_callback(PrinterCallback)
-                trainer.train()
-                trainer.save_model(f"{folder}.part")
-                Path(f"{folder}.part").rename(folder)
-        scorer = RewardModel(str(folder), processing_class=self.tokenizer, dtype="float32")
-        scorer.load()
-        scorer.model.to(self.device)
-        return scorer
 
 
 class _At(TrainerCallback):
