@@ -53,7 +53,7 @@ class Scale:
         return max(2, round(number * self.work))
 
 
-SCALES = {"toy": Scale(), "quick": Scale("quick", seeds=2, settings=2, work=0.5, samples=128, fine_tuning=200)}
+SCALES = {"toy": Scale(), "quick": Scale("quick", seeds=2, settings=2, work=0.35, samples=96, fine_tuning=200)}
 
 
 class Claim:

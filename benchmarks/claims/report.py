@@ -153,7 +153,7 @@ WORLDS = {
     "toy": "In the demonstration's world: short film reviews, a true reward in [-3, 3] logits that their words decide, a language model of three "
     "layers. Completions are the policy's own, KL is to the start, in nats per completion. Effects in a world this small need not be those "
     "of a large model.",
-    "quick": "A look at whether everything works: two seeds and half the work. **No evidence.**",
+    "quick": "A look at whether everything works: two seeds and a third of the work. **No evidence.**",
     "real": "A model and prompts of the user's; the reward that is called true is a reward model or function of theirs.",
 }
 
