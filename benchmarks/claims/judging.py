@@ -15,7 +15,7 @@ T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.
 RULE = (
     "Rule. Each effect is written so that a positive one agrees with the paper, and its interval is the 95 % interval of Student's t over "
     "seeds, of paired differences. `holds`: the whole interval is above 0. `does not`: the whole interval is below the smallest effect worth "
-    "naming, which each row states. `undecided`: neither. No correction for the number of rows: of twenty rows in which nothing is true, one "
+    "naming. `undecided`: neither. No correction for the number of rows: of twenty rows in which nothing is true, one "
     "has an interval without 0."
 )
 SEARCH = (
@@ -98,7 +98,7 @@ def common_kl(*sides: Paths) -> float:
         sorted(min(max(point["kl"] for point in points) for points in seeds.values()) for seeds in side.values())
         for side in sides
     ]
-    return min(reach[len(reach) // 2] if len(reach) % 2 else reach[len(reach) // 2 - 1] for reach in reaches)
+    return min(reach[len(reach) // 2] for reach in reaches)
 
 
 def chosen(values: dict[int, dict[int, float | None]], seeds: Sequence[int]) -> dict[int, int]:
