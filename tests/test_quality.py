@@ -82,7 +82,7 @@ def test_the_common_kl_is_one_that_half_of_the_settings_of_each_side_reach():
     common = module("claims.judging").common_kl
     assert common(side(1, 5, 3)) == 3  # the middle one, at the seed that goes less far
     assert common(side(1, 5, 3, 4)) == 4  # two of four get there
-    assert common(side(1, 5, 3), side(9, 2)) == 2
+    assert common(side(1, 5, 3), side(9, 2, 1)) == 2
 
 
 def test_no_seed_chooses_its_own_setting():
