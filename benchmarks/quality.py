@@ -17,8 +17,6 @@ import os
 import sys
 from pathlib import Path
 
-from claims.frame import SCALES
-
 
 HERE = Path(__file__).resolve().parent
 
@@ -27,7 +25,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--claim", nargs="+", metavar="NAME", help="some claims; all by default")
     parser.add_argument("--list", action="store_true", help="print the claims, run nothing")
-    parser.add_argument("--quick", action="store_true", help="two seeds, two settings for each loss, a third of the work")
+    parser.add_argument(
+        "--quick", action="store_true", help="two seeds, two settings for each loss, a third of the work"
+    )
     parser.add_argument("--workers", type=int, default=None, help="processes (default: 2, and 1 with --device cuda)")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no run after this many")
     parser.add_argument("--again", action="store_true", help="run anew what failed")
@@ -75,6 +75,7 @@ def main(arguments: list[str] | None = None) -> int:
     sys.path[:0] = [str(HERE.parent), str(HERE)]
 
     from claims import CLAIMS, report, runner
+    from claims.frame import SCALES
 
     there = [name for name, claim in CLAIMS.items() if args.model is None or not claim.toy_only]
     names = args.claim or there

@@ -23,6 +23,7 @@ class Anchored(Claim):
         "Under label noise of 0 to 40 %, `anchored` (targets from a reward model that is trained on the same noisy pairs) keeps more "
         "reward than hard labels, smoothed labels and TRL's `robust`; whole groups keep more than pairs."
     )
+    seeds = 4
     conditions = tuple(NOISE)
     sides = (
         Side("anchored", tuple({"loss_type": "anchored", "beta": b, "loss_kwargs": {"beta_r": r}} for b, r in SOFT)),
@@ -48,7 +49,7 @@ class Anchored(Claim):
             return data.pairs(rows)
         # The reward model of these labels scores all four completions: twice the pairs of each group
         name = f"noise-{noise}-{run.seed}-{len(rows)}"
-        rows = data.scored(world, name, rows, self.scale.count(60))
+        rows = data.scored(world, name, rows, self.scale.count(120))
         if run.side == "anchored":
             return data.pairs(rows, "score_chosen", "score_rejected")
         return Dataset.from_list([as_group(group, number, rows) for number, group in enumerate(groups)])

@@ -20,7 +20,7 @@ from .worlds import SILENT, World, prefer
 # Every completion of a group of four is in one pair
 TWOS = ((0, 1), (2, 3))
 # What the training of a reward model shares with that of a policy
-REWARD_TRAINING = ("learning_rate", "lr_scheduler_type", "use_cpu", "bf16", "max_length")
+REWARD_TRAINING = ("lr_scheduler_type", "use_cpu", "bf16", "max_length")
 
 
 def labelled(groups: Sequence[dict[str, Any]], seed: int, noise: float = 0.0) -> list[dict[str, Any]]:
@@ -61,8 +61,9 @@ def reward_model(world: World, name: str, rows: Sequence[dict[str, Any]], steps:
             model.config.pad_token_id = world.tokenizer.pad_token_id
             shared = {key: value for key, value in world.training.items() if key in REWARD_TRAINING}
             args = RewardConfig(
-                output_dir=str(folder) + ".training",
+                output_dir=f"{folder}.training",
                 max_steps=steps,
+                learning_rate=world.reward_learning_rate,
                 **SILENT,
                 **world.batches(32),
                 **shared,

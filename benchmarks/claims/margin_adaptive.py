@@ -19,6 +19,7 @@ class MarginAdaptive(Claim):
     name = "margin_adaptive"
     paper = "2510.05342"
     text = "`margin_adaptive` has more reward than DPO, IPO and `beta_dpo`, whether data is good, mixed or bad."
+    seeds = 4
     conditions = tuple(OFF_POLICY)
     sides = (
         Side(
@@ -58,4 +59,4 @@ class MarginAdaptive(Claim):
         if run.side != "margin_adaptive":
             return data.pairs(rows)
         name = f"{run.condition.split()[0]}-{run.seed}-{len(rows)}"
-        return data.pairs(data.scored(world, name, rows, self.scale.count(60)), "score_chosen", "score_rejected")
+        return data.pairs(data.scored(world, name, rows, self.scale.count(120)), "score_chosen", "score_rejected")

@@ -85,6 +85,7 @@ def build(
             "gradient_checkpointing": gpu,
             "max_length": None,
         },
+        reward_learning_rate=1e-5,
         samples=scale.samples,
         max_new_tokens=max_new_tokens,
         rows_at_once=64 if gpu else 16,

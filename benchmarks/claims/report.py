@@ -136,7 +136,7 @@ class Report:
         parts = [
             f"# Claims of papers as experiments ({self.label})\n\n{WORLDS[self.label]}\n\n`python benchmarks/quality.py"
             f"{' --quick' if self.label == 'quick' else ''}` makes this report; `--claim NAME` one claim of it. All runs together took "
-            f"{seconds / 60:.0f} minutes of one process.\n",
+            f"{seconds / 60:.0f} minutes of one core.\n",
             f"{RULE} Smallest effects: 0.1 logits of true reward, 1 token, 0.02 of exploitability and of reliability, 0.3 of rank "
             f"correlation, 0.05 of a share.\n\n{SEARCH}\n",
             head + "".join(lines),

@@ -65,6 +65,7 @@ def build(folder: Path, scale: Scale) -> ToyWorld:
         folder=folder,
         name=str(start),
         training=TRAINING,
+        reward_learning_rate=1e-3,
         samples=scale.samples,
         max_new_tokens=64,
     )

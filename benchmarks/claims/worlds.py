@@ -59,6 +59,7 @@ class World:
         folder (`Path`): Where what several runs share is kept.
         name (`str`): Folder or hub name of the start.
         training (`dict`): Arguments of `DPOConfig` that no claim sets.
+        reward_learning_rate (`float`): Of the reward models that claims train.
         samples (`int`): Completions for each point that is measured.
     """
 
@@ -70,6 +71,7 @@ class World:
     folder: Path
     name: str
     training: dict[str, Any]
+    reward_learning_rate: float
     samples: int
     max_new_tokens: int
     rows_at_once: int = 256  # of sampling; a quarter of it where logits of all tokens are kept
