@@ -31,7 +31,8 @@ class Run:
 
     @property
     def key(self) -> str:
-        return "-".join(str(part).replace(" ", "_").replace("/", "_") for part in dataclasses.astuple(self)[1:])
+        parts = [self.condition, self.side, f"setting {self.setting}", f"seed {self.seed}"]
+        return "-".join(part.replace(" ", "_") for part in parts if part)
 
 
 @dataclass(frozen=True)
