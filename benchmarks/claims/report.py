@@ -83,14 +83,18 @@ class Report:
             )
         write_text(self.file(".md"), self.markdown(kept))
         plot(self.claims, self.file(".png"))
-        shown = [{**cells(row), "interval": span(row)} for row in self.rows]
-        columns = {
-            "claim": "claim",
-            "measured": "measured",
-            "effect": "effect",
-            "interval": "95 %",
-            "verdict": "verdict",
-        }
+        # The column `notes` is the one that is wrapped
+        shown = [
+            {
+                "claim": row.claim,
+                "notes": row.measured,
+                "effect": figure(row.effect),
+                "interval": span(row),
+                "verdict": row.verdict,
+            }
+            for row in self.rows
+        ]
+        columns = {"claim": "claim", "notes": "measured", "effect": "effect", "interval": "95 %", "verdict": "verdict"}
         table(shown, columns, f"Claims ({self.label})")
         for line in self.reproduced():
             print(line)
