@@ -67,7 +67,7 @@ class Cyclic(Claim):
     def path(self, world: World, run: Run) -> list[dict[str, float]]:
         limits = thresholds(world)
         world = dataclasses.replace(world, extra={"exploitability": functools.partial(measured, world, limits)})
-        steps, size, settings = self.scale.count(self.steps), self.scale.count(64), self.settings(run)
+        steps, size, settings = self.scale.count(self.steps), self.scale.count(64), self.gently(world, run)
         if run.side == FIXED:
             dataset = self.labelled(world, world.groups(run.seed, ROUNDS * size, EACH), limits, run)
             thirds = (1 / 3, 2 / 3, 1.0)

@@ -95,6 +95,10 @@ class Claim:
     def settings(self, run: Run) -> dict[str, Any]:
         return next((side.settings[run.setting] for side in self.sides if side.name == run.side), {})
 
+    def gently(self, world: World, run: Run) -> dict[str, Any]:
+        """The settings with two thirds of the world's learning rate: each round warms up anew, and its warm-ups add up."""
+        return {**self.settings(run), "learning_rate": 2 / 3 * world.training["learning_rate"]}
+
     def described(self, run: Run) -> Any:
         """What is written beside a run's result: where it differs, the run is done anew."""
         return [self.settings(run), self.steps, self.batch]

@@ -47,7 +47,7 @@ class LengthRegularized(Claim):
             dataset = data.pairs(data.labelled(groups, seed))
             steps = self.scale.count(self.steps)
             trained = world.train(
-                dataset, self.settings(run), seed, steps, self.batch, model=world.clone(policy), marks=(1.0,)
+                dataset, self.gently(world, run), seed, steps, self.batch, model=world.clone(policy), marks=(1.0,)
             )
             points += [{**point, "step": point["step"] + number * steps} for point in trained.points]
             policy = world.clone(trained.trainer.model)

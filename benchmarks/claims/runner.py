@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import sys
+import threading
 import time
 import traceback
 from concurrent.futures.process import BrokenProcessPool
@@ -144,6 +145,14 @@ def begin(place: Place) -> None:
     os.dup2(log, 1)
     os.dup2(log, 2)
     _here["place"] = place
+    threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
+
+
+def end_with(parent: int) -> None:
+    """No worker goes on alone after the command was killed."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 def world_of(place: Place) -> Any:

@@ -15,7 +15,7 @@ from .worlds import World
 
 MAX_LENGTH = 128
 TRAINING = {
-    "learning_rate": 2e-4,
+    "learning_rate": 3e-4,
     "lr_scheduler_type": "cosine",
     "use_cpu": True,
     "bf16": False,
