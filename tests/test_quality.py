@@ -105,6 +105,8 @@ def test_sides_are_compared_at_equal_kl():
     assert means[0]["theirs"] == pytest.approx((2 + math.sqrt(8) + 4) / 3)
     with pytest.raises(ValueError, match="no seed has finished"):
         module("claims.judging").compare(side([1]), {0: {7: path_of((0, 0), (4, 1))}})
+    with pytest.raises(ValueError, match="no seed has finished"):
+        module("claims.judging").compare(side([1]), {})
 
 
 def test_length_is_read_under_the_setting_that_the_reward_chooses():
@@ -270,6 +272,16 @@ def test_progress_elsewhere_than_in_a_terminal(runner, capsys, monkeypatch):
         progress.step(f"run {number}", 0)
     lines = capsys.readouterr().out.splitlines()
     assert 3 <= len(lines) <= 5 and lines[-1].startswith("10 of 10 runs, 0 failed, about 0 min left")
+
+
+def test_no_worker_outlives_the_command(runner, monkeypatch):
+    parents, slept = iter([5, 5, 1]), []
+    monkeypatch.setattr(runner.os, "getppid", lambda: next(parents))
+    monkeypatch.setattr(runner.time, "sleep", slept.append)
+    monkeypatch.setattr(runner.os, "_exit", lambda code: (_ for _ in ()).throw(SystemExit(code)))
+    with pytest.raises(SystemExit):
+        runner.end_with(5)
+    assert len(slept) == 2
 
 
 # The command

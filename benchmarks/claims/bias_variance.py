@@ -1,5 +1,7 @@
 """BVPO (2510.05095): mixing in pairs with an empty trace makes gradients less noisy than traces alone, and the policy better."""
 
+import dataclasses
+import statistics
 from typing import Any
 
 from datasets import Dataset
@@ -8,11 +10,12 @@ from trl_ext.trainers.mixing import estimate_alpha
 
 from . import data
 from .frame import Claim, Run, Side
-from .judging import Row, row, unmeasured
+from .judging import Row, row, select, unmeasured
 from .worlds import World
 
 
 MIX, TRACES, TWICE, GRADIENTS = "bias_variance", "traces alone", "traces alone, twice the pairs", "gradients"
+BETA = 0.3
 ALPHAS = (0.0, 0.25, 0.5, 0.75)
 BETAS = tuple({"loss_type": "sigmoid", "beta": beta} for beta in (0.1, 0.3, 1.0, 3.0))
 
@@ -29,7 +32,7 @@ class BiasVariance(Claim):
         "trains a policy of more reward."
     )
     sides = (
-        Side(MIX, (mixed(0.3, 0.25), mixed(0.3, 0.5), mixed(0.3, 0.75), mixed(1.0, 0.5))),
+        Side(MIX, (mixed(BETA, 0.25), mixed(BETA, 0.5), mixed(BETA, 0.75), mixed(1.0, 0.5))),
         Side(TRACES, BETAS),
         Side(TWICE, BETAS),
     )
@@ -61,7 +64,7 @@ class BiasVariance(Claim):
     def execute(self, world: World, run: Run) -> dict[str, Any]:
         steps, dataset = self.scale.count(self.steps), self.data(world, run)
         if run.side == GRADIENTS:
-            with world.trainer(dataset, mixed(0.3, 0.5), run.seed, steps, self.batch) as trainer:
+            with world.trainer(dataset, mixed(BETA, 0.5), run.seed, steps, self.batch) as trainer:
                 found = estimate_alpha(trainer, rows=self.scale.count(64))
             table = {str(alpha): (found.variance(alpha), found.error(alpha)) for alpha in (*ALPHAS, 1.0)}
             return {"points": [], "variance_error": table, "alpha": found.alpha}
@@ -92,4 +95,18 @@ class BiasVariance(Claim):
                 best = [each["alpha"] for each in gradients]
                 note += f"; least error at alpha {sum(best) / len(best):.2f}; traces are taken to be unbiased"
             found.append(row(self.name, measured, shares[0.5], 0.05, note))
-        return [*found, self.against(results, "", MIX, TRACES), self.against(results, "", MIX, TWICE)]
+        first, second = self.against(results, "", MIX, TRACES), self.against(results, "", MIX, TWICE)
+        return [*found, dataclasses.replace(first, note=f"{first.note}; {self.ends(results)}"), second]
+
+    def ends(self, results: list[dict[str, Any]]) -> str:
+        """Reward and KL where training ends, over alpha, all at one beta; alpha 1 is traces alone."""
+        shown = []
+        for side in self.sides[:2]:
+            for setting, given in enumerate(side.settings):
+                runs = select(results, lambda each, s=side.name: each["side"] == s).get(setting)
+                if given["beta"] == BETA and runs:
+                    reward, kl = (
+                        statistics.fmean(path[-1][key] for path in runs.values()) for key in ("reward", "kl")
+                    )
+                    shown.append(f"{given.get('loss_kwargs', {}).get('alpha', 1.0)}: {reward:.2f} (KL {kl:.2g})")
+        return f"at the end, beta {BETA}, by alpha: {', '.join(shown)}"

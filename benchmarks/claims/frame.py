@@ -136,9 +136,11 @@ class Claim:
         ]
         try:
             values, kl, means = compare(*paths, metric)
-        except (ValueError, IndexError, TypeError) as error:
+        except ValueError as error:
             return unmeasured(self.name, measured, f"not measured: {error}")
         a, b = (statistics.fmean(mean[side] for mean in means) for side in ("ours", "theirs"))
+        if saved and metric == "reward":  # of what is low where the reward is high
+            a, b = -a, -b
         note = f"{a:.3g} and {b:.3g}, at KL {kl / 4:.2g}, {kl / 2:.2g}, {kl:.2g}; {len(values)} seeds"
         if metric == "length":
             values = [-value for value in values]

@@ -125,7 +125,8 @@ def compare(ours: Paths, theirs: Paths, metric: str = "reward") -> tuple[list[fl
     Raises:
         `ValueError`: Where the sides have no seed in common with all settings.
     """
-    seeds = sorted(set.intersection(*(set(each) for side in (ours, theirs) for each in side.values())))
+    finished = [set(each) for side in (ours, theirs) for each in side.values()]
+    seeds = sorted(set.intersection(*finished)) if ours and theirs else []
     if not seeds:
         raise ValueError("no seed has finished with all settings of both losses")
     top = common_kl(
