@@ -203,7 +203,8 @@ def test_a_run_that_fails_is_a_row(runner, tmp_path):
     report = module("claims.report").Report(tmp_path / "out", "quick", "cpu")
     report.add(claim, results)
     compared, failed = report.rows
-    assert compared.verdict == "holds" and compared.note.endswith("2 seeds")  # the third has not all settings
+    # The third seed has not all settings, and two are too few for a verdict
+    assert compared.low > 0 and compared.verdict == "undecided" and compared.note.endswith("2 seeds")
     assert failed.verdict == "failed" and failed.note == "ValueError: the loss is NaN"
     assert failed.measured == "run: theirs setting 1, seed 2"
     # It is not tried again unasked

@@ -86,7 +86,7 @@ def test_how_well_reliabilities_are_recovered(scale):
     found = [
         {"side": side, "condition": "", "setting": setting, "seed": seed, "points": path_of((0, 0), (1, 1)),
          "reliability": [value - 0.05 for value in truth]}
-        for side in ("robust_em", "DPO") for setting in (0, 1) for seed in (0, 1)
+        for side in ("robust_em", "DPO") for setting in (0, 1) for seed in (0, 1, 2)
     ]  # fmt: skip
     order, error, reward = claims.RobustEM(scale).rows(found)
     assert order.effect == pytest.approx(1) and order.verdict == "holds"

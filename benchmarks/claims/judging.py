@@ -12,10 +12,11 @@ import numpy as np
 # Student's t, two-sided 95 %, for 1, 2, ... degrees of freedom
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
 
+SEEDS = 3  # that a verdict needs
 RULE = (
     "Rule. Each effect is written so that a positive one agrees with the paper, and its interval is the 95 % interval of Student's t over "
     "seeds, of paired differences. `holds`: the whole interval is above 0. `does not`: the whole interval is below the smallest effect worth "
-    "naming. `undecided`: neither. No correction for the number of rows: of twenty rows in which nothing is true, one "
+    "naming. `undecided`: neither, or fewer than three seeds. No correction for the number of rows: of twenty rows in which nothing is true, one "
     "has an interval without 0."
 )
 SEARCH = (
@@ -70,7 +71,8 @@ def verdict(low: float, high: float, smallest: float = 0.0) -> str:
 def row(claim: str, measured: str, values: Sequence[float], smallest: float, note: str = "") -> Row:
     """The row of an effect that was measured once per seed."""
     found = interval(values)
-    decided = verdict(found.low, found.high, smallest)
+    # Two values that lie close together by chance have an interval of almost no width
+    decided = verdict(found.low, found.high, smallest) if found.count >= SEEDS else "undecided"
     return Row(claim, measured, found.mean, found.low, found.high, smallest, decided, note)
 
 

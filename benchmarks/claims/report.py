@@ -211,6 +211,10 @@ def plot(claims: list[tuple[Claim, list[dict[str, Any]]]], path: Path) -> None:
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend(fontsize=7)
+            # Of an interval that is much wider than what the losses differ by, a part is shown
+            values = [value for line in axes.lines for value in line.get_ydata()]
+            room = 0.6 * (max(values) - min(values)) + 1e-3
+            axes.set_ylim(min(values) - room, max(values) + room)
     for axes in list(grid.flat)[len(panels) :]:
         axes.axis("off")
     figure.savefig(path, dpi=100)
@@ -228,5 +232,7 @@ def frontier(paths: dict, metric: str) -> list[tuple[float, float, float, float]
         rewards = {at: {seed: at_kl(each[seed], share * top) for seed in seeds} for at, each in paths.items()}
         picks = chosen(rewards, seeds)
         found = interval([at_kl(paths[picks[seed]][seed], share * top, metric) for seed in seeds])
-        line.append((share * top, found.mean, max(found.low, found.mean - 1e3), min(found.high, found.mean + 1e3)))
+        # One seed has no interval
+        low, high = (found.low, found.high) if found.count > 1 else (found.mean, found.mean)
+        line.append((share * top, found.mean, low, high))
     return line
