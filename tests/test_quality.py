@@ -189,7 +189,15 @@ def test_runs_are_done_once(runner, tmp_path):
 
 def test_no_run_is_started_when_time_is_over(runner, tmp_path):
     kind = fake()
-    assert start(runner, kind, tmp_path, minutes=0)[2] == 12 and not kind.calls
+    claim, place, left = start(runner, kind, tmp_path, minutes=0)
+    assert left == 12 and not kind.calls
+    written = module("claims.report").Report(tmp_path / "out", "toy", "cpu")
+    written.add(claim, place.results(claim))
+    (row,) = written.rows
+    assert (
+        row.verdict == "undecided" and "no seed has finished" in row.note and "12 of 12 runs are missing" in row.note
+    )
+    assert "**Incomplete: 12 of 12 runs have not been done yet.**" in written.markdown([])
     assert start(runner, kind, tmp_path)[2] == 0
 
 
@@ -234,6 +242,7 @@ def test_the_report(runner, tmp_path, capsys):
     line = next(line for line in text.splitlines() if line.startswith("| one |"))
     assert "true reward, ours less theirs" in line and "| holds |" in line and "at KL 1, 2, 4; 3 seeds" in line
     assert module("claims.judging").RULE in text and module("claims.judging").SEARCH in text
+    assert "Incomplete" not in text
     assert (out / "quality_toy.png").stat().st_size > 0
     with open(out / "quality_toy_points.csv") as file:
         assert len(list(csv.DictReader(file))) == 24

@@ -137,8 +137,12 @@ class Report:
         )
         seconds = sum(result.get("seconds", 0) for _, results in self.claims for result in results)
         remarks = self.file("_remarks.md")
+        missing = sum(len(claim.runs()) - len(results) for claim, results in self.claims)
+        total = sum(len(claim.runs()) for claim, _ in self.claims)
         parts = [
-            f"# Claims of papers as experiments ({self.label})\n\n{WORLDS[self.label]}\n\n`python benchmarks/quality.py"
+            f"# Claims of papers as experiments ({self.label})\n\n"
+            + (f"**Incomplete: {missing} of {total} runs have not been done yet.**\n\n" if missing else "")
+            + f"{WORLDS[self.label]}\n\n`python benchmarks/quality.py"
             f"{' --quick' if self.label == 'quick' else ''}` makes this report; `--claim NAME` one claim of it. All runs together took "
             f"{seconds / 60:.0f} minutes of one core.\n",
             f"{RULE} Smallest effects: 0.1 logits of true reward, 1 token, 0.02 of exploitability and of reliability, 0.3 of rank "
