@@ -109,6 +109,11 @@ def test_sides_are_compared_at_equal_kl():
         module("claims.judging").compare(side([1]), {})
 
 
+def test_a_seed_without_all_settings_is_no_seed_yet():
+    assert module("claims.judging").whole({0: [1, 2], 1: [3, 4], 2: [5]}) == {0: [1, 2], 1: [3, 4]}
+    assert module("claims.judging").whole({}) == {}
+
+
 def test_length_is_read_under_the_setting_that_the_reward_chooses():
     short = {seed: [{"kl": 0, "reward": 0, "length": 9}, {"kl": 1, "reward": 0.5, "length": 1}] for seed in (0, 1)}
     good = {seed: [{"kl": 0, "reward": 0, "length": 9}, {"kl": 1, "reward": 2.0, "length": 9}] for seed in (0, 1)}

@@ -150,6 +150,12 @@ def compare(ours: Paths, theirs: Paths, metric: str = "reward") -> tuple[list[fl
     return [mean["ours"] - mean["theirs"] for mean in means], top, means
 
 
+def whole(values: dict[int, list[Any]]) -> dict[int, list[Any]]:
+    """Those seeds that have as many values as any: a mean over settings is one over the same settings for each seed."""
+    full = max(map(len, values.values()), default=0)
+    return {seed: each for seed, each in values.items() if len(each) == full}
+
+
 def select(results: Sequence[dict[str, Any]], keep: Callable[[dict[str, Any]], bool]) -> Paths:
     """The paths of the finished runs that `keep` says yes to."""
     paths: Paths = {}

@@ -4,7 +4,7 @@ from typing import Any
 
 from . import data
 from .frame import Claim, Run, Side
-from .judging import Row, row, select, unmeasured
+from .judging import Row, row, select, unmeasured, whole
 from .worlds import World
 
 
@@ -59,6 +59,7 @@ class LengthRegularized(Claim):
         for seeds in select(results, lambda each: each["side"] == theirs).values():
             for seed, points in seeds.items():
                 grown.setdefault(seed, []).append(points[-1]["length"] - points[0]["length"])
+        grown = whole(grown)
         measured = "tokens by which answers grow in three rounds of plain DPO, mean over settings"
         growth = (
             row(self.name, measured, [sum(each) / len(each) for each in grown.values()], 1.0)

@@ -8,7 +8,7 @@ from datasets import Dataset
 
 from . import data
 from .frame import Claim, Run, Side
-from .judging import Row, row, unmeasured
+from .judging import Row, row, unmeasured, whole
 from .worlds import World
 
 
@@ -57,6 +57,7 @@ class RobustEM(Claim):
         for each in results:
             if "error" not in each and each["side"] == EM:
                 estimates.setdefault(each["seed"], []).append(each["reliability"])
+        estimates = whole(estimates)
         ranked, better = (
             "rank correlation of estimated and true reliability",
             "error beside that of the best single number",
