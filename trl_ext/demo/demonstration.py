@@ -38,8 +38,7 @@ def demonstrate(args: argparse.Namespace) -> int:
     report.save(rows, runs, summary, settings, plan.folder)
     for each in judged:
         console.print(report.table(each, [row for row in rows if row["data"] == each.data], title(args, each.data)))
-    for text in summary.values():
-        console.print(f"{text}\n", markup=False, highlight=False)
+        console.print(f"{summary[each.data]}\n", markup=False, highlight=False)
     try:
         report.plot(judged, runs, plan.folder / "reward_kl.png")
         console.print(f"Plot: {plan.folder / 'reward_kl.png'}", soft_wrap=True)
@@ -55,7 +54,9 @@ def title(args: argparse.Namespace, data: str) -> str:
         return f"Preferences from {args.dataset_name}"
     what = {"plain": "Reviews", "traced": "Reviews after a trace"}[data]
     if args.online:
-        return f"{what}, written online under a reward that likes long answers (the true one, which is shown, does not)"
+        return (
+            f"{what}, written online under a reward that likes long answers (the true one, which is shown, does not)"
+        )
     return f"{what}, from a world whose reward is known"
 
 

@@ -109,52 +109,36 @@ def judge(runs: list[dict[str, Any]], metric: str) -> Judged:
 
 def sentence(judged: Judged) -> str:
     """What one sees in the numbers, with their intervals; where they show nothing, it says so."""
-    what = NAMES[judged.metric]
     if judged.kl <= SMALLEST_KL:
         return f"At equal KL nothing can be said: {judged.nearest} has not moved the model. Train longer: --max_steps."
     if len(judged.seeds) < 2:
         return "One seed has no interval: nothing can be said of differences between losses. Train more: --seeds 5."
-    return " ".join(filter(None, [_gains(judged, what), _differences(judged, what), *_contradictions(judged, what)]))
+    what = NAMES[judged.metric]
+    said = [*_gains(judged, what), *_differences(judged, what), *_contradictions(judged, what)]
+    return " ".join([*said, f"In brackets: 95 % intervals over {len(judged.seeds)} seeds."])
 
 
-def _gains(judged: Judged, what: str) -> str:
-    better = [row["loss"] for row in judged.rows if row["gain"].sign > 0]
-    worse = [f"{row['loss']} ({_span(row['gain'])})" for row in judged.rows if row["gain"].sign < 0]
-    unclear = [f"{row['loss']} ({_span(row['gain'])})" for row in judged.rows if row["gain"].sign == 0]
-    parts = []
-    if len(better) == len(judged.rows) > 1:
-        parts.append(f"Every loss gains {what} over the start")
-    elif better:
-        parts.append(f"{_listed(better)} {_gain(better)} {what} over the start")
-    if worse:
-        parts.append(f"{_listed(worse)} {'loses' if len(worse) == 1 else 'lose'} {what}")
-    if unclear:
-        parts.append(f"of {_listed(unclear)} it cannot be said whether {what} has risen over the start")
-    return _sentence("; ".join(parts))
+def _gains(judged: Judged, what: str) -> list[str]:
+    found = _by_sign(judged.rows, "gain")
+    start = f"At KLs of {judged.kls} nats"
+    if len(found[1]) == len(judged.rows) > 1:
+        return [f"{start} every loss has more {what} than the start."]
+    said = [f"{start} more {what} than the start: {', '.join(found[1])}."] if found[1] else []
+    said += [f"{start} less {what} than the start: {', '.join(found[-1])}."] if found[-1] else []
+    unclear = f"{start} it cannot be said whether there is more {what} than at the start: {', '.join(found[0])}."
+    return said + ([unclear] if found[0] else [])
 
 
-def _differences(judged: Judged, what: str) -> str:
-    others = [row for row in judged.rows if row["difference"] is not None]
-    if not others:
-        return ""
-    found = {
-        sign: [
-            f"{row['loss']} ({row['difference'].mean:+.2f}, {_span(row['difference'])})"
-            for row in others
-            if row["difference"].sign == sign
-        ]
-        for sign in (1, -1, 0)
-    }
-    parts = []
-    if found[1]:
-        parts.append(f"{_listed(found[1])} {_gain(found[1])} more {what} than {judged.baseline}")
-    if found[-1]:
-        parts.append(f"{_listed(found[-1])} {_gain(found[-1])} less {what} than {judged.baseline}")
+def _differences(judged: Judged, what: str) -> list[str]:
+    others = [row for row in judged.rows if row["loss"] != judged.baseline]
+    found = _by_sign(others, "difference")
+    name = judged.baseline
+    said = [f"At equal KL more than {name}: {', '.join(found[1])}."] if found[1] else []
+    said += [f"At equal KL less than {name}: {', '.join(found[-1])}."] if found[-1] else []
     if found[0]:
-        intervals = "its interval holds 0" if len(found[0]) == 1 else "their intervals hold 0"
-        whether = f"whether it gains more or less than {judged.baseline}" if not (found[1] or found[-1]) else "that"
-        parts.append(f"of {_listed(found[0])} {whether} cannot be said: {intervals}")
-    return f"At equal KL {'; '.join(parts)}."
+        holds = "the interval holds 0" if len(found[0]) == 1 else "the intervals hold 0"
+        said.append(f"At equal KL no difference to {name} is shown, {holds}: {', '.join(found[0])}.")
+    return said
 
 
 def _contradictions(judged: Judged, what: str) -> list[str]:
@@ -167,23 +151,17 @@ def _contradictions(judged: Judged, what: str) -> list[str]:
         ends = "more" if row["end_difference"].sign > 0 else "less"
         but = "which equal KL does not show" if row["difference"].sign == 0 else "and equal KL shows the opposite"
         found.append(
-            f"At the end of its training {row['loss']} has {ends} {what} than {judged.baseline} ({_span(row['end_difference'])}), {but}: "
-            f"it ends at a KL of {row['end_kl'].mean:.2g}, {judged.baseline} at {baseline['end_kl'].mean:.2g}."
+            f"At the end {row['loss']} has {ends} {what} than {judged.baseline}, {_figure(row['end_difference'])}, {but}: its KL is then "
+            f"{row['end_kl'].mean:.2g}, that of {judged.baseline} {baseline['end_kl'].mean:.2g}."
         )
     return found
 
 
-def _span(found: Estimate) -> str:
-    return f"95 % interval {found.low:.2f} to {found.high:.2f}"
+def _by_sign(rows: list[dict[str, Any]], key: str) -> dict[int, list[str]]:
+    return {
+        sign: [f"{row['loss']} {_figure(row[key])}" for row in rows if row[key].sign == sign] for sign in (1, -1, 0)
+    }
 
 
-def _gain(names: list[str]) -> str:
-    return "gains" if len(names) == 1 else "gain"
-
-
-def _listed(names: list[str]) -> str:
-    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
-
-
-def _sentence(text: str) -> str:
-    return f"{text[0].upper()}{text[1:]}."
+def _figure(found: Estimate) -> str:
+    return f"{found.mean:+.2f} [{found.low:.2f}, {found.high:.2f}]"

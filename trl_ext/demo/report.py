@@ -11,7 +11,7 @@ from trl_ext.demo.judging import SMALLEST_KL, Estimate, Judged, estimate
 from trl_ext.metrics.equal_kl import at_kl, common_kl
 
 
-SHOWN = {"reward": "reward", "accuracy": "pairs right"}
+SHOWN = {"reward": "reward", "accuracy": "right"}
 UNITS = {"reward": "true reward (logits)", "accuracy": "held-out pairs ranked right"}
 # Of Okabe and Ito, told apart by the colour-blind too
 OURS, THEIRS = "#D55E00", "#0072B2"
@@ -54,15 +54,15 @@ def table(judged: Judged, rows: list[dict[str, Any]], title: str):
     from rich.table import Table
 
     name = SHOWN[judged.metric]
-    caption = f"{UNITS[judged.metric]}, mean"
-    caption += " ± half a 95 % interval" if len(judged.seeds) > 1 else ""
-    caption += f" over {len(judged.seeds)} seeds" if len(judged.seeds) > 1 else " of one seed"
+    caption = [f"{UNITS[judged.metric]}, mean ± half a 95 % interval over {len(judged.seeds)} seeds"]
+    if len(judged.seeds) == 1:
+        caption = [f"{UNITS[judged.metric]}, one seed"]
     if judged.kl > SMALLEST_KL:
-        caption += f"\nat equal KL: the mean at {judged.kls} nats, which all reach ({judged.nearest} moves least)"
-    caption += "\nend: after training; KL to the start in nats, length in tokens"
-    shown = Table(title=title, caption=caption)
+        caption.append(f"at equal KL: the mean at {judged.kls} nats, which all runs reach")
+    caption.append("end: after training; KL to the start in nats, length in tokens")
+    shown = Table(title=title, caption="\n".join(caption))
     shown.add_column("loss", no_wrap=True)
-    headings = [f"{name} at\nequal KL", f"less that of\n{judged.baseline}", f"{name}\nat the end", "KL at\nthe end", "length"]
+    headings = [f"{name} at\nequal KL", f"less that of\n{judged.baseline}", f"{name},\nend", "KL,\nend", "length"]
     for heading in headings:
         shown.add_column(heading, justify="right", no_wrap=True)
     judged_rows = {row["loss"]: row for row in judged.rows}
@@ -129,7 +129,12 @@ def figure(judged: list[Judged], runs: list[dict[str, Any]]):
         for loss, colour in ((each.baseline, THEIRS), (name, OURS)):
             if loss == name or name != each.baseline:
                 paths = [run["points"] for run in runs if (run["loss"], run["data"]) == (loss, each.data)]
-                _draw(axes, curve(paths, each.metric), colour, f"{each.baseline}" if colour == THEIRS else "the loss named above")
+                _draw(
+                    axes,
+                    curve(paths, each.metric),
+                    colour,
+                    f"{each.baseline}" if colour == THEIRS else "the loss named above",
+                )
         if each.kl > SMALLEST_KL:
             axes.axvline(each.kl, color="0.4", linestyle=":", linewidth=1, label="KL that all reach")
         # Reward is nearly a line in the root of KL
@@ -144,9 +149,7 @@ def figure(judged: list[Judged], runs: list[dict[str, Any]]):
     drawn.supylabel(UNITS[metric], fontsize=10)
     drawn.supxlabel("KL to the start as training goes on (nats per completion; axis of its square root)", fontsize=9)
     handles = {
-        label: handle
-        for axes in drawn.axes
-        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+        label: handle for axes in drawn.axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }
     drawn.legend(
         handles.values(), handles.keys(), loc="outside upper center", fontsize=8, ncols=min(len(handles), columns + 1)

@@ -31,7 +31,7 @@ LOSS_KWARGS = {
     "offset": {"scaling": "linear"},
 }
 # Shares of the steps after which a policy is measured
-MARKS = (0.15, 0.35, 0.6, 1.0)
+MARKS = (0.2, 0.5, 1.0)
 
 
 @dataclass(frozen=True)
@@ -159,15 +159,20 @@ def one_thread():
 def quiet():
     """The libraries' own bars and notes would tear the display apart; errors still come through."""
     verbosity, bars = transformers.logging.get_verbosity(), datasets.are_progress_bars_disabled()
+    loggers = [logging.getLogger(name) for name in ("accelerate", "trl_ext")]
+    levels = [logger.level for logger in loggers]
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    logging.getLogger("accelerate").setLevel(logging.ERROR)
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
         transformers.logging.set_verbosity(verbosity)
         transformers.logging.enable_progress_bar()
         if not bars:
