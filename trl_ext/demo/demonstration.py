@@ -6,8 +6,8 @@ from typing import Any
 from rich.console import Console
 
 from trl_ext.data import load_preferences
-from trl_ext.demo import BASELINE, checks, report
-from trl_ext.demo.data import FINE_TUNING_STEPS, check_own, own_start, own_task, world_start
+from trl_ext.demo import BASELINE, checks, data, report
+from trl_ext.demo.data import check_own, own_start, own_task, world_start
 from trl_ext.demo.judging import judge, sentence
 from trl_ext.demo.processes import measured_start, prepare, processes, run_once, start_in
 from trl_ext.demo.progress import progress
@@ -48,11 +48,11 @@ def demonstrate(args: argparse.Namespace) -> int:
     return 0
 
 
-def title(args: argparse.Namespace, data: str) -> str:
+def title(args: argparse.Namespace, kind: str) -> str:
     """Of the table of one kind of pairs."""
     if args.dataset_name:
         return f"Preferences from {args.dataset_name}"
-    what = {"plain": "Reviews", "traced": "Reviews after a trace"}[data]
+    what = {"plain": "Reviews", "traced": "Reviews after a trace"}[kind]
     if args.online:
         return (
             f"{what}, written online under a reward that likes long answers (the true one, which is shown, does not)"
@@ -67,7 +67,7 @@ def trained(
     kinds = ["plain", "traced"] if "bias_variance" in names and not dataset_name else ["plain"]
     wanted = [(kind, name) for kind in kinds for name in of_kind(names, kind, len(kinds) > 1)]
     with processes(min(number, len(wanted) * len(seeds))) as each, progress(console) as shown:
-        bar = shown.add_task("fine-tuning the start", total=FINE_TUNING_STEPS)
+        bar = shown.add_task("fine-tuning the start", total=data.FINE_TUNING_STEPS)
         dataset = None
         if dataset_name:
             dataset = load_preferences(dataset_name)

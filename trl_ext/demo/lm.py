@@ -103,7 +103,7 @@ def sample(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[str],
-    max_new_tokens: int = MAX_NEW_TOKENS,
+    max_new_tokens: int,
 ) -> list[torch.Tensor]:
     """One completion per prompt at temperature 1: token ids up to and with the end of sequence."""
     completions = []

@@ -145,9 +145,10 @@ def figure(judged: list[Judged], runs: list[dict[str, Any]]):
         axes.set_title(name if plain else f"{name} ({each.data})", fontsize=10)
         axes.tick_params(labelsize=8)
         axes.grid(alpha=0.3)
+    _show_means(grid[0, 0])
     metric = judged[0].metric
     drawn.supylabel(UNITS[metric], fontsize=10)
-    drawn.supxlabel("KL to the start as training goes on (nats per completion; axis of its square root)", fontsize=9)
+    drawn.supxlabel("KL to the start, nats per completion (root scale)", fontsize=9)
     handles = {
         label: handle for axes in drawn.axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }
@@ -155,6 +156,16 @@ def figure(judged: list[Judged], runs: list[dict[str, Any]]):
         handles.values(), handles.keys(), loc="outside upper center", fontsize=8, ncols=min(len(handles), columns + 1)
     )
     return drawn
+
+
+def _show_means(axes) -> None:
+    """Limits of the shared axis by the curves: the bands of two or three seeds would press them flat."""
+    import numpy as np
+
+    lines = [line for each in axes.figure.axes for line in each.lines if len(line.get_ydata()) > 2]
+    values = np.concatenate([line.get_ydata() for line in lines])
+    margin = 0.4 * (values.max() - values.min()) or 0.1
+    axes.set_ylim(values.min() - margin, values.max() + margin)
 
 
 def _root(values):
