@@ -22,7 +22,9 @@ def run(loss, seed, *points, data="plain"):
 
 def straight(loss, seed, slope, end=4.0, start=0.0):
     """Reward rises with the root of KL up to the end."""
-    return run(loss, seed, (0, start), (end / 4, start + slope * math.sqrt(end) / 2), (end, start + slope * math.sqrt(end)))
+    return run(
+        loss, seed, (0, start), (end / 4, start + slope * math.sqrt(end) / 2), (end, start + slope * math.sqrt(end))
+    )
 
 
 # Mean of the roots of a quarter, a half and all of 4
@@ -134,7 +136,11 @@ def test_the_table():
     judged = judge(runs, "reward")
     rows = report.rows([judged], runs)
     text = shown(judged, rows)
-    cells = {line.split("│")[1].strip(): [each.strip() for each in line.split("│")[2:-1]] for line in text.splitlines() if "│" in line}
+    cells = {
+        line.split("│")[1].strip(): [each.strip() for each in line.split("│")[2:-1]]
+        for line in text.splitlines()
+        if "│" in line
+    }
     assert cells["start"] == ["", "", "0.00", "0.00", "10.0"]
     assert cells["sigmoid"] == ["1.47 ± 0.00", "", "2.00", "4.00", "12.0"]
     # 1.3 and 0.3 times the mean root; 4.303 x 0.1 / sqrt(3) = 0.248 of it to either side
@@ -159,7 +165,9 @@ def drawn(number, kinds=("plain",), seeds=3):
     return report.figure(judged, runs)
 
 
-@pytest.mark.parametrize(("number", "kinds"), [(1, ("plain",)), (2, ("plain",)), (3, ("plain",)), (6, ("plain", "traced"))])
+@pytest.mark.parametrize(
+    ("number", "kinds"), [(1, ("plain",)), (2, ("plain",)), (3, ("plain",)), (6, ("plain", "traced"))]
+)
 def test_no_labels_of_the_plot_overlap(number, kinds):
     import matplotlib
 
@@ -210,12 +218,12 @@ def test_progress_without_a_terminal_is_plain_lines(monkeypatch):
     console = Console(file=io.StringIO(), width=20)
     with progress(console) as lines:
         assert isinstance(lines, Lines)
-        task = lines.add_task("training", total=4)
-        for seconds in (6, 3, 3, 1):  # a line where ten seconds have gone by since the last one, and at the end
+        task = lines.add_task("training", total=5)
+        for seconds in (6, 3, 3, 1, 1):  # a line where ten seconds have gone by since the last one, and at the end
             now[0] += seconds
             lines.advance(task)
     assert console.file.getvalue().splitlines() == [
-        "[0 s] training ...", "[12 s] training: 3 of 4", "[13 s] training: 4 of 4"
+        "[0 s] training ...", "[12 s] training: 3 of 5", "[14 s] training: 5 of 5"
     ]  # fmt: skip
 
 

@@ -17,6 +17,7 @@ def test_a_path_is_read_between_its_points_in_the_root_of_kl():
     assert at_kl(points, 2.25) == pytest.approx(2.0)  # root 1.5, half way from 1 to 2
     assert at_kl(points, 0.25) == pytest.approx(0.5)
     assert at_kl(points, 0.25, "length") == pytest.approx(5.0)
+    assert at_kl(path((0, 0), (4, 3), (9, 5)), 6.25) == pytest.approx(4.0)
     assert (at_kl(points, 0), at_kl(points, 1), at_kl(points, 4)) == (0, 1, 3)
     assert at_kl(points, 4.01) is None
 
