@@ -16,7 +16,7 @@ BASELINE = "sigmoid"
 COMPARED = ("anchored", "bias_variance", "length_regularized", "margin_adaptive", "offset")
 # Losses of self-play: they read what only rounds write into the pairs, or win rates, and the world gives rewards
 IN_ROUNDS = ("inpo", "sppo_soft")
-STEPS, ONLINE_STEPS = 60, 40
+STEPS, ONLINE_STEPS = 50, 40
 SEEDS, PROCESSES = 5, 2
 
 

@@ -17,7 +17,7 @@ from trl_ext.metrics.intervals import mean_interval
 FINE_TUNING_STEPS = 200
 PAIRS, HELD_OUT_PAIRS = 400, 96
 # Prompts that no pair has, and completions for each point that is measured
-HELD_OUT_PROMPTS, SAMPLES = 64, 256
+HELD_OUT_PROMPTS, SAMPLES = 64, 192
 # Positions that a prompt, a trace and a review of the world need at most, and those of the model for data of the user's
 WORLD_LENGTH, OWN_LENGTH = 128, 256
 
