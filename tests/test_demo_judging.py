@@ -203,12 +203,13 @@ def inside(text):
     return True
 
 
-def test_curves_are_means_over_seeds_up_to_where_all_are():
-    paths = [each["points"] for each in (straight("sigmoid", 0, 0.5, 4.0), straight("sigmoid", 1, 0.7, 9.0))]
+def test_curves_are_gains_over_seeds_up_to_where_all_are():
+    runs = straight("sigmoid", 0, 0.5, 4.0, start=3.0), straight("sigmoid", 1, 0.7, 9.0, start=-1.0)
+    paths = [each["points"] for each in runs]
     kls, found = zip(*report.curve(paths, "reward"), strict=True)
     assert (kls[0], kls[-1]) == (0.0, 4.0)
     assert (found[0].mean, found[-1].mean) == (pytest.approx(0.0), pytest.approx(1.2))
-    # Two seeds, 1.0 and 1.4: standard error 0.2, t 12.706
+    # Two seeds that gain 1.0 and 1.4: standard error 0.2, t 12.706
     assert found[-1].high == pytest.approx(1.2 + 12.706 * 0.2, rel=1e-4)
 
 

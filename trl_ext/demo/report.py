@@ -13,6 +13,7 @@ from trl_ext.metrics.equal_kl import at_kl, common_kl
 
 SHOWN = {"reward": "reward", "accuracy": "right"}
 UNITS = {"reward": "true reward (logits)", "accuracy": "held-out pairs ranked right"}
+GAINED = {"reward": "gain in true reward (logits)", "accuracy": "gain in held-out pairs ranked right"}
 # Of Okabe and Ito, told apart by the colour-blind too
 OURS, THEIRS = "#D55E00", "#0072B2"
 PANELS = 3  # beside each other
@@ -98,7 +99,7 @@ def save(
 
 
 def plot(judged: list[Judged], runs: list[dict[str, Any]], path: Path) -> None:
-    """A panel per loss, beside the baseline: reward (where it is unknown, pairs ranked right) over KL as training goes on."""
+    """A panel per loss, beside the baseline: gain in reward (where it is unknown, in pairs ranked right) over KL as training goes on."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -147,7 +148,7 @@ def figure(judged: list[Judged], runs: list[dict[str, Any]]):
         axes.grid(alpha=0.3)
     _show_means(grid[0, 0])
     metric = judged[0].metric
-    drawn.supylabel(UNITS[metric], fontsize=10)
+    drawn.supylabel(GAINED[metric], fontsize=10)
     drawn.supxlabel("KL to the start, nats per completion (root scale)", fontsize=9)
     handles = {
         label: handle for axes in drawn.axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
@@ -177,10 +178,13 @@ def _square(values):
 
 
 def curve(paths: list[list[dict[str, Any]]], metric: str) -> list[tuple[float, Estimate]]:
-    """KLs up to that which all seeds reach, in even steps of the root, with mean and interval over seeds."""
+    """
+    KLs up to that which all seeds reach, in even steps of the root, with mean and interval over seeds of what has been gained since
+    the start of each: how good the start looks differs between seeds by chance, and is the same for all losses.
+    """
     top = common_kl(paths)
     kls = [top * (number / 40) ** 2 for number in range(41)]
-    return [(kl, estimate([at_kl(points, kl, metric) for points in paths])) for kl in kls]
+    return [(kl, estimate([at_kl(points, kl, metric) - points[0][metric] for points in paths])) for kl in kls]
 
 
 def _draw(axes, points: list[tuple[float, Estimate]], colour: str, label: str) -> None:
