@@ -217,6 +217,21 @@ def test_threads(environment, expected, monkeypatch):
         torch.set_num_threads(before)
 
 
+def test_an_error_of_a_process_is_one_message(monkeypatch):
+    """As one that is raised here: no traceback for what the user gave."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    from trl_ext.cli import _is_about_input
+    from trl_ext.demo.processes import processes
+
+    monkeypatch.setattr("concurrent.futures.ProcessPoolExecutor", lambda number, *_, **__: ThreadPoolExecutor(number))
+    with processes(2) as each, pytest.raises(ValueError, match="invalid literal") as found:
+        list(each(int, [("1",), ("x",)]))
+    assert _is_about_input(found.value)
+    with processes(2) as each:
+        assert sorted(each(int, [("1",), ("2",), ("3",)])) == [1, 2, 3]
+
+
 def test_quiet_leaves_the_loggers_as_they_were():
     import logging
 

@@ -37,12 +37,20 @@ def processes(number: int) -> Iterator[Each]:
 
     def each(function: Callable[..., Any], jobs: Sequence[tuple]) -> Iterator[Any]:
         futures = [pool.submit(function, *job) for job in jobs]
-        return (future.result() for future in concurrent.futures.as_completed(futures))
+        return map(result, concurrent.futures.as_completed(futures))
 
     try:
         yield each
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def result(future: concurrent.futures.Future) -> Any:
+    """The result, or the error: one about what the user gave is raised anew here, where the command line knows it for that."""
+    try:
+        return future.result()
+    except ValueError as error:
+        raise ValueError(str(error)) from error
 
 
 # What a process enters and never leaves
