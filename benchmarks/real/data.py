@@ -56,11 +56,11 @@ class Size:
     name: str
     hidden: int = 64
     layers: int = 2
-    vocabulary: int = 2048
-    prompt_tokens: int = 64  # the last ones of each prompt
-    completion_tokens: int = 192
-    pretraining: int = 400  # steps of 16 texts
-    steps: int = 60
+    vocabulary: int = 1024
+    prompt_tokens: int = 48  # the last ones of each prompt
+    completion_tokens: int = 128
+    pretraining: int = 200  # steps of 16 texts
+    steps: int = 50
     batch: int = 8  # pairs per step
     validation: float = 0.15  # share of the training prompts
     rows: int | None = None  # of each file, the first ones; all by default
