@@ -77,17 +77,14 @@ def main(arguments: list[str] | None = None) -> int:
         folder = args.work / size.name
         for name in names["sets"]:
             data.SOURCES[name].files(args.data)  # all of them, before the first is worked on
-        about = {}
-        for name in names["sets"]:
-            print(f"{name}: pairs and start", flush=True)
-            about[name] = data.prepare(data.SOURCES[name], args.data, folder / name / "start", size)
+        about = runner.prepare_all(folder, args.data, names["sets"], size, args.workers)
     except ValueError as error:
         sys.exit(f"benchmarks/real_data.py: {error}")
     place = runner.Place(folder, size, {name: known["key"] for name, known in about.items()}, names["losses"])
     if args.again:
         place.forget_failures()
     left = runner.run_all(place, args.workers, args.minutes)
-    report.write_all(place, about, args.out, args.machine)
+    report.write_all(*report.with_others(place, about, args.data), args.out, args.machine)
     if left:
         print(f"{place.total() - len(place.results)} runs are left: the same command goes on with them.")
     return 0

@@ -51,7 +51,9 @@ def folder(tmp_path_factory):
     for name in ("imdb_sentiment/pairs_train", "imdb_sentiment/pairs_test", "tldr_likert/train", "tldr_likert/test"):
         file = path / f"{name}.jsonl"
         file.parent.mkdir(exist_ok=True)
-        file.write_text("".join(json.dumps(row) + "\n" for row in rows(8 if "test" in name else 16, 100 * ("test" in name))))
+        file.write_text(
+            "".join(json.dumps(row) + "\n" for row in rows(8 if "test" in name else 16, 100 * ("test" in name)))
+        )
     return path
 
 
@@ -108,7 +110,7 @@ def test_derived_columns_by_hand(tmp_path):
 
 def test_log_probs_are_those_of_each_text_alone(start):
     data = module("real.data")
-    model, tokenizer, pairs = data.load(start[0])
+    model, _, pairs = data.load(start[0])
     sums, lengths = data.log_probs(model, pairs["test"], batch=5)
     for number, row in enumerate(pairs["test"]):
         for column, side in enumerate(("chosen", "rejected")):
@@ -234,7 +236,9 @@ def test_losses_train_on_what_they_read_and_in_one_order(start, size, monkeypatc
     columns = training.columns_for(losses.SIDES["inpo"], module("real.data").load(start[0])[2]["train"])
     assert columns["initial_chosen_logps"][:] == columns["ref_chosen_logps"][:]
     logits = training.columns_for(losses.SIDES["margin_adaptive"], module("real.data").load(start[0])[2]["train"])
-    assert min(a - b for a, b in zip(logits["score_chosen"], logits["score_rejected"], strict=True)) == pytest.approx(2.0)
+    assert min(a - b for a, b in zip(logits["score_chosen"], logits["score_rejected"], strict=True)) == pytest.approx(
+        2.0
+    )
 
 
 # Runs in processes
@@ -273,7 +277,9 @@ def work(monkeypatch):
 
 def test_the_setting_that_is_best_on_validation_pairs_is_tested(place, work):
     runner = module("real.runner")
-    work.answer = lambda run: {"accuracy": {"sigmoid": (0.5, 0.7, 0.6, 0.7), "cpo": (0.1, 0.2, 0.3, 0.4)}[run.loss][run.setting]}
+    work.answer = lambda run: {
+        "accuracy": {"sigmoid": (0.5, 0.7, 0.6, 0.7), "cpo": (0.1, 0.2, 0.3, 0.4)}[run.loss][run.setting]
+    }
     assert runner.run_all(place, 2, math.inf) == 0
     searched, tested = ([run for run in work.done if run.split == split] for split in ("validation", "test"))
     assert len(searched) == 8 and {run.seed for run in searched} == {0}
@@ -303,14 +309,14 @@ def test_no_run_is_begun_after_the_time(place, work):
 
 def test_a_run_that_fails_is_a_row_that_says_so(place, work, size):
     runner, report = module("real.runner"), module("real.report")
-    work.answer = lambda run: {"error": "ValueError: NaN"} if run.loss == "cpo" or run.setting == 0 or run.seed == 2 else {"accuracy": 0.5}
+    work.answer = lambda run: (
+        {"error": "ValueError: NaN"} if run.loss == "cpo" or run.setting == 0 or run.seed == 2 else {"accuracy": 0.5}
+    )
     runner.run_all(place, 1, math.inf)
     good, bad = (report.row_of(place, "imdb_sentiment", loss) for loss in ("sigmoid", "cpo"))
     assert good["state"] == "part" and good["seeds"] == 1 and good["accuracy"] == 0.5 and good["accuracy_low"] is None
     assert good["setting"] == "beta 0.1, lr 0.002" and good["validation_accuracy"] == "- 0.500 0.500 0.500"
-    assert good["note"] == (
-        "validation, setting 0, seed 0: ValueError: NaN; test, setting 1, seed 2: ValueError: NaN"
-    )
+    assert good["note"] == ("validation, setting 0, seed 0: ValueError: NaN; test, setting 1, seed 2: ValueError: NaN")
     assert bad["state"] == "failed" and bad["accuracy"] is None and bad["note"].count("ValueError: NaN") == 4
     assert runner.run_all(place, 1, math.inf) == 0 and len(work.done) == 10  # nothing of it is tried anew
     place.forget_failures()
@@ -341,7 +347,9 @@ def test_a_process_that_dies_does_not_take_the_others_along(place, work, monkeyp
     work.answer = answer
     assert runner.run_all(place, 2, math.inf) == 0
     results = {run: result for run, result in place.results.items() if "error" in result}
-    assert [(run.loss, run.setting, result["error"]) for run, result in results.items()] == [("cpo", 2, "its process died 3 times")]
+    assert [(run.loss, run.setting, result["error"]) for run, result in results.items()] == [
+        ("cpo", 2, "its process died 3 times")
+    ]
     assert len(place.results) == 12
 
 
@@ -369,7 +377,12 @@ def test_the_table(place, work, size, tmp_path, capsys):
     assert float(found[0]["accuracy_low"]) == pytest.approx(0.7 - reach, abs=1e-4)
     assert float(found[0]["accuracy_high"]) == pytest.approx(0.7 + reach, abs=1e-4)
     assert found[0]["length_correlation"] == "" and float(found[0]["accuracy_pairs_high"]) == 0.8
-    assert found[0]["machine"] == "a shared machine" and found[0]["torch"] and found[0]["trl"] and found[0]["cpu_seconds_per_run"] == "1.0"
+    assert (
+        found[0]["machine"] == "a shared machine"
+        and found[0]["torch"]
+        and found[0]["trl"]
+        and found[0]["cpu_seconds_per_run"] == "1.0"
+    )
     with open(tmp_path / "out" / "real_data_tiny_runs.csv") as file:
         assert len(list(csv.DictReader(file))) == 14
     text = (tmp_path / "out" / "real_data_tiny.md").read_text()
@@ -388,10 +401,47 @@ def test_what_is_missing_stands_in_the_table(place, tmp_path, capsys):
 # The command
 
 
+def test_what_was_not_asked_for_stays_in_the_report(folder, work, tmp_path, monkeypatch, capsys):
+    runner, data = module("real.runner"), module("real.data")
+
+    def prepare(source, given, place, size):
+        place.mkdir(parents=True)
+        known = {"key": data.key_of(source, given, size), **ABOUT}
+        (place / "about.json").write_text(json.dumps(known))
+        return known
+
+    monkeypatch.setattr(runner, "prepare", prepare)
+    flags = [
+        "--data",
+        str(folder),
+        "--work",
+        str(tmp_path / "work"),
+        "--out",
+        str(tmp_path),
+        "--quick",
+        "--seeds",
+        "2",
+    ]
+    for name, loss in (("imdb_sentiment", "sigmoid"), ("tldr_likert", "cpo")):
+        assert module("real_data").main([*flags, "--sets", name, "--losses", loss]) == 0
+        assert "runs are left" not in capsys.readouterr().out
+    with open(tmp_path / "real_data_quick.csv") as file:
+        found = [(row["data"], row["loss"], row["state"], row["seeds"]) for row in csv.DictReader(file)]
+    assert found == [
+        ("imdb_sentiment", "sigmoid", "ok", "2"), ("imdb_sentiment", "cpo", "not run", "0"),
+        ("tldr_likert", "sigmoid", "not run", "0"), ("tldr_likert", "cpo", "ok", "2"),
+    ]  # fmt: skip
+    assert len(work.done) == 12
+    monkeypatch.setattr(runner, "make_pool", lambda *given: pytest.fail("everything is done already"))
+    assert module("real_data").main([*flags, "--sets", "tldr_likert", "--losses", "cpo"]) == 0
+
+
 def test_wrong_flags_and_missing_data_say_what_is_right(folder, tmp_path):
     main = module("real_data").main
     work = ["--work", str(tmp_path), "--out", str(tmp_path)]
-    with pytest.raises(SystemExit, match="There is no .*pairs_train.jsonl and no .*Give --data the folder that holds"):
+    with pytest.raises(
+        SystemExit, match=r"There is no .*pairs_train.jsonl and no .*Give --data the folder that holds"
+    ):
         main(["--data", str(tmp_path / "nowhere"), *work])
     with pytest.raises(SystemExit, match="--losses sigmoyd: there are sigmoid, ipo"):
         main(["--data", str(folder), "--losses", "sigmoyd", *work])

@@ -13,6 +13,7 @@ from datasets import Dataset, concatenate_datasets, load_from_disk
 
 from trl_ext import DPOConfig, SFTConfig, SFTTrainer
 from trl_ext.data import calibrate, score_preferences
+from trl_ext.data.cache import write_atomically
 from trl_ext.data.rewards import RewardFunction
 from trl_ext.trainers.trl_seam import tokenize_pairs
 
@@ -39,6 +40,8 @@ class Source:
             )
         return found
 
+
+ABOUT = "about.json"  # written last, so that a folder that holds it is whole
 
 SOURCES = {
     source.name: source
@@ -217,6 +220,20 @@ def quiet(folder: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def key_of(source: Source, data: Path, size: Size) -> str:
+    """What a start is made of: the files, and the size where it matters."""
+    sums = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in source.files(data).items()}
+    made_of = {key: value for key, value in asdict(size).items() if key not in ("name", "steps", "batch", "seeds")}
+    return hashlib.sha256(json.dumps([sums, made_of], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def prepared(folder: Path, key: str) -> dict[str, Any] | None:
+    """What is known of a start that is there already, if it was made of the same."""
+    about = folder / ABOUT
+    found = json.loads(about.read_text()) if about.exists() else None
+    return found if found and found["key"] == key else None
+
+
 def prepare(source: Source, data: Path, folder: Path, size: Size) -> dict[str, Any]:
     """
     Makes the start of all runs in `folder`, once: model and tokenizer, training, validation and test pairs. What is there and was made of
@@ -227,13 +244,9 @@ def prepare(source: Source, data: Path, folder: Path, size: Size) -> dict[str, A
     """
     from trl_ext.metrics import length_bias
 
-    files = source.files(data)
-    sums = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
-    made_of = {key: value for key, value in asdict(size).items() if key not in ("name", "steps", "batch", "seeds")}
-    key = hashlib.sha256(json.dumps([sums, made_of], sort_keys=True).encode()).hexdigest()[:16]
-    about = folder / "about.json"
-    if about.exists() and (found := json.loads(about.read_text()))["key"] == key:
-        return found
+    files, key = source.files(data), key_of(source, data, size)
+    if (known := prepared(folder, key)) is not None:
+        return known
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     train, validation = split_by_prompt(read_rows(files["train"], size.rows), size.validation)
@@ -268,7 +281,7 @@ def prepare(source: Source, data: Path, folder: Path, size: Size) -> dict[str, A
             "longer_chosen"
         ],
     }
-    about.write_text(json.dumps(found, indent=1))
+    write_atomically(folder / ABOUT, json.dumps(found, indent=1))
     return found
 
 

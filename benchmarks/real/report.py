@@ -10,6 +10,7 @@ from common import provenance, table, write
 from trl_ext import list_losses
 from trl_ext.data.cache import write_atomically
 
+from .data import SOURCES, key_of, prepared
 from .losses import DERIVED, LEARNING_RATES, LEFT_OUT, SIDES, described
 from .runner import SEARCH_SEED, Place
 
@@ -53,6 +54,20 @@ def interval(values: list[float]) -> tuple[float, float | None, float | None]:
     t = T95[count - 2] if count - 2 < len(T95) else 1.96 + 2.6 / (count - 1)
     reach = t * statistics.stdev(values) / math.sqrt(count)
     return mean, mean - reach, mean + reach
+
+
+def with_others(place: Place, about: dict[str, dict[str, Any]], data: Path) -> tuple[Place, dict[str, dict[str, Any]]]:
+    """The same place with what lies there of losses and sets of pairs that were not asked for: they stay in the report."""
+    about = dict(about)
+    for name, source in SOURCES.items():
+        if name not in about and all((data / name / file).is_file() for file in (source.train, source.test)):
+            known = prepared(place.start(name), key_of(source, data, place.size))
+            about |= {name: known} if known else {}
+    keys = {name: about[name]["key"] for name in SOURCES if name in about}
+    everything = Place(place.folder, place.size, keys, list(SIDES))
+    ran = {run.loss for run in everything.results}
+    losses = [loss for loss in SIDES if loss in place.losses or loss in ran]
+    return Place(place.folder, place.size, keys, losses), about
 
 
 def row_of(place: Place, data: str, loss: str) -> dict[str, Any]:
@@ -169,7 +184,8 @@ def markdown(place: Place, about: dict[str, dict[str, Any]], rows: list[dict[str
         "pairs, the same for every loss. Every loss has four settings, two of `beta` (or what stands in its place) and the learning rates "
         f"{' and '.join(f'{rate:g}' for rate in LEARNING_RATES)}; the one that is best on validation pairs (seed {SEARCH_SEED}), which are cut off the training pairs by "
         f"prompt, is run with {size.seeds} other seeds and measured on the test pairs. Everything else has the default of the package. A model this "
-        "small, from scratch, on a few hundred pairs: what is seen here says that the losses learn, and how they differ in length and calibration. It does not "
+        "small, from scratch, on a few hundred pairs of which it sees the last "
+        f"{size.prompt_tokens} tokens of the prompt and the first {size.completion_tokens} of each text: what is seen here says that the losses learn, and how they differ in length and calibration. It does not "
         "rank them for a large model. Seeds share one start and one test set, so intervals over them say nothing of other data: for that see "
         "`over pairs`.\n"
     )

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from trl_ext.data.cache import write_atomically
 
-from .data import Size
+from .data import SOURCES, Size, key_of, prepare, prepared
 from .losses import SIDES
 
 
@@ -133,6 +133,22 @@ class Place:
         self.results = {run: result for run, result in self.results.items() if "error" not in result}
 
 
+def prepare_all(folder: Path, data: Path, names: list[str], size: Size, workers: int) -> dict[str, dict[str, Any]]:
+    """The start of each set of pairs, made side by side where it is not there; what is known of them, by name."""
+    starts = {name: folder / name / "start" for name in names}
+    about = {name: prepared(starts[name], key_of(SOURCES[name], data, size)) for name in names}
+    missing = [name for name in names if about[name] is None]
+    if not missing:
+        return about
+    print(f"Tokenizer, pre-trained model and derived columns: {', '.join(missing)}", flush=True)
+    pool = make_pool(folder, workers)
+    try:
+        making = {name: pool.submit(prepare, SOURCES[name], data, starts[name], size) for name in missing}
+        return about | {name: future.result() for name, future in making.items()}
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
 def run_all(place: Place, workers: int, minutes: float) -> int:
     """Does what is not done yet; returns how many runs are left, where time ran out."""
     if not place.todo():
@@ -140,7 +156,7 @@ def run_all(place: Place, workers: int, minutes: float) -> int:
     began, progress = time.monotonic(), Progress(place)
     flying: dict[concurrent.futures.Future, Run] = {}
     deaths: dict[Run, int] = {}
-    pool = make_pool(place, workers)
+    pool = make_pool(place.folder, workers)
     try:
         while True:
             waiting = [run for run in place.todo() if run not in flying.values()]
@@ -167,7 +183,7 @@ def run_all(place: Place, workers: int, minutes: float) -> int:
                 flying.clear()
                 pool.shutdown(wait=False)
                 workers = 1
-                pool = make_pool(place, workers)
+                pool = make_pool(place.folder, workers)
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
         progress.close()
@@ -204,11 +220,10 @@ class Progress:
             self.bar.close()
 
 
-def make_pool(place: Place, workers: int) -> concurrent.futures.Executor:
+def make_pool(folder: Path, workers: int) -> concurrent.futures.Executor:
+    folder.mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("spawn")
-    return concurrent.futures.ProcessPoolExecutor(
-        workers, context, initializer=begin, initargs=(place.folder / "log.txt",)
-    )
+    return concurrent.futures.ProcessPoolExecutor(workers, context, initializer=begin, initargs=(folder / "log.txt",))
 
 
 # The worker's side

@@ -14,7 +14,7 @@ from trl_ext import DPOConfig, DPOTrainer
 from trl_ext.data.checks import REFERENCES, TOKENIZED
 from trl_ext.metrics import calibration_error, length_bias, preference_accuracy
 
-from .data import Size, load, log_probs, quiet
+from .data import ABOUT, Size, load, log_probs, quiet
 from .losses import Side
 
 
@@ -23,7 +23,7 @@ _loaded: dict[tuple[Path, float], Any] = {}
 
 def start_of(folder: Path) -> Any:
     """What is prepared in a folder; read once in each process."""
-    key = (folder, (folder / "about.json").stat().st_mtime)
+    key = (folder, (folder / ABOUT).stat().st_mtime)
     if key not in _loaded:
         _loaded[key] = load(folder)
     return _loaded[key]
