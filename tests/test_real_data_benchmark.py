@@ -5,6 +5,7 @@ import csv
 import importlib
 import json
 import math
+import shutil
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
@@ -139,7 +140,7 @@ def test_what_is_prepared_is_kept_until_the_data_changes(folder, size, start, tm
         lines = file.read_text().split("\n")
         (other / "imdb_sentiment" / file.name).write_text("\n".join(lines if name == "test" else lines[2:]))
     with pytest.raises(pytest.fail.Exception, match="prepared anew"):
-        data.prepare(source, other, tmp_path / "start", size)
+        data.prepare(source, other, shutil.copytree(place, tmp_path / "start"), size)
 
 
 # Losses

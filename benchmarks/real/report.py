@@ -182,7 +182,7 @@ def markdown(place: Place, about: dict[str, dict[str, Any]], rows: list[dict[str
         f"{minutes:.0f} minutes of one core; {load}. One thread per run, so seconds (`s`, of a run, on the wall) are no measure of speed.\n\n"
         f"Each run begins from the same small model of its data, and takes {size.steps} steps of {size.batch} pairs; a seed is an order of "
         "pairs, the same for every loss. Every loss has four settings, two of `beta` (or what stands in its place) and the learning rates "
-        f"{' and '.join(f'{rate:g}' for rate in LEARNING_RATES)}; the one that is best on validation pairs (seed {SEARCH_SEED}), which are cut off the training pairs by "
+        f"{' and '.join(f'{rate:g}' for rate in LEARNING_RATES)}; the one with the best accuracy on validation pairs (seed {SEARCH_SEED}), which are cut off the training pairs by "
         f"prompt, is run with {size.seeds} other seeds and measured on the test pairs. Everything else has the default of the package. A model this "
         "small, from scratch, on a few hundred pairs of which it sees the last "
         f"{size.prompt_tokens} tokens of the prompt and the first {size.completion_tokens} of each text: what is seen here says that the losses learn, and how they differ in length and calibration. It does not "
