@@ -354,6 +354,24 @@ def test_a_process_that_dies_does_not_take_the_others_along(place, work, monkeyp
     assert len(place.results) == 12
 
 
+def test_a_pool_that_breaks_between_two_runs_is_made_anew(place, work, monkeypatch):
+    runner = module("real.runner")
+    pools = []
+
+    class Broken(concurrent.futures.Executor):
+        def submit(self, *args):
+            if pools.append(self) or len(pools) > 1:
+                raise BrokenProcessPool("killed")
+            future = concurrent.futures.Future()
+            future.set_exception(BrokenProcessPool("killed"))
+            return future
+
+    threads = runner.make_pool
+    monkeypatch.setattr(runner, "make_pool", lambda folder, workers: threads(folder, workers) if pools else Broken())
+    assert runner.run_all(place, 2, math.inf) == 0
+    assert len(pools) == 2 and len(place.results) == 12 and not any("error" in each for each in place.results.values())
+
+
 # The report
 
 

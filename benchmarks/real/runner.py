@@ -162,7 +162,12 @@ def run_all(place: Place, workers: int, minutes: float) -> int:
             waiting = [run for run in place.todo() if run not in flying.values()]
             while waiting and len(flying) < workers and time.monotonic() - began < 60 * minutes:
                 run = waiting.pop(0)
-                flying[pool.submit(work, place.start(run.data), place.size, run)] = run
+                try:
+                    flying[pool.submit(work, place.start(run.data), place.size, run)] = run
+                except BrokenProcessPool:
+                    if not flying:  # no run has done it
+                        raise
+                    break  # what is in the air will say so
             if not flying:
                 return len(place.todo())
             finished, _ = concurrent.futures.wait(flying, return_when=concurrent.futures.FIRST_COMPLETED)
