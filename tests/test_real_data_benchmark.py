@@ -406,6 +406,8 @@ def test_the_table(place, work, size, tmp_path, capsys):
         assert len(list(csv.DictReader(file))) == 14
     text = (tmp_path / "out" / "real_data_tiny.md").read_text()
     assert "| sigmoid | beta 0.1, lr 0.0005 | 3 | 0.700 ± 0.248 | [0.40, 0.80] |" in text and "14 of 14 runs" in text
+    # Equal on validation pairs: the first setting, with the smaller rate
+    assert "0 of 2 losses did best on validation pairs with the larger learning rate" in text
     assert "a shared machine" in text and "`bias_variance`: " in text and "75%" in text
     assert "0.700 ± 0.248" in capsys.readouterr().out
 

@@ -81,7 +81,7 @@ def row_of(place: Place, data: str, loss: str) -> dict[str, Any]:
     )
     state = "ok" if done and not missing and not failures else "part" if done else "failed" if failures else "not run"
     setting = place.chosen(data, loss)
-    notes = [f"{missing} runs are missing"] if missing else []
+    notes = [f"{missing} {'run is' if missing == 1 else 'runs are'} missing"] if missing else []
     row = {
         "data": data,
         "loss": loss,
@@ -197,6 +197,11 @@ def markdown(place: Place, about: dict[str, dict[str, Any]], rows: list[dict[str
             f"{known['longer_chosen']:.0%} of the test pairs. A model of {known['parameters']:,} parameters, {known['pretraining_loss']:.2f} nats per token at the "
             f"end of its pre-training. Logits are scores divided by {known['temperature']:.3g} ({known['nll']:.2f} nats per training pair).\n"
         )
+        found = [(SIDES[loss], place.chosen(data, loss)) for loss in place.losses]
+        rates = [side.settings()[setting]["learning_rate"] for side, setting in found if setting is not None]
+        if rates:
+            edge = f"{rates.count(max(LEARNING_RATES))} of {len(rates)} losses did best on validation pairs with the larger learning rate"
+            parts.append(f"{edge}: the grid is small, and what lies beyond it was not tried.\n")
         lines = [line(row) for row in rows if row["data"] == data]
         cells = [list(lines[0]), ["---"] * len(lines[0]), *(list(each.values()) for each in lines)]
         parts.append("".join(f"| {' | '.join(cell.replace('|', '/') for cell in row)} |\n" for row in cells))
