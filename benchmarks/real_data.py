@@ -86,7 +86,7 @@ def main(arguments: list[str] | None = None) -> int:
     left = runner.run_all(place, args.workers, args.minutes)
     report.write_all(*report.with_others(place, about, args.data), args.out, args.machine)
     if left:
-        print(f"{place.total() - len(place.results)} runs are left: the same command goes on with them.")
+        print(f"{left} runs are left: the same command goes on with them.")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""The comparison of losses on real pairs: what it measures, by hand; runs that are done once, fail or die; the choice of settings; the report."""
+"""The comparison of losses on real pairs: what it measures, by hand; runs that are done once or fail; the choice of settings; the report."""
 
 import concurrent.futures
 import csv
@@ -6,7 +6,6 @@ import importlib
 import json
 import math
 import shutil
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import pytest
@@ -252,8 +251,7 @@ def place(tmp_path, size):
 
 
 MEASURED = {"accuracy_pairs_low": 0.4, "accuracy_pairs_high": 0.8, "accuracy_sums": 0.6, "margin": 0.1, "score_correlation": 0.2,
-            "length_correlation": None, "longer_preferred": 0.5, "calibration_error": 0.1, "overconfidence": 0.0, "chosen_logratio": -3.0,
-            "seconds": 2.0, "cpu_seconds": 1.0}  # fmt: skip
+            "length_correlation": None, "longer_preferred": 0.5, "calibration_error": 0.1, "overconfidence": 0.0, "chosen_logratio": -3.0}  # fmt: skip
 
 
 @pytest.fixture
@@ -272,7 +270,8 @@ def work(monkeypatch):
     fake = Work()
     fake.done = []
     monkeypatch.setattr(runner, "work", fake)
-    monkeypatch.setattr(runner, "make_pool", lambda place, workers: concurrent.futures.ThreadPoolExecutor(1))
+    pool = module("pool")
+    monkeypatch.setattr(pool, "make_pool", lambda folder, workers: concurrent.futures.ThreadPoolExecutor(1))
     return fake
 
 
@@ -305,7 +304,7 @@ def test_a_run_is_done_once(place, work, size):
 
 def test_no_run_is_begun_after_the_time(place, work):
     runner = module("real.runner")
-    assert runner.run_all(place, 1, 0.0) == 8 and not work.done  # those of the search; what follows is not known yet
+    assert runner.run_all(place, 1, 0.0) == place.total() == 12 and not work.done
 
 
 def test_a_run_that_fails_is_a_row_that_says_so(place, work, size):
@@ -324,52 +323,6 @@ def test_a_run_that_fails_is_a_row_that_says_so(place, work, size):
     work.answer = lambda run: {"accuracy": 0.5}
     runner.run_all(place, 1, math.inf)
     assert report.row_of(place, "imdb_sentiment", "cpo")["state"] == "ok"
-
-
-def test_an_error_of_a_run_is_its_result(tmp_path, size, monkeypatch):
-    runner = module("real.runner")
-
-    def execute(*args):
-        raise RuntimeError("too\nlittle memory")
-
-    monkeypatch.setattr(module("real.training"), "execute", execute)
-    found = runner.work(tmp_path, size, runner.Run("imdb_sentiment", "sigmoid", 0, 0))
-    assert found["error"] == "RuntimeError: too little memory" and found["seconds"] >= 0
-
-
-def test_a_process_that_dies_does_not_take_the_others_along(place, work, monkeypatch):
-    runner = module("real.runner")
-
-    def answer(run):
-        if run.loss == "cpo" and run.setting == 2:
-            raise BrokenProcessPool("killed")
-        return {"accuracy": 0.5}
-
-    work.answer = answer
-    assert runner.run_all(place, 2, math.inf) == 0
-    results = {run: result for run, result in place.results.items() if "error" in result}
-    assert [(run.loss, run.setting, result["error"]) for run, result in results.items()] == [
-        ("cpo", 2, "its process died 3 times")
-    ]
-    assert len(place.results) == 12
-
-
-def test_a_pool_that_breaks_between_two_runs_is_made_anew(place, work, monkeypatch):
-    runner = module("real.runner")
-    pools = []
-
-    class Broken(concurrent.futures.Executor):
-        def submit(self, *args):
-            if pools.append(self) or len(pools) > 1:
-                raise BrokenProcessPool("killed")
-            future = concurrent.futures.Future()
-            future.set_exception(BrokenProcessPool("killed"))
-            return future
-
-    threads = runner.make_pool
-    monkeypatch.setattr(runner, "make_pool", lambda folder, workers: threads(folder, workers) if pools else Broken())
-    assert runner.run_all(place, 2, math.inf) == 0
-    assert len(pools) == 2 and len(place.results) == 12 and not any("error" in each for each in place.results.values())
 
 
 # The report
@@ -400,7 +353,7 @@ def test_the_table(place, work, size, tmp_path, capsys):
         found[0]["machine"] == "a shared machine"
         and found[0]["torch"]
         and found[0]["trl"]
-        and found[0]["cpu_seconds_per_run"] == "1.0"
+        and float(found[0]["cpu_seconds_per_run"]) >= 0
     )
     with open(tmp_path / "out" / "real_data_tiny_runs.csv") as file:
         assert len(list(csv.DictReader(file))) == 14
@@ -453,7 +406,7 @@ def test_what_was_not_asked_for_stays_in_the_report(folder, work, tmp_path, monk
         ("tldr_likert", "sigmoid", "not run", "0"), ("tldr_likert", "cpo", "ok", "2"),
     ]  # fmt: skip
     assert len(work.done) == 12
-    monkeypatch.setattr(runner, "make_pool", lambda *given: pytest.fail("everything is done already"))
+    monkeypatch.setattr(module("pool"), "make_pool", lambda *given: pytest.fail("everything is done already"))
     assert module("real_data").main([*flags, "--sets", "tldr_likert", "--losses", "cpo"]) == 0
 
 

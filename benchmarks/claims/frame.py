@@ -135,13 +135,13 @@ class Claim:
             for side in (ours, theirs)
         ]
         try:
-            values, kl, means = compare(*paths, metric)
+            values, kls, means = compare(*paths, metric)
         except ValueError as error:
             return unmeasured(self.name, measured, f"not measured: {error}")
         a, b = (statistics.fmean(mean[side] for mean in means) for side in ("ours", "theirs"))
         if saved and metric == "reward":  # of what is low where the reward is high
             a, b = -a, -b
-        note = f"{a:.3g} and {b:.3g}, at KL {kl / 4:.2g}, {kl / 2:.2g}, {kl:.2g}; {len(values)} seeds"
+        note = f"{a:.3g} and {b:.3g}, at KL {', '.join(f'{kl:.2g}' for kl in kls)}; {len(values)} seeds"
         if metric == "length":
             values = [-value for value in values]
         return row(self.name, measured, values, self.smallest if smallest is None else smallest, note)

@@ -1,4 +1,4 @@
-"""How runs become a verdict: reward at equal KL, settings chosen without the seed they are judged on, intervals, one rule."""
+"""How runs become a verdict: reward within equal KL, settings chosen without the seed they are judged on, intervals, one rule."""
 
 import math
 import statistics
@@ -8,9 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from trl_ext.metrics.intervals import student_interval
 
-# Student's t, two-sided 95 %, for 1, 2, ... degrees of freedom
-T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
 
 SEEDS = 3  # that a verdict needs
 RULE = (
@@ -20,21 +19,12 @@ RULE = (
     "has an interval without 0."
 )
 SEARCH = (
-    "Comparisons. Every loss has the same number of settings, over beta and its own scale. A run is a path of (KL, reward) points, "
-    "interpolated in the square root of KL, and is read at a quarter, a half and all of the largest KL that at least half of the settings "
-    "of either loss reach with every seed. At each of these the setting of a loss is, for one seed, the one with the best mean reward over the "
-    "other seeds: no seed chooses for itself. The figure is the mean over the three KLs."
+    "Comparisons. Every loss has the same number of settings, over beta and its own scale, and each is measured equally often while it trains. "
+    "Each measurement is a policy with a KL and a reward; their upper concave hull is the frontier of the loss, what it gives within a KL, "
+    "since whoever picks one of two policies by lot has a KL of at most their mean. Two losses are compared at the median KL at which their "
+    "settings end, at half and at twice that. Which policies make the frontier is decided, for one seed, by the means over the other seeds: "
+    "no seed chooses for itself. The figure is the mean over the three KLs."
 )
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean over seeds and its interval, both in the unit of the effect."""
-
-    mean: float
-    low: float
-    high: float
-    count: int
 
 
 @dataclass(frozen=True)
@@ -51,16 +41,6 @@ class Row:
     note: str = ""
 
 
-def interval(values: Sequence[float]) -> Estimate:
-    """Mean and 95 % interval of Student's t; without bounds for a single value."""
-    mean, count = statistics.fmean(values), len(values)
-    if count < 2:
-        return Estimate(mean, -math.inf, math.inf, count)
-    t = T95[count - 2] if count - 2 < len(T95) else 1.96 + 2.6 / (count - 1)
-    reach = t * statistics.stdev(values) / math.sqrt(count)
-    return Estimate(mean, mean - reach, mean + reach, count)
-
-
 def verdict(low: float, high: float, smallest: float = 0.0) -> str:
     """`holds`, `does not` or `undecided`, by [`RULE`]."""
     if math.isnan(low) or math.isnan(high):
@@ -70,10 +50,10 @@ def verdict(low: float, high: float, smallest: float = 0.0) -> str:
 
 def row(claim: str, measured: str, values: Sequence[float], smallest: float, note: str = "") -> Row:
     """The row of an effect that was measured once per seed."""
-    found = interval(values)
+    mean, low, high = student_interval(values)
     # Two values that lie close together by chance have an interval of almost no width
-    decided = verdict(found.low, found.high, smallest) if found.count >= SEEDS else "undecided"
-    return Row(claim, measured, found.mean, found.low, found.high, smallest, decided, note)
+    decided = verdict(low, high, smallest) if len(values) >= SEEDS else "undecided"
+    return Row(claim, measured, mean, low, high, smallest, decided, note)
 
 
 def unmeasured(claim: str, measured: str, why: str) -> Row:
@@ -81,26 +61,63 @@ def unmeasured(claim: str, measured: str, why: str) -> Row:
     return Row(claim, measured, math.nan, math.nan, math.nan, math.nan, "undecided", why)
 
 
-def at_kl(points: Sequence[dict[str, Any]], kl: float, metric: str = "reward") -> float | None:
-    """A metric of a path at a KL, linear in the square root of KL between its points; `None` beyond its end."""
-    path = sorted((max(point["kl"], 0.0), point[metric]) for point in points)
-    if path[-1][0] < kl:
-        return None
-    roots, values = zip(*((math.sqrt(at), value) for at, value in path), strict=True)
-    return float(np.interp(math.sqrt(kl), roots, values))
-
-
 # The runs of one side: by setting, by seed, the points of the path
 Paths = dict[int, dict[int, list[dict[str, Any]]]]
 
 
-def common_kl(*sides: Paths) -> float:
-    """The largest KL that, of each side, at least half of the settings reach with every seed."""
-    reaches = [
-        sorted(min(max(point["kl"] for point in points) for points in seeds.values()) for seeds in side.values())
-        for side in sides
-    ]
-    return min(reach[len(reach) // 2] for reach in reaches)
+def end_kls(*sides: Paths) -> list[float]:
+    """The KL at which each setting ends, a mean over seeds."""
+    return [statistics.fmean(points[-1]["kl"] for points in each.values()) for side in sides for each in side.values()]
+
+
+def common_kls(*sides: Paths) -> tuple[float, float, float]:
+    """Where sides are compared: half of the median KL at which their settings end, that, and twice it."""
+    middle = statistics.median(end_kls(*sides))
+    return middle / 2, middle, 2 * middle
+
+
+def hull(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Which (KL, reward) points are corners of their upper concave hull, from the least KL to the highest reward."""
+    corners: list[int] = []
+    # Of several points at one KL the best one; what has a higher KL and no more reward is on no frontier
+    for at in sorted(range(len(points)), key=lambda each: (points[each][0], -points[each][1])):
+        if corners and points[at][1] <= points[corners[-1]][1]:
+            continue
+        while len(corners) > 1 and _slope(points, corners[-2], at) >= _slope(points, corners[-2], corners[-1]):
+            corners.pop()
+        corners.append(at)
+    return corners
+
+
+def _slope(points: Sequence[tuple[float, float]], left: int, right: int) -> float:
+    (a, low), (b, high) = points[left], points[right]
+    return (high - low) / (b - a)
+
+
+def frontier(
+    side: Paths, seeds: Sequence[int], kls: Sequence[float], metric: str = "reward"
+) -> dict[int, list[float]]:
+    """
+    For each seed a metric within each KL, at policies that the other seeds choose by their reward; beyond the last of them its value.
+
+    Args:
+        side (`Paths`): With the same number of points for every setting and seed.
+        seeds (`Sequence[int]`): Which of its seeds; a single one chooses for itself.
+        kls (`Sequence[float]`): Nats.
+        metric (`str`, *optional*, defaults to `"reward"`): What is read.
+    """
+    policies = [(setting, at) for setting, each in side.items() for at in range(len(each[seeds[0]]))]
+    found = {}
+    for seed in seeds:
+        others = [other for other in seeds if other != seed] or [seed]
+        means = [
+            tuple(statistics.fmean(side[setting][other][at][key] for other in others) for key in ("kl", "reward"))
+            for setting, at in policies
+        ]
+        own = [side[policies[corner][0]][seed][policies[corner][1]] for corner in hull(means)]
+        reached, values = zip(*sorted((max(point["kl"], 0.0), point[metric]) for point in own), strict=True)
+        found[seed] = [float(np.interp(kl, reached, values)) for kl in kls]
+    return found
 
 
 def chosen(values: dict[int, dict[int, float | None]], seeds: Sequence[int]) -> dict[int, int]:
@@ -117,12 +134,14 @@ def chosen(values: dict[int, dict[int, float | None]], seeds: Sequence[int]) -> 
     return {seed: best(seed) for seed in seeds}
 
 
-def compare(ours: Paths, theirs: Paths, metric: str = "reward") -> tuple[list[float], float, list[dict[str, float]]]:
+def compare(
+    ours: Paths, theirs: Paths, metric: str = "reward"
+) -> tuple[list[float], tuple[float, ...], list[dict[str, float]]]:
     """
-    Differences at equal KL, one per seed: `metric` of ours less that of theirs, under settings that are chosen by the reward.
+    Differences at equal KL, one per seed: `metric` of ours less that of theirs, at policies that are chosen by the reward.
 
     Returns:
-        The differences, the largest KL, and what each seed's difference is made of.
+        The differences, the KLs, and what each seed's difference is made of.
 
     Raises:
         `ValueError`: Where the sides have no seed in common with all settings.
@@ -131,23 +150,14 @@ def compare(ours: Paths, theirs: Paths, metric: str = "reward") -> tuple[list[fl
     seeds = sorted(set.intersection(*finished)) if ours and theirs else []
     if not seeds:
         raise ValueError("no seed has finished with all settings of both losses")
-    top = common_kl(
-        *({at: {seed: each[seed] for seed in seeds} for at, each in side.items()} for side in (ours, theirs))
-    )
-    totals: dict[int, list[tuple[float, float]]] = {seed: [] for seed in seeds}
-    for kl in (top / 4, top / 2, top):
-        read = []
-        for side in (ours, theirs):
-            rewards = {at: {seed: at_kl(each[seed], kl) for seed in seeds} for at, each in side.items()}
-            picks = chosen(rewards, seeds)
-            read.append({seed: at_kl(side[picks[seed]][seed], kl, metric) for seed in seeds})
-        for seed in seeds:
-            totals[seed].append((read[0][seed], read[1][seed]))
+    sides = [{at: {seed: each[seed] for seed in seeds} for at, each in side.items()} for side in (ours, theirs)]
+    kls = common_kls(*sides)
+    read = [frontier(side, seeds, kls, metric) for side in sides]
     means = [
-        {"ours": statistics.fmean(a for a, _ in each), "theirs": statistics.fmean(b for _, b in each)}
-        for each in totals.values()
+        {name: statistics.fmean(values[seed]) for name, values in zip(("ours", "theirs"), read, strict=True)}
+        for seed in seeds
     ]
-    return [mean["ours"] - mean["theirs"] for mean in means], top, means
+    return [mean["ours"] - mean["theirs"] for mean in means], kls, means
 
 
 def whole(values: dict[int, list[Any]]) -> dict[int, list[Any]]:

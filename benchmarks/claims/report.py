@@ -9,8 +9,10 @@ from typing import Any
 
 from common import provenance, table, write
 
+from trl_ext.metrics.intervals import student_interval
+
 from .frame import Claim
-from .judging import RULE, SEARCH, Row, at_kl, chosen, common_kl, interval, select
+from .judging import RULE, SEARCH, Row, end_kls, frontier, select
 
 
 WIDTH = 3  # panels beside each other
@@ -135,7 +137,7 @@ class Report:
         claimed = "".join(
             f"- `{claim.name}` ({claim.paper}). {claim.text} {len(claim.runs())} runs.\n" for claim, _ in self.claims
         )
-        seconds = sum(result.get("seconds", 0) for _, results in self.claims for result in results)
+        seconds = sum(result["cpu_seconds"] for _, results in self.claims for result in results)
         remarks = self.file("_remarks.md")
         missing = sum(len(claim.runs()) - len(results) for claim, results in self.claims)
         total = sum(len(claim.runs()) for claim, _ in self.claims)
@@ -148,8 +150,7 @@ class Report:
             f"{RULE} Smallest effects: 0.1 logits of true reward, 1 token, 0.02 of exploitability and of reliability, 0.3 of rank "
             f"correlation, 0.05 of a share.\n\n{SEARCH}\n",
             head + "".join(lines),
-            f"![reward against KL](quality_{self.label}.png)\n\nMean over seeds and its 95 % interval, of each loss under the setting that is "
-            "best at that KL by the other seeds.\n",
+            f"![reward against KL](quality_{self.label}.png)\n\nThe frontier of each loss, a mean over seeds and its 95 % interval.\n",
             f"## What is claimed\n\n{claimed}",
             remarks.read_text() if remarks.exists() else "",
             f"Measured with {', '.join(f'{key} {value}' for key, value in self.source.items() if value not in ('-', 'measured'))}.\n",
@@ -204,7 +205,7 @@ def plot(claims: list[tuple[Claim, list[dict[str, Any]]]], path: Path) -> None:
             paths = select(
                 results, lambda each, s=side, c=condition: each["side"] == s.name and each["condition"] == c
             )
-            line = frontier(paths, claim.drawn)
+            line = line_of(paths, claim.drawn)
             if line:
                 kls, means, lows, highs = zip(*line, strict=True)
                 axes.plot(kls, means, marker="o", markersize=3, label=side.name)
@@ -225,18 +226,17 @@ def plot(claims: list[tuple[Claim, list[dict[str, Any]]]], path: Path) -> None:
     plt.close(figure)
 
 
-def frontier(paths: dict, metric: str) -> list[tuple[float, float, float, float]]:
-    """KL, mean and interval over seeds; a setting is chosen at each KL as in [`judging.compare`]."""
+def line_of(paths: dict, metric: str) -> list[tuple[float, float, float, float]]:
+    """KL, mean and interval over seeds along the frontier of a loss, up to where the furthest of its settings ends."""
     seeds = sorted(set.intersection(*(set(each) for each in paths.values()))) if paths else []
     if not seeds:
         return []
-    top = common_kl({at: {seed: each[seed] for seed in seeds} for at, each in paths.items()})
+    top = max(end_kls(paths))
+    kls = [share * top for share in (0, 0.02, 0.05, 0.1, 0.25, 0.5, 0.75, 1.0)]
+    read = frontier(paths, seeds, kls, metric)
     line = []
-    for share in (0, 0.05, 0.15, 0.25, 0.5, 0.75, 1.0):
-        rewards = {at: {seed: at_kl(each[seed], share * top) for seed in seeds} for at, each in paths.items()}
-        picks = chosen(rewards, seeds)
-        found = interval([at_kl(paths[picks[seed]][seed], share * top, metric) for seed in seeds])
+    for at, kl in enumerate(kls):
+        mean, low, high = student_interval([values[at] for values in read.values()])
         # One seed has no interval
-        low, high = (found.low, found.high) if found.count > 1 else (found.mean, found.mean)
-        line.append((share * top, found.mean, low, high))
+        line.append((kl, mean, *((low, high) if len(seeds) > 1 else (mean, mean))))
     return line

@@ -1,25 +1,18 @@
-"""Runs in processes: each is done once and written at once; one that fails, or whose process dies, does not take others along."""
+"""Where the runs of claims lie, and what one is."""
 
-import concurrent.futures
 import dataclasses
 import json
-import multiprocessing
-import os
-import sys
-import threading
-import time
-import traceback
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
+import pool
 
 from trl_ext.data.cache import write_atomically
 
 from .frame import Claim, Run, Scale
 from .toy import TRAINING, build
+from .worlds import World
 
 
 @dataclass(frozen=True)
@@ -56,123 +49,39 @@ class Place:
 
 
 def run_all(claims: list[Claim], place: Place, workers: int, minutes: float, again: bool) -> int:
-    """Does what is not done yet; returns how many runs are left, where time ran out."""
-    todo = []
+    """Does what is not done yet, and with `again` what failed; returns how many runs are left, where time ran out."""
+    missing: dict[str, tuple[Claim, Run, pool.Job]] = {}
     for claim in claims:
         for run in claim.runs():
             done = place.result(claim, run)
             if done is None or (again and "error" in done):
-                todo.append((claim, run))
-    if not todo:
-        return 0
+                job = pool.Job(f"{run.claim}: {run.key}", work, (place, type(claim), run))
+                missing[job.name] = claim, run, job
     # Whole seeds of all claims: what is there when time runs out can be judged
-    todo.sort(key=lambda each: each[1].seed)
-    place.folder.mkdir(parents=True, exist_ok=True)
-    began, progress, failed, deaths = time.monotonic(), Progress(len(todo)), 0, {}
-    waiting, flying = list(reversed(todo)), {}
-    pool = make_pool(place, workers)
-    try:
-        while flying or (waiting and time.monotonic() - began < 60 * minutes):
-            while waiting and len(flying) < workers and time.monotonic() - began < 60 * minutes:
-                claim, run = waiting.pop()
-                flying[pool.submit(work, type(claim), run)] = (claim, run)
-            finished, _ = concurrent.futures.wait(flying, return_when=concurrent.futures.FIRST_COMPLETED)
-            broken = False
-            for future in finished:
-                claim, run = flying.pop(future)
-                try:
-                    result = future.result()
-                except BrokenProcessPool:
-                    broken = True
-                    deaths[run] = deaths.get(run, 0) + 1
-                    if deaths[run] < 2:  # it may have been the other one that died
-                        waiting.append((claim, run))
-                        continue
-                    result = {"error": "the process died twice in this run"}
-                place.write(claim, run, result)
-                failed += "error" in result
-                progress.step(f"{run.claim}: {run.key}", failed)
-            if broken:
-                # What else was in the air died too
-                for claim, run in flying.values():
-                    deaths[run] = deaths.get(run, 0) + 1
-                    waiting.append((claim, run))
-                flying.clear()
-                pool.shutdown(wait=False)
-                pool = make_pool(place, workers if max(deaths.values()) < 2 else 1)
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-        progress.close()
-    return len(waiting)
+    ordered = sorted(missing, key=lambda name: missing[name][1].seed)
 
+    def write(job: pool.Job, result: dict[str, Any]) -> None:
+        claim, run, _ = missing.pop(job.name)
+        place.write(claim, run, result)
 
-class Progress:
-    """A bar in a terminal; elsewhere a line every half minute."""
+    def todo() -> list[pool.Job]:
+        return [missing[name][2] for name in ordered if name in missing]
 
-    def __init__(self, total: int, every: float = 30.0):
-        self.total, self.every, self.done = total, every, 0
-        self.began = self.said = time.monotonic()
-        self.bar = tqdm(total=total, unit="run") if sys.stderr.isatty() else None
-
-    def step(self, name: str, failed: int) -> None:
-        self.done += 1
-        if self.bar is not None:
-            self.bar.set_description(name + (f" ({failed} failed)" if failed else ""))
-            self.bar.update()
-        elif time.monotonic() - self.said >= self.every or self.done == self.total:
-            self.said = time.monotonic()
-            left = (self.said - self.began) / self.done * (self.total - self.done) / 60
-            print(f"{self.done} of {self.total} runs, {failed} failed, about {left:.0f} min left ({name})", flush=True)
-
-    def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
-
-
-def make_pool(place: Place, workers: int) -> concurrent.futures.ProcessPoolExecutor:
-    context = multiprocessing.get_context("spawn")
-    return concurrent.futures.ProcessPoolExecutor(workers, context, initializer=begin, initargs=(place,))
+    return pool.run_all(todo, write, lambda: len(missing), place.folder, workers, minutes)
 
 
 # The worker's side
 
-_here: dict[str, Any] = {}
+_worlds: dict[Path, World] = {}
 
 
-def begin(place: Place) -> None:
-    """What libraries say goes into a file: it would tear the progress apart."""
-    log = os.open(place.folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    _here["place"] = place
-    threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
-
-
-def end_with(parent: int) -> None:
-    """No worker goes on alone after the command was killed."""
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
-
-
-def world_of(place: Place) -> Any:
-    if "world" not in _here:
+def work(place: Place, kind: type[Claim], run: Run) -> dict[str, Any]:
+    """One run, in the world of the place, which each process builds once."""
+    if place.folder not in _worlds:
         if place.real is None:
-            _here["world"] = build(place.folder / "world", place.scale)
+            _worlds[place.folder] = build(place.folder / "world", place.scale)
         else:
             from . import real
 
-            _here["world"] = real.build(place.folder / "world", place.scale, **place.real)
-    return _here["world"]
-
-
-def work(kind: type[Claim], run: Run) -> dict[str, Any]:
-    """One run; an error is a result too."""
-    began = time.process_time()
-    place = _here["place"]
-    try:
-        result = kind(place.scale).execute(world_of(place), run)
-    except Exception as error:
-        traceback.print_exc()
-        result = {"error": " ".join(f"{type(error).__name__}: {error}".split())[:400]}
-    return {**result, "seconds": round(time.process_time() - began, 1)}
+            _worlds[place.folder] = real.build(place.folder / "world", place.scale, **place.real)
+    return kind(place.scale).execute(_worlds[place.folder], run)

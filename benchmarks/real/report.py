@@ -1,6 +1,5 @@
 """One row per loss and set of pairs: a table on the screen, CSV and Markdown."""
 
-import math
 import statistics
 from pathlib import Path
 from typing import Any
@@ -9,14 +8,12 @@ from common import provenance, table, write
 
 from trl_ext import list_losses
 from trl_ext.data.cache import write_atomically
+from trl_ext.metrics.intervals import student_interval
 
 from .data import SOURCES, key_of, prepared
 from .losses import DERIVED, LEARNING_RATES, LEFT_OUT, SIDES, described
 from .runner import SEARCH_SEED, Place
 
-
-# Student's t, two-sided 95 %, for 1, 2, ... degrees of freedom
-T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 # What has an interval over seeds, and how many digits are shown
 MEASURES = {
@@ -44,16 +41,6 @@ EXPLAINED = {
     "overconfidence": "mean of `sigmoid(|margin|)` less accuracy",
     "chosen, nats": "by how much the log-prob of chosen texts has changed: below 0, they have become less likely",
 }
-
-
-def interval(values: list[float]) -> tuple[float, float | None, float | None]:
-    """Mean, and the 95 % interval of Student's t; without bounds of a single value."""
-    mean, count = statistics.fmean(values), len(values)
-    if count < 2:
-        return mean, None, None
-    t = T95[count - 2] if count - 2 < len(T95) else 1.96 + 2.6 / (count - 1)
-    reach = t * statistics.stdev(values) / math.sqrt(count)
-    return mean, mean - reach, mean + reach
 
 
 def with_others(place: Place, about: dict[str, dict[str, Any]], data: Path) -> tuple[Place, dict[str, dict[str, Any]]]:
@@ -92,8 +79,9 @@ def row_of(place: Place, data: str, loss: str) -> dict[str, Any]:
     }
     for name in MEASURES:
         values = [result[name] for result in done if result[name] is not None]
-        mean, low, high = interval(values) if values else (None, None, None)
-        row |= {name: mean, f"{name}_low": low, f"{name}_high": high}
+        mean, low, high = student_interval(values) if values else (None, None, None)
+        bounds = (low, high) if len(values) > 1 else (None, None)
+        row |= {name: mean, **{f"{name}_{end}": bound for end, bound in zip(("low", "high"), bounds, strict=True)}}
     row |= {name: statistics.fmean(result[name] for result in done) if done else None for name in OVER_PAIRS}
     validated = [place.results[run].get("accuracy") for run in searched if run in place.results]
     row |= {

@@ -1,19 +1,11 @@
-"""Runs in processes: each is done once and written at once; one that fails, or whose process dies, does not take others along."""
+"""Where the runs on real pairs lie, which of them can be done, and what one is."""
 
-import concurrent.futures
 import json
-import multiprocessing
-import os
-import sys
-import threading
-import time
-import traceback
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
+import pool
 
 from trl_ext.data.cache import write_atomically
 
@@ -141,127 +133,32 @@ def prepare_all(folder: Path, data: Path, names: list[str], size: Size, workers:
     if not missing:
         return about
     print(f"Tokenizer, pre-trained model and derived columns: {', '.join(missing)}", flush=True)
-    pool = make_pool(folder, workers)
+    executor = pool.make_pool(folder, workers)
     try:
-        making = {name: pool.submit(prepare, SOURCES[name], data, starts[name], size) for name in missing}
+        making = {name: executor.submit(prepare, SOURCES[name], data, starts[name], size) for name in missing}
         return about | {name: future.result() for name, future in making.items()}
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        executor.shutdown(wait=False, cancel_futures=True)
 
 
 def run_all(place: Place, workers: int, minutes: float) -> int:
     """Does what is not done yet; returns how many runs are left, where time ran out."""
-    if not place.todo():
-        return 0
-    began, progress = time.monotonic(), Progress(place)
-    flying: dict[concurrent.futures.Future, Run] = {}
-    deaths: dict[Run, int] = {}
-    pool = make_pool(place.folder, workers)
-    try:
-        while True:
-            waiting = [run for run in place.todo() if run not in flying.values()]
-            while waiting and len(flying) < workers and time.monotonic() - began < 60 * minutes:
-                run = waiting.pop(0)
-                try:
-                    flying[pool.submit(work, place.start(run.data), place.size, run)] = run
-                except BrokenProcessPool:
-                    if not flying:  # no run has done it
-                        raise
-                    break  # what is in the air will say so
-            if not flying:
-                return len(place.todo())
-            finished, _ = concurrent.futures.wait(flying, return_when=concurrent.futures.FIRST_COMPLETED)
-            broken = False
-            for future in finished:
-                run = flying.pop(future)
-                try:
-                    result = future.result()
-                except BrokenProcessPool:
-                    broken, result = True, died(run, deaths)
-                if result is not None:
-                    place.write(run, result)
-                    progress.step(run)
-            if broken:
-                # What else was in the air died too; alone in its pool, the next one to die is the one to blame
-                for run in flying.values():
-                    died(run, deaths)
-                flying.clear()
-                pool.shutdown(wait=False)
-                workers = 1
-                pool = make_pool(place.folder, workers)
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-        progress.close()
 
+    def todo() -> list[pool.Job]:
+        return [pool.Job(run.key, work, (place.start(run.data), place.size, run)) for run in place.todo()]
 
-def died(run: Run, deaths: dict[Run, int]) -> dict[str, Any] | None:
-    """Counts a death; a run that has died three times is one that failed."""
-    deaths[run] = deaths.get(run, 0) + 1
-    return {"error": f"its process died {deaths[run]} times"} if deaths[run] > 2 else None
+    def write(job: pool.Job, result: dict[str, Any]) -> None:
+        place.write(job.arguments[-1], result)
 
+    def left() -> int:
+        return place.total() - len(place.results)
 
-class Progress:
-    """A bar in a terminal; elsewhere a line every half minute."""
-
-    def __init__(self, place: Place, every: float = 30.0):
-        self.place, self.every, self.before = place, every, len(place.results)
-        self.began = self.said = time.monotonic()
-        self.bar = tqdm(total=place.total(), initial=self.before, unit="run") if sys.stderr.isatty() else None
-
-    def step(self, run: Run) -> None:
-        done, total = len(self.place.results), self.place.total()
-        failed = sum("error" in result for result in self.place.results.values())
-        if self.bar is not None:
-            self.bar.total = total
-            self.bar.set_description(run.key + (f" ({failed} failed)" if failed else ""))
-            self.bar.update()
-        elif time.monotonic() - self.said >= self.every or done == total:
-            self.said = time.monotonic()
-            left = (self.said - self.began) / (done - self.before) * (total - done) / 60
-            print(f"{done} of {total} runs, {failed} failed, about {left:.0f} min left ({run.key})", flush=True)
-
-    def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
-
-
-def make_pool(folder: Path, workers: int) -> concurrent.futures.Executor:
-    folder.mkdir(parents=True, exist_ok=True)
-    context = multiprocessing.get_context("spawn")
-    return concurrent.futures.ProcessPoolExecutor(workers, context, initializer=begin, initargs=(folder / "log.txt",))
-
-
-# The worker's side
-
-
-def begin(log: Path) -> None:
-    """What libraries say goes into a file: it would tear the progress apart."""
-    opened = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(opened, 1)
-    os.dup2(opened, 2)
-    threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
-
-
-def end_with(parent: int) -> None:
-    """No worker goes on alone after the command was killed."""
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
+    return pool.run_all(todo, write, left, place.folder, workers, minutes)
 
 
 def work(start: Path, size: Size, run: Run) -> dict[str, Any]:
-    """One run; an error is a result too."""
+    """One run, in a process of the pool."""
     from . import training
 
-    began, used = time.monotonic(), time.process_time()
     side = SIDES[run.loss]
-    try:
-        result = training.execute(start, side, side.settings()[run.setting], run.seed, size, run.split)
-    except Exception as error:
-        traceback.print_exc()
-        result = {"error": " ".join(f"{type(error).__name__}: {error}".split())[:400]}
-    return {
-        **result,
-        "seconds": round(time.monotonic() - began, 1),
-        "cpu_seconds": round(time.process_time() - used, 1),
-    }
+    return training.execute(start, side, side.settings()[run.setting], run.seed, size, run.split)
