@@ -23,7 +23,7 @@ class Anchored(Claim):
         "Under label noise of 0 to 40 %, `anchored` (targets from a reward model that is trained on the same noisy pairs) keeps more "
         "reward than hard labels, smoothed labels and TRL's `robust`; whole groups keep more than pairs."
     )
-    seeds = 4
+    seeds = 6
     conditions = tuple(NOISE)
     sides = (
         Side("anchored", tuple({"loss_type": "anchored", "beta": b, "loss_kwargs": {"beta_r": r}} for b, r in SOFT)),

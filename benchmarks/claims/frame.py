@@ -68,7 +68,7 @@ class Claim:
     text: ClassVar[str]
     conditions: ClassVar[tuple[str, ...]] = ("",)
     sides: ClassVar[tuple[Side, ...]]
-    seeds: ClassVar[int] = 5
+    seeds: ClassVar[int] = 6
     steps: ClassVar[int] = 40
     batch: ClassVar[int] = 16
     smallest: ClassVar[float] = 0.1  # of an effect in reward, logits

@@ -19,7 +19,7 @@ class MarginAdaptive(Claim):
     name = "margin_adaptive"
     paper = "2510.05342"
     text = "`margin_adaptive` has more reward than DPO, IPO and `beta_dpo`, whether data is good, mixed or bad."
-    seeds = 4
+    seeds = 5
     conditions = tuple(OFF_POLICY)
     sides = (
         Side(
