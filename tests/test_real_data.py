@@ -110,7 +110,7 @@ def test_the_class_with_the_weight_is_learnt(imdb, shared_data, tmp_path):
         if kind == "review":
             texts = [row["prompt"] + row["chosen"] for row in reviews[split].select(range(count))]
         else:
-            lines = (shared_data / "tldr_likert" / f"{split}.jsonl").read_text().splitlines()[:count]
+            lines = (shared_data / "tldr_likert" / f"{split}.jsonl").read_text().split("\n")[:count]
             texts = [json.loads(line)["chosen"] for line in lines]
         return [{"text": " ".join(text.split()[:16]), "condition": f"A {kind}:", "weight": weight} for text in texts]
 

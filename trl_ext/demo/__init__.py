@@ -1,8 +1,10 @@
 """
 `trl-ext demo`: the main job with nothing to download.
 
-`world.py` is the world and its true reward, `lm.py` the small language model, `checks.py` what is refused before anything is
-built, `training.py` the runs, `online.py` those that sample while they train, `report.py` the table and the plot.
+`world.py` is the world and its true reward, `lm.py` the small language model, `data.py` what is sampled from it and measured,
+`training.py` one run, `online.py` the settings of those that sample while they train, `processes.py` several at a time,
+`judging.py` what they say together, `report.py` the table, the plot and the files. `demonstration.py` puts it together, after
+`checks.py` has refused what cannot be.
 """
 
 import argparse
@@ -14,14 +16,15 @@ BASELINE = "sigmoid"
 COMPARED = ("anchored", "bias_variance", "length_regularized", "margin_adaptive", "offset")
 # Losses of self-play: they read what only rounds write into the pairs, or win rates, and the world gives rewards
 IN_ROUNDS = ("inpo", "sppo_soft")
-STEPS, ONLINE_STEPS = 120, 40
+STEPS, ONLINE_STEPS = 50, 40
+SEEDS, PROCESSES = 5, 2
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's flags."""
     parser.description = (
         "Build a small language model, sample preferences whose true reward is known, train DPO and losses of this package "
-        "from the same start, and compare them. Takes a few minutes; nothing is downloaded."
+        "from the same start with several seeds, and compare them at equal KL. Takes a few minutes; nothing is downloaded."
     )
     parser.add_argument(
         "--loss_type",
@@ -30,7 +33,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"losses to train, by name or alias (default: {', '.join((BASELINE, *COMPARED))}; not {' and '.join(IN_ROUNDS)}, "
         "which learn in rounds: `trl-ext iterate`)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of everything (default: 0)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="first of the seeds, and that of the start (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        default=SEEDS,
+        metavar="N",
+        help="how many seeds each loss is trained with: other pairs, other order; one gives no intervals (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--num_processes",
+        type=int,
+        default=None,
+        metavar="N",
+        help=f"runs at a time, one thread each (default: {PROCESSES}, or 1 on a machine with one core)",
+    )
     parser.add_argument(
         "--output_dir", default="trl-ext-demo", help="where models and results go (default: %(default)s)"
     )
@@ -55,6 +74,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the demonstration; returns the exit status."""
-    from trl_ext.demo.training import demonstrate
+    from trl_ext.demo.demonstration import demonstrate
 
     return demonstrate(args)

@@ -1,10 +1,11 @@
 """What the demonstration refuses before it builds anything."""
 
 import argparse
+import os
 from pathlib import Path
 
 from trl_ext.data.paths import refuse_missing_path, refuse_unwritable_folder
-from trl_ext.demo import BASELINE, COMPARED, IN_ROUNDS, ONLINE_STEPS, STEPS
+from trl_ext.demo import BASELINE, COMPARED, IN_ROUNDS, ONLINE_STEPS, PROCESSES, STEPS
 from trl_ext.losses import TRL_LOSS_TYPES, loss_class, resolve_name
 from trl_ext.trainers.online.config import ONLINE_TRL_LOSSES
 
@@ -52,13 +53,31 @@ def steps(args: argparse.Namespace) -> int:
     return number
 
 
+def seeds(args: argparse.Namespace) -> list[int]:
+    """The seeds, one after the other from the first."""
+    if args.seeds < 1:
+        raise ValueError(f"`--seeds {args.seeds}`: the number of seeds, at least 1; from 2 on there are intervals.")
+    last = args.seed + args.seeds - 1
+    if not 0 <= args.seed <= last < 2**32:
+        more = f" with `--seeds {args.seeds}`, which makes {last} the last one" if 0 <= args.seed < 2**32 else ""
+        raise ValueError(f"`--seed {args.seed}`{more}: a seed is a whole number from 0 to {2**32 - 1}.")
+    return list(range(args.seed, last + 1))
+
+
+def num_processes(args: argparse.Namespace) -> int:
+    """How many runs at a time."""
+    if args.num_processes is None:
+        return min(PROCESSES, os.cpu_count() or 1)
+    if args.num_processes < 1:
+        raise ValueError(f"`--num_processes {args.num_processes}`: at least 1 process is needed.")
+    return args.num_processes
+
+
 def data(args: argparse.Namespace) -> None:
-    """Raise a `ValueError` for a dataset that is not there, one beside `--online`, and a seed that is none."""
+    """Raise a `ValueError` for a dataset that is not there, and for one beside `--online`."""
     if args.online and args.dataset_name:
         raise ValueError("`--online` needs a reward, which only the small world has; leave out `--dataset_name`.")
     refuse_missing_path(args.dataset_name, "dataset")
-    if not 0 <= args.seed < 2**32:
-        raise ValueError(f"`--seed {args.seed}`: a seed is a whole number from 0 to {2**32 - 1}.")
 
 
 def output_folder(args: argparse.Namespace) -> Path:

@@ -103,7 +103,7 @@ def sample(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[str],
-    max_new_tokens: int = MAX_NEW_TOKENS,
+    max_new_tokens: int,
 ) -> list[torch.Tensor]:
     """One completion per prompt at temperature 1: token ids up to and with the end of sequence."""
     completions = []
@@ -125,14 +125,14 @@ def kl_to_reference(
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[str],
     completions: list[torch.Tensor],
-) -> float:
+) -> torch.Tensor:
     """
-    KL of the policy to the reference, in nats per completion.
+    KL of the policy to the reference, in nats per completion: of each completion, shape `(N,)`, and in the mean the KL.
 
     The sum, over the tokens of the policy's own completions, of the KL between the two next-token distributions: the
-    same expectation as the mean log-ratio, with less noise.
+    same expectation as the log-ratio, with less noise.
     """
-    total = 0.0
+    found = []
     for start in range(0, len(prompts), 64):
         texts = [tokenizer(prompt)["input_ids"] for prompt in prompts[start : start + 64]]
         rows = [torch.cat([torch.tensor(a), b]) for a, b in zip(texts, completions[start : start + 64], strict=True)]
@@ -146,5 +146,5 @@ def kl_to_reference(
         ]
         kl = F.kl_div(logps[1], logps[0], reduction="none", log_target=True).sum(-1)
         # Position t holds the distribution of token t + 1
-        total += (kl * ((position >= first - 1) & (position < lengths - 1))).sum().item()
-    return total / len(prompts)
+        found.append((kl * ((position >= first - 1) & (position < lengths - 1))).sum(dim=1))
+    return torch.cat(found)

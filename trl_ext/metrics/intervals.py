@@ -2,6 +2,7 @@
 
 import math
 import reprlib
+import statistics
 from collections.abc import Callable, Sequence
 from statistics import NormalDist
 from typing import Any
@@ -55,6 +56,41 @@ def normal_quantile(confidence: float) -> float:
     """How many standard errors a two-sided interval reaches to either side."""
     check_confidence(confidence)
     return NormalDist().inv_cdf(0.5 + confidence / 2)
+
+
+def student_quantile(confidence: float, freedom: int) -> float:
+    """How many standard errors a two-sided interval of Student's t reaches to either side, with `freedom` degrees of freedom."""
+    check_confidence(confidence)
+    low, high = 0.0, math.pi / 2
+    for _ in range(60):  # halves the range of the angle whose tangent is t / sqrt(freedom)
+        angle = (low + high) / 2
+        low, high = (angle, high) if _student(angle, freedom) < confidence else (low, angle)
+    return math.sqrt(freedom) * math.tan(low)
+
+
+def _student(angle: float, freedom: int) -> float:
+    """Probability that |t| is smaller than sqrt(freedom) tan(angle) (Abramowitz and Stegun 26.7.3 and 26.7.4)."""
+    odd = freedom % 2
+    term = math.cos(angle) if odd else 1.0
+    total = 0.0
+    for power in range(1 + odd, freedom, 2):
+        total += term
+        term *= power / (power + 1) * math.cos(angle) ** 2
+    return 2 / math.pi * (angle + math.sin(angle) * total) if odd else math.sin(angle) * total
+
+
+def student_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float, float]:
+    """
+    The mean of a few values, such as one per seed, and its interval of Student's t; without bounds for a single value.
+
+    Returns:
+        `tuple[float, float, float]`: mean, lower and upper bound.
+    """
+    mean, count = statistics.fmean(values), len(values)
+    if count < 2:
+        return mean, -math.inf, math.inf
+    reach = student_quantile(confidence, count - 1) * statistics.stdev(values) / math.sqrt(count)
+    return mean, mean - reach, mean + reach
 
 
 def wilson(share: float, count: int, confidence: float = 0.95) -> tuple[float, float]:
