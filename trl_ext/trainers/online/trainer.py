@@ -22,6 +22,7 @@ from trl_ext.data.columns import takes_each_reward
 from trl_ext.data.preference_model import PreferenceModel
 from trl_ext.data.tokens import template_arguments
 from trl_ext.generation import Completions
+from trl_ext.trainers.online.blocks import Blocks
 from trl_ext.trainers.online.checks import (
     check_arguments,
     check_preference_model,
@@ -37,6 +38,7 @@ from trl_ext.trainers.online.metrics import Ties
 from trl_ext.trainers.online.prompts import PromptData
 from trl_ext.trainers.online.rewards import Scores, judge_scores, reward_scores, rows_of
 from trl_ext.trainers.online.selection import Selection, select
+from trl_ext.trainers.online.together import Together
 from trl_ext.trainers.policy_copy import frozen_copy
 from trl_ext.trainers.reference import SyncReferenceAdapter, add_reference_adapter
 from trl_ext.trainers.scoring import build_scorer
@@ -49,7 +51,7 @@ from trl_ext.trainers.with_terms import WithTerms
 logger = get_logger(__name__)
 
 
-class OnlineDPOTrainer(Generation, Learning, Evaluation, WithTerms, TRLOnlineDPOTrainer):
+class OnlineDPOTrainer(Together, Generation, Learning, Evaluation, WithTerms, TRLOnlineDPOTrainer):
     """
     TRL's `OnlineDPOTrainer` with the losses of this package, `K` completions per prompt, and generation at full speed.
 
@@ -242,6 +244,7 @@ class OnlineDPOTrainer(Generation, Learning, Evaluation, WithTerms, TRLOnlineDPO
         self._scorer = build_scorer(self.model, args, False, self.ref_model if self._has_ref_model else None)
         self._teachers = Teachers(self, teachers) if teachers else None
         self._ties = Ties()
+        self._blocks = Blocks(args.steps_per_generation or args.gradient_accumulation_steps, args.num_iterations)
         self._sampling = self._sampling_config()
         if self.use_vllm:
             self._last_loaded_step = -1
@@ -261,6 +264,17 @@ class OnlineDPOTrainer(Generation, Learning, Evaluation, WithTerms, TRLOnlineDPO
         super().create_accelerator_and_postprocess()
 
     @property
+    def _off_policy(self) -> bool:
+        """Whether the policy may have changed since it wrote what is learnt from."""
+        return self.args.num_iterations > 1 or self._blocks.length > self.args.gradient_accumulation_steps
+
+    @property
+    def _completions_at_once(self) -> int | None:
+        """How many completions this process generates or scores at a time; all by default."""
+        size = self.args.generation_batch_size
+        return None if size is None else size // self.accelerator.num_processes
+
+    @property
     def beta(self) -> float:
         """The `beta` of the current epoch, where the config has one for each."""
         if not isinstance(self._beta, (list, tuple)):
@@ -274,14 +288,12 @@ class OnlineDPOTrainer(Generation, Learning, Evaluation, WithTerms, TRLOnlineDPO
         return Trainer.training_step(self, model, inputs, num_items_in_batch)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        selections = []
-        for thinking in self._thinking:
-            completions = self.generate(model, inputs, thinking)
-            scores = self.score(inputs, completions)
-            selections.append(self.pair(completions, scores))
-            if not self.model.training and self._needs_reference:
-                self._compare_with_reference(model, inputs, completions, scores, thinking)
-        loss = self.learn(model, inputs, selections)
+        inputs = dict(inputs)
+        sampled = self._sampled(model, inputs)
+        if not self.model.training and self._needs_reference:
+            for selection, thinking in zip(sampled.selections, self._thinking, strict=True):
+                self._compare_with_reference(model, inputs, selection.completions, selection.scores, thinking)
+        loss = self.learn(model, inputs, sampled.selections, sampled.known)
         return (loss, {}) if return_outputs else loss
 
     def score(self, inputs: dict[str, Any], completions: Completions) -> Scores:
