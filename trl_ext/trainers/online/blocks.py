@@ -195,23 +195,21 @@ class RepeatedBlocks(Sampler):
     """
     The rows of a dataset in blocks, each of which comes several times.
 
-    What is missing of a whole batch for each process at the end is filled with the first rows, as accelerate does.
+    What is missing of a whole block at the end of an epoch is filled with its first rows, as accelerate fills batches.
 
     Args:
         rows (`int`):
             Of the dataset.
         size (`int`):
             Rows of a block, over all processes.
-        batch (`int`):
-            Rows of a batch, over all processes.
         times (`int`):
             How often each block comes.
         order (`Callable`):
             Gives the order of the rows in the epoch that begins.
     """
 
-    def __init__(self, rows: int, size: int, batch: int, times: int, order: Callable[[], list[int]]):
-        self.rows, self.size, self.times, self.order = -(-rows // batch) * batch, size, times, order
+    def __init__(self, rows: int, size: int, times: int, order: Callable[[], list[int]]):
+        self.rows, self.size, self.times, self.order = -(-rows // size) * size, size, times, order
 
     def __len__(self) -> int:
         return self.rows * self.times

@@ -77,7 +77,8 @@ class OnlineDPOConfig(LossArguments, TRLOnlineDPOConfig):
             reference are given at a time, in whole micro-batches. By default all of `steps_per_generation` micro-batches.
         num_iterations (`int`, *optional*, defaults to `1`):
             How often completions are learnt from: with 2, the micro-batches of a generation come twice, and the second time the
-            policy has changed. Not with streams. `objective/behaviour_kl` is then logged: the mean log-ratio of the policy
+            policy has changed. Not with streams; the last generation of an epoch is filled with its first prompts.
+            `objective/behaviour_kl` is then logged: the mean log-ratio of the policy
             that sampled the completions to the one that learns from them, in nats per completion.
         sync_ref_model (`bool`, *optional*, defaults to `False`):
             Whether the reference follows the policy: the moving anchor of `anchored`.

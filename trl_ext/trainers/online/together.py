@@ -31,7 +31,7 @@ class Together:
             return super()._get_train_sampler(train_dataset)
         rows = len(self.train_dataset if train_dataset is None else train_dataset)
         shards = 1 if self.args.accelerator_config.split_batches else self.accelerator.num_processes
-        batch = self._train_batch_size * shards
+        size = self._train_batch_size * shards * self._blocks.length
 
         def order() -> list[int]:
             if self.args.train_sampling_strategy == "sequential":
@@ -41,7 +41,7 @@ class Together:
             generator = torch.Generator().manual_seed(seed + int(self.state.epoch or 0))
             return torch.randperm(rows, generator=generator).tolist()
 
-        return RepeatedBlocks(rows, batch * self._blocks.length, batch, self.args.num_iterations, order)
+        return RepeatedBlocks(rows, size, self.args.num_iterations, order)
 
     # What they are learnt from
 
