@@ -271,19 +271,42 @@ def refused_alpha(model_dir: Path, folder: Path) -> dict[str, Any]:
     return {}
 
 
-def scripted(model_dir: Path, folder: Path, peft=None, trainer_kwargs=None, **options) -> dict[str, Any]:
+def scripted(model_dir: Path, folder: Path, peft=None, trainer_kwargs=None, resume=None, **options) -> dict[str, Any]:
     """Online, with completions that follow from the prompt."""
     torch.manual_seed(0)
     trained = online(
         model_dir,
         folder,
         cls=Scripted,
-        per_device_train_batch_size=ROWS // WORLD,
         trainer_kwargs={"peft_config": peft, **(trainer_kwargs or {})},
-        **{**SGD, **PLACED, **options},
+        **{"per_device_train_batch_size": ROWS // WORLD, **SGD, **PLACED, **options},
     )
-    trained.train()
+    trained.train(resume_from_checkpoint=resume)
     return outcome(trained)
+
+
+def blocks_online(model_dir: Path, folder: Path, current: list[bool], **options) -> dict[str, Any]:
+    """
+    Micro-batches of an optimizer step, or of two, are generated for at once and learnt from twice; a run is resumed within a block.
+    `current` says at which steps the policy is the one that has sampled.
+    """
+    given = {"num_generations": 4, "gradient_accumulation_steps": 2, "num_iterations": 2, **options}
+    given |= {
+        "per_device_train_batch_size": ROWS // WORLD // 2,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "max_steps": 4,
+    }
+    whole = scripted(model_dir, folder / "whole", **given)
+    kl = [entry["objective/behaviour_kl"] for entry in whole["history"] if "objective/behaviour_kl" in entry]
+    assert [abs(value) < 1e-5 for value in kl] == current
+    if STRATEGY == "fsdp":  # torch does not load the state of an optimizer that has none
+        return whole
+    resumed = scripted(model_dir, folder / "resumed", resume=str(folder / "whole" / "checkpoint-1"), **given)
+    assert (folder / "whole" / "checkpoint-1" / f"block_{RANK}.json").exists()
+    for name, value in whole["weights"].items():
+        torch.testing.assert_close(resumed["weights"][name], value)
+    return whole
 
 
 def taught_online(model_dir: Path, folder: Path) -> dict[str, Any]:
@@ -461,6 +484,7 @@ CASES = {
         "held out": held_out,
         "turns": partial(train, rows=conversations() * 2, loss_type="dmpo", evaluate=True, learning_rate=1e-3),
         "online": partial(scripted, num_generations=4, loss_type=["offset", "anchored"]),
+        "blocks online": partial(blocks_online, current=[True, False] * 2, loss_type="trpa"),
         "remembering online": remembering_online,
         "preferring": preferring,
         "fine-tuned": fine_tuned,
@@ -478,6 +502,9 @@ CASES = {
         "alpha": refused_alpha,
         "held out": held_out,
         "online": partial(scripted, num_generations=4, loss_type="anchored", pairing="group"),
+        "blocks online": partial(
+            blocks_online, current=[True, False, False, False], loss_type="offset", steps_per_generation=4
+        ),
         "taught online": taught_online,
         "generated": partial(generated, generation_kwargs={"do_sample": False}),
         "sampled": partial(generated, temperature=1e-4),
