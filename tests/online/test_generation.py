@@ -9,8 +9,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from tests.online.runs import batch as first_batch
 from tests.online.runs import online
-from trl_ext import generation
-from trl_ext.generation import DrawToken, GeometricMixture, evaluating, sample, without_defaults
+from trl_ext.generation import DrawToken, GeometricMixture, evaluating, sample, sampling, without_defaults
 
 
 GREEDY = GenerationConfig(max_new_tokens=12, do_sample=False, use_cache=True, pad_token_id=0)
@@ -244,7 +243,7 @@ class Peers:
 
     def __init__(self, monkeypatch, steps):
         self.steps, self.calls = steps, 0
-        monkeypatch.setattr(generation, "_is_sharded", lambda model: True)
+        monkeypatch.setattr(sampling, "_is_sharded", lambda model: True)
         monkeypatch.setattr(torch.distributed, "all_reduce", self.all_reduce)
 
     def all_reduce(self, flag, op):
@@ -284,14 +283,14 @@ def test_the_reference_of_a_mixture_runs_in_every_step_of_every_process(model, b
 
 
 def test_one_process_is_not_sharded(model, monkeypatch):
-    assert not generation._is_sharded(model)
+    assert not sampling._is_sharded(model)
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    assert not generation._is_sharded(model)
-    monkeypatch.setattr(generation, "is_deepspeed_zero3_enabled", lambda: True)
-    assert generation._is_sharded(model)
-    monkeypatch.setattr(generation, "is_deepspeed_zero3_enabled", lambda: False)
-    monkeypatch.setattr(generation, "FSDPModule", type(model.model.layers[0]))
-    assert generation._is_sharded(model)
+    assert not sampling._is_sharded(model)
+    monkeypatch.setattr(sampling, "is_deepspeed_zero3_enabled", lambda: True)
+    assert sampling._is_sharded(model)
+    monkeypatch.setattr(sampling, "is_deepspeed_zero3_enabled", lambda: False)
+    monkeypatch.setattr(sampling, "FSDPModule", type(model.model.layers[0]))
+    assert sampling._is_sharded(model)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
-    assert not generation._is_sharded(model)
+    assert not sampling._is_sharded(model)
