@@ -1,6 +1,7 @@
 """The prompts' part of a key-value cache, computed once for all completions of a prompt."""
 
 import inspect
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -26,22 +27,29 @@ def can_copy_cache(model: nn.Module, config: GenerationConfig) -> bool:
     )
 
 
-def last_logits(model: nn.Module) -> dict[str, int]:
+def last_logits(model: Callable) -> dict[str, int]:
     """The argument that makes a model compute the logits of the last position alone, if it has one."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(type(base).forward).parameters else {}
+    forward = base.forward if isinstance(base, nn.Module) else base
+    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(forward).parameters else {}
 
 
-def prefill(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor, copies: int) -> DynamicCache:
-    """The cache of all prompt tokens but the last, each prompt's copied."""
-    cache = DynamicCache(config=model.config.get_text_config())
+def prefill(model: Callable, ids: torch.Tensor, mask: torch.Tensor, copies: int) -> DynamicCache:
+    """
+    The cache of all prompt tokens but the last, each prompt's copied.
+
+    The model runs once, so that the processes of one that is sharded stay together, though prompts of one token leave nothing.
+    """
+    cache, length = DynamicCache(config=model.config.get_text_config()), max(ids.size(1) - 1, 1)
     model(
-        input_ids=ids[:, :-1],
-        attention_mask=mask[:, :-1],
-        position_ids=positions(mask)[:, :-1],
+        input_ids=ids[:, :length],
+        attention_mask=mask[:, :length],
+        position_ids=positions(mask)[:, :length],
         past_key_values=cache,
         use_cache=True,
         **last_logits(model),
     )
+    if ids.size(1) == 1:
+        return DynamicCache(config=model.config.get_text_config())
     cache.batch_repeat_interleave(copies)
     return cache

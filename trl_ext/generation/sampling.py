@@ -8,11 +8,19 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedTokenizerBase,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
+from transformers.generation import GenerationMode
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl.trainer.utils import pad
 
-from .decoding import decode_on_cpu
+from .decoding import decode, draw_on_cpu
 from .modes import without_defaults
 from .prefill import can_copy_cache, prefill
 
@@ -24,19 +32,20 @@ def sample(
     config: GenerationConfig,
     num_generations: int,
     mixture: Callable[[torch.Tensor], LogitsProcessor] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> torch.Tensor:
     """
     `num_generations` completions of each prompt.
 
-    Each prompt runs through the model once: its cache is copied for the samples. Where the cache cannot be copied
-    (recurrent layers, a static cache, beams), the prompt runs once per sample.
+    Each prompt runs through the model once: its cache is copied for the samples, and rows leave the batch when they have
+    finished. Where the cache cannot be copied (recurrent layers, a static cache, beams), the prompt runs once per sample, and
+    all rows run until the last has finished.
 
     The samples follow the model's distribution as `config` alone changes it: nothing is taken from the model's own
     `generation_config`, and what `config` leaves open changes nothing.
 
-    A model that is sharded over processes runs in all of them until the last has its samples. With a mixture, each process
-    then samples up to `max_new_tokens`, past its end-of-sequence tokens: one that stopped would no longer run the reference.
-    What follows an end-of-sequence token is the caller's to cut off.
+    A model that is sharded over processes runs in all of them until the last has its samples, and so does the reference of a
+    mixture.
 
     Args:
         model (`nn.Module`):
@@ -50,26 +59,40 @@ def sample(
         num_generations (`int`):
             Completions per prompt, `K`.
         mixture (`Callable`, *optional*):
-            Makes a logits processor from the attention mask of all rows.
+            Makes a logits processor from the attention mask of all rows: each prompt `K` times in a row.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            For `stop_strings`.
 
     Returns:
-        `torch.Tensor` of shape `(K B, T)`, in blocks of `B`.
+        `torch.Tensor` of shape `(K B, T)`, in blocks of `B`. Completions that have finished are filled up with padding.
+
+    Raises:
+        `ValueError`: For `stop_strings` without a tokenizer, and for a mixture with beams or another search.
     """
     rows, width = prompt_ids.shape
-    synced = _is_sharded(model)
+    synced, copied = _is_sharded(model), can_copy_cache(model, config)
     config = copy.deepcopy(config)
     if config.top_k is None:
         config.top_k = 0  # `generate` would take 50
-    if synced and mixture is not None:
-        config.eos_token_id = None
+    plain = config.get_generation_mode() in (GenerationMode.SAMPLE, GenerationMode.GREEDY_SEARCH)
     ids, mask = (tensor.repeat_interleave(num_generations, dim=0) for tensor in (prompt_ids, prompt_mask))
     kwargs: dict[str, Any] = {}
+    if config.stop_strings:
+        kwargs["stopping_criteria"] = StoppingCriteriaList([_stop_strings(config, tokenizer)])
     if mixture is not None:
+        if not plain:
+            raise ValueError(
+                f"A mixture with the reference is sampled token by token; the config asks for {config.get_generation_mode()}: "
+                "leave out `num_beams` and what else asks for a search."
+            )
         kwargs["logits_processor"] = LogitsProcessorList([mixture(mask)])
-    if num_generations > 1 and width > 1 and can_copy_cache(model, config):
+    if num_generations > 1 and copied:
         kwargs["past_key_values"] = prefill(model, prompt_ids, prompt_mask, num_generations)
-    if ids.device.type == "cpu" and config.do_sample and (config.num_beams or 1) == 1:
-        kwargs["custom_generate"] = functools.partial(decode_on_cpu, synced_gpus=synced)
+    if plain and (copied or (synced and mixture is not None)):
+        fill = next((token for token in (config.pad_token_id, *_end_tokens(config)) if token is not None), 0)
+        kwargs["custom_generate"] = functools.partial(decode, synced_gpus=synced, leave=copied, fill=fill)
+    elif ids.device.type == "cpu" and config.do_sample and (config.num_beams or 1) == 1:
+        kwargs["custom_generate"] = functools.partial(draw_on_cpu, synced_gpus=synced)
     with without_defaults(model):
         output = model.generate(
             input_ids=ids, attention_mask=mask, generation_config=config, synced_gpus=synced, **kwargs
@@ -86,6 +109,7 @@ def sample_rows(
     device: torch.device,
     completions_at_once: int | None = None,
     mixture: Callable[[torch.Tensor], LogitsProcessor] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> list[torch.Tensor]:
     """
     `num_generations` completions of each prompt, so many at a time as fit into memory; otherwise as [`sample`] draws them.
@@ -109,6 +133,8 @@ def sample_rows(
             default.
         mixture (`Callable`, *optional*):
             Makes a logits processor from the attention mask of a part's rows: each prompt `K` times in a row.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            For `stop_strings`.
 
     Returns:
         `list[torch.Tensor]` of the `K B` completions on the device, in blocks of `B`: completion `k` of prompt `b` is number
@@ -122,12 +148,20 @@ def sample_rows(
         rows = [prompts[place].to(device) for place in part]
         ids = pad(rows, padding_value=config.pad_token_id, padding_side="left")
         mask = pad([torch.ones_like(row) for row in rows], padding_value=0, padding_side="left")
-        output = sample(model, ids, mask, config, num_generations, mixture)
+        output = sample(model, ids, mask, config, num_generations, mixture, tokenizer)
         numbers = [k * count + place for k in range(num_generations) for place in part]
         for number, row, end in zip(numbers, output, torch.isin(output, ends).cpu(), strict=True):
             places = end.nonzero()
             found.setdefault(number, row[: int(places[0]) + 1] if len(places) else row)
     return [found[number] for number in range(num_generations * count)]
+
+
+def _stop_strings(config: GenerationConfig, tokenizer: PreTrainedTokenizerBase | None) -> StopStringCriteria:
+    """What `config.stop_strings` ask for, taken out of it: `generate` hands a loop of ours no tokenizer."""
+    if tokenizer is None:
+        raise ValueError(f"`stop_strings={config.stop_strings!r}` are found in text: a tokenizer is needed.")
+    strings, config.stop_strings = config.stop_strings, None
+    return StopStringCriteria(tokenizer, strings)
 
 
 def _end_tokens(config: GenerationConfig) -> list[int]:
