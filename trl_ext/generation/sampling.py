@@ -32,7 +32,7 @@ def sample(
     config: GenerationConfig,
     num_generations: int,
     mixture: Callable[[torch.Tensor], LogitsProcessor] | None = None,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    processing_class: PreTrainedTokenizerBase | None = None,
 ) -> torch.Tensor:
     """
     `num_generations` completions of each prompt.
@@ -60,8 +60,8 @@ def sample(
             Completions per prompt, `K`.
         mixture (`Callable`, *optional*):
             Makes a logits processor from the attention mask of all rows: each prompt `K` times in a row.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
-            For `stop_strings`.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            The tokenizer, for `stop_strings`.
 
     Returns:
         `torch.Tensor` of shape `(K B, T)`, in blocks of `B`. Completions that have finished are filled up with padding.
@@ -78,7 +78,7 @@ def sample(
     ids, mask = (tensor.repeat_interleave(num_generations, dim=0) for tensor in (prompt_ids, prompt_mask))
     kwargs: dict[str, Any] = {}
     if config.stop_strings:
-        kwargs["stopping_criteria"] = StoppingCriteriaList([_stop_strings(config, tokenizer)])
+        kwargs["stopping_criteria"] = StoppingCriteriaList([_stop_strings(config, processing_class)])
     if mixture is not None:
         if not plain:
             raise ValueError(
@@ -109,7 +109,7 @@ def sample_rows(
     device: torch.device,
     completions_at_once: int | None = None,
     mixture: Callable[[torch.Tensor], LogitsProcessor] | None = None,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    processing_class: PreTrainedTokenizerBase | None = None,
 ) -> list[torch.Tensor]:
     """
     `num_generations` completions of each prompt, so many at a time as fit into memory; otherwise as [`sample`] draws them.
@@ -133,8 +133,8 @@ def sample_rows(
             default.
         mixture (`Callable`, *optional*):
             Makes a logits processor from the attention mask of a part's rows: each prompt `K` times in a row.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
-            For `stop_strings`.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            The tokenizer, for `stop_strings`.
 
     Returns:
         `list[torch.Tensor]` of the `K B` completions on the device, in blocks of `B`: completion `k` of prompt `b` is number
@@ -148,7 +148,7 @@ def sample_rows(
         rows = [prompts[place].to(device) for place in part]
         ids = pad(rows, padding_value=config.pad_token_id, padding_side="left")
         mask = pad([torch.ones_like(row) for row in rows], padding_value=0, padding_side="left")
-        output = sample(model, ids, mask, config, num_generations, mixture, tokenizer)
+        output = sample(model, ids, mask, config, num_generations, mixture, processing_class)
         numbers = [k * count + place for k in range(num_generations) for place in part]
         for number, row, end in zip(numbers, output, torch.isin(output, ends).cpu(), strict=True):
             places = end.nonzero()
