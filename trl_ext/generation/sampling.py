@@ -141,7 +141,6 @@ def sample_rows(
         `k B + b`. Each has its end-of-sequence token, if it has one, and nothing behind it.
     """
     count = len(prompts)
-    ends = torch.tensor(_end_tokens(config), dtype=torch.long, device=device)
     at_once = count if completions_at_once is None else max(completions_at_once // num_generations, 1)
     found: dict[int, torch.Tensor] = {}
     for part in _parts([len(prompt) for prompt in prompts], at_once, device if _is_sharded(model) else None):
@@ -150,10 +149,20 @@ def sample_rows(
         mask = pad([torch.ones_like(row) for row in rows], padding_value=0, padding_side="left")
         output = sample(model, ids, mask, config, num_generations, mixture, processing_class)
         numbers = [k * count + place for k in range(num_generations) for place in part]
-        for number, row, end in zip(numbers, output, torch.isin(output, ends).cpu(), strict=True):
-            places = end.nonzero()
-            found.setdefault(number, row[: int(places[0]) + 1] if len(places) else row)
+        for number, row, length in zip(numbers, output, _lengths(output, config), strict=True):
+            found.setdefault(number, row[:length])
     return [found[number] for number in range(num_generations * count)]
+
+
+def _lengths(completions: torch.Tensor, config: GenerationConfig) -> list[int]:
+    """Tokens of each completion: up to the first that ends it, or up to the padding behind a stop string."""
+    width = completions.size(1)
+    ends = torch.isin(completions, torch.tensor(_end_tokens(config), dtype=torch.long, device=completions.device))
+    first = torch.where(ends.any(dim=1), ends.int().argmax(dim=1) + 1, width)
+    if config.stop_strings:
+        number = torch.arange(1, width + 1, device=completions.device)
+        first = first.minimum((number * (completions != config.pad_token_id)).amax(dim=1))
+    return first.tolist()
 
 
 def _stop_strings(config: GenerationConfig, tokenizer: PreTrainedTokenizerBase | None) -> StopStringCriteria:
