@@ -171,7 +171,7 @@ class Generation:
             coefficient = torch.full((count,), float(self.args.mixture_coef), device=mask.device)
             if self.args.mixture_samples == "half":
                 coefficient[: count // 2] = 0
-            return GeometricMixture(reference, mask, coefficient.repeat(mask.size(0) // count).unsqueeze(1))
+            return GeometricMixture(reference, mask, coefficient.repeat(mask.size(0) // count).unsqueeze(1), count)
 
         return make
 

@@ -105,7 +105,14 @@ LOADER_NAMES = ("create_model_from_path",)
 
 # Of transformers and datasets: a colon stands before what is looked up in a module
 LIBRARY_NAMES = {
-    "transformers:GenerationMixin": ("_sample",),  # transformers' own decoding loop, which the CPU's draw runs in
+    # transformers' own decoding loop, which the CPU's draw runs in, and the steps that ours has of it
+    "transformers:GenerationMixin": (
+        "_has_unfinished_sequences",
+        "_optimize_model_for_decode",
+        "_prefill",
+        "_sample",
+        "_update_model_kwargs_for_generation",
+    ),
     "transformers:PreTrainedConfig": ("_attn_implementation",),
     "transformers:PreTrainedModel": ("_is_stateful",),
     "transformers:Trainer": ("_maybe_log_save_evaluate", "log"),  # called past TRL's own
