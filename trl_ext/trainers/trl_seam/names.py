@@ -46,6 +46,7 @@ DPO_ATTRIBUTES = (
 # What ours extends or reads of `trl.experimental.online_dpo.OnlineDPOTrainer`
 ONLINE_METHODS = (
     "_generate",
+    "_get_train_sampler",
     "_generate_vllm",
     "_get_output_dir",
     "_load_optimizer_and_scheduler",
@@ -58,6 +59,7 @@ ONLINE_METHODS = (
     "create_model_card",
     "evaluate",
     "evaluation_loop",
+    "get_batch_samples",
     "log",
     "prediction_step",
     "training_step",
@@ -67,6 +69,7 @@ ONLINE_ATTRIBUTES = (
     "_name",
     "_paper",
     "_tokenizer",
+    "_train_batch_size",
     "eos_token_ids",
     "generation_config",
     "generation_kwargs",
