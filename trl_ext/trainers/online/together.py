@@ -17,6 +17,17 @@ from trl_ext.trainers.online.cutting import completions_of, joined, scores_of, s
 class Together:
     """How [`OnlineDPOTrainer`] takes its micro-batches, and generates and scores for a block of them."""
 
+    @property
+    def _off_policy(self) -> bool:
+        """Whether the policy may have changed since it wrote what is learnt from."""
+        return self.args.num_iterations > 1 or self._blocks.length > self.args.gradient_accumulation_steps
+
+    @property
+    def _completions_at_once(self) -> int | None:
+        """How many completions this process generates or scores at a time; all by default."""
+        size = self.args.generation_batch_size
+        return None if size is None else size // self.accelerator.num_processes
+
     # Which micro-batches
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):

@@ -62,7 +62,10 @@ class OnlineDPOTrainer(Together, Generation, Learning, Evaluation, WithTerms, TR
     Where none of the losses reads the reference, there is no reference model: nothing is logged that compares with it, and
     `rewards/*` are `beta` times the policy's log-probabilities.
 
-    The four steps of a batch, `generate`, `score`, `pair` and `learn`, are there to be replaced in a subclass. What they hand on,
+    All micro-batches of an optimizer step are generated for and scored together, and learnt from one after the other: the policy
+    does not change between them. `steps_per_generation`, `generation_batch_size` and `num_iterations` of the config change that.
+
+    The four steps, `generate`, `score`, `pair` and `learn`, are there to be replaced in a subclass. What they hand on,
     [`~trl_ext.generation.Completions`], [`~trl_ext.trainers.online.rewards.Scores`] and
     [`~trl_ext.trainers.online.selection.Selection`], is on the CPU.
 
@@ -72,8 +75,10 @@ class OnlineDPOTrainer(Together, Generation, Learning, Evaluation, WithTerms, TR
     `rewards/rejected`, `rewards/margins`, `rewards/accuracies`, `logps/*`, `lengths/*` and `logratios/*` are over the pairs that
     are learnt from (for groups: the best completion against the worst). `completions/*`, `val/contain_eos_token`,
     `rewards/unscored` and each reward function's `rewards/NAME/mean` are over all sampled completions; `pairs/dropped_prompts` is
-    the share of prompts of which nothing is learnt. `loss/NAME` of several losses is each one's own mean over prompts. Where there
-    are neither rewards nor a judge, what compares completions is not logged.
+    the share of prompts of which nothing is learnt. `objective/behaviour_kl`, where the policy may have changed since it sampled,
+    is the mean log-ratio of the policy that sampled to the one that learns, over the completions that are learnt from. `loss/NAME`
+    of several losses is each one's own mean over prompts. Where there are neither rewards nor a judge, what compares completions is
+    not logged.
 
     Example:
 
@@ -262,17 +267,6 @@ class OnlineDPOTrainer(Together, Generation, Learning, Evaluation, WithTerms, TR
         if not self._has_ref_model:
             self.ref_model = None  # no stand-in is to be moved, wrapped or sharded
         super().create_accelerator_and_postprocess()
-
-    @property
-    def _off_policy(self) -> bool:
-        """Whether the policy may have changed since it wrote what is learnt from."""
-        return self.args.num_iterations > 1 or self._blocks.length > self.args.gradient_accumulation_steps
-
-    @property
-    def _completions_at_once(self) -> int | None:
-        """How many completions this process generates or scores at a time; all by default."""
-        size = self.args.generation_batch_size
-        return None if size is None else size // self.accelerator.num_processes
 
     @property
     def beta(self) -> float:
