@@ -232,7 +232,7 @@ def table(rows: list[dict], columns: dict[str, str], title: str) -> None:
         shown.add_column(columns[column], justify="right" if column != "path" else "left", no_wrap=column != "notes")
     for row in rows:
         shown.add_row(*(_cell(row.get(column)) for column in there))
-    Console(width=None if sys.stdout.isatty() else 150).print(shown)
+    Console(width=None if sys.stdout.isatty() else 160).print(shown)
 
 
 def _cell(value: object) -> str:

@@ -52,7 +52,8 @@ from online_paths import PATHS, Path
 from transformers.utils.logging import set_verbosity_error
 
 
-AXES = ("accumulation", "num_generations", "prompt")
+# What `--scale` takes, and its heading
+AXES = {"accumulation": "micro-\nbatches", "num_generations": "comple-\ntions", "prompt": "tokens of\na prompt"}
 SETTING = ("size", "vocab", "prompts", "accumulation", "num_generations", "new_tokens", "ragged", "lora", "dtype")
 PARTS = ("generate", "score", "update")
 # Column of a speed, and the path that it is compared with
@@ -261,7 +262,7 @@ def main() -> None:
     what = f"An online step: {args.size}{' LoRA' if args.lora else ''}, {args.dtype}, {args.new_tokens} new tokens"
     what += " at most" if args.ragged else ""
     for columns, of in ((TIME, ""), (MEMORY, ", memory and agreement")):
-        shown = {"path": columns["path"], **({axis: axis} if axis else {}), **columns}
+        shown = {"path": columns["path"], **({axis: AXES[axis]} if axis else {}), **columns}
         table(rows, shown, f"{what}{of}; {rows[0]['device']}")
     if args.csv:
         write(rows, args.csv)
