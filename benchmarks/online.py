@@ -206,6 +206,7 @@ def measure(args: argparse.Namespace, flags: list[str]) -> list[dict]:
         {name: lambda path=path: timed(path.step, args.device) for name, path in paths.items()}, args.steps, "steps"
     )
     steps = {name: path.steps[1:] for name, path in paths.items()}
+    checkpointing = {name: path.trainer.args.gradient_checkpointing for name, path in paths.items()}
     del paths
     agreement = agreements(args)
     peaks = {}
@@ -216,7 +217,7 @@ def measure(args: argparse.Namespace, flags: list[str]) -> list[dict]:
             "path": name,
             **{key: getattr(args, key) for key in SETTING},
             "prompt": args.prompt[0] if args.prompt[0] == args.prompt[1] else args.prompt,
-            "checkpointing": name in ("trl", "ours") and not args.no_checkpointing,
+            "checkpointing": checkpointing[name],
             **figures(name, seconds, steps, args.prompts * args.accumulation * args.num_generations),
             **beside_trl(peaks, name),
             **agreement[name],

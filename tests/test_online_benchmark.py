@@ -139,18 +139,18 @@ def test_ragged(online):
 
 def test_figures(online):
     """By hand: ratios are medians over rounds, learning is what the parts leave, a completion costs its share."""
-    seconds = {"trl": [8.0, 12.0, 10.0], "trl-best": [4.0, 3.0, 5.0], "ours": [2.0, 2.0, 4.0]}
+    seconds = {"trl": [9.0, 12.0, 10.0], "trl-best": [6.0, 3.0, 5.0], "ours": [3.0, 2.0, 4.0]}
     part = {"generate": 1.0, "score": 0.25, "update": 0.25}
     steps = {name: [{**part, "tokens": 40}, {**part, "tokens": 40}, {**part, "tokens": 28}] for name in seconds}
     found = online.figures("ours", seconds, steps, completions=4)
     assert found == {
-        "seconds": 2.0, "seconds_min": 2.0, "seconds_max": 4.0,
-        "completion_ms": 500.0, "completion_tokens": 9.0,
-        "speed": 4.0,  # of 4, 6, 2.5
+        "seconds": 3.0, "seconds_min": 2.0, "seconds_max": 4.0,
+        "completion_ms": 750.0, "completion_tokens": 9.0,
+        "speed": 3.0,  # of 3, 6, 2.5
         "speed_best": 1.5,  # of 2, 1.5, 1.25
         "generate": 1.0, "score": 0.25, "update": 0.25,
-        "learn": 0.5,  # of 0.5, 0.5, 2.5
-        "learn_speed": 13.0,  # of 6.5 / 0.5, 10.5 / 0.5, 8.5 / 2.5
+        "learn": 1.5,  # of 1.5, 0.5, 2.5
+        "learn_speed": 5.0,  # of 7.5 / 1.5, 10.5 / 0.5, 8.5 / 2.5
     }  # fmt: skip
 
 
