@@ -78,14 +78,6 @@ def test_logprobs(tmp_path):
     assert all(float(row["peak_mb"]) > 0 and float(row["added_mb"]) >= 0 for row in rows)
 
 
-def test_online(tmp_path):
-    rows = run("online", tmp_path, "--size", "tiny", "--vocab", "500", "--prompts", "2", "--prompt", "5", "9",
-               "--new-tokens", "6", "--steps", "2")  # fmt: skip
-    assert [row["path"] for row in rows] == ["trl", "ours"]
-    assert float(rows[1]["gradient_difference"]) < 1e-4
-    assert all(float(row[part]) > 0 for row in rows for part in ("generate", "score", "learn"))
-
-
 def test_a_wrong_flag_says_what_is_right():
     done = subprocess.run(
         [sys.executable, BENCHMARKS / "throughput.py", "--paths", "ours"], capture_output=True, text=True, check=False
