@@ -11,6 +11,7 @@ import trl_ext
 from tests.helpers import assert_same_parameters, history, options, parameters
 from tests.online.runs import Scripted, length_reward, online, prompts, scripted
 from trl_ext.generation import Completions
+from trl_ext.rows import Rows, stacked
 from trl_ext.trainers.online.blocks import BLOCK, Blocks, Known, RepeatedBlocks, Sampled, packed, unpacked
 from trl_ext.trainers.online.cutting import completions_of, joined, scores_of, slices
 from trl_ext.trainers.online.rewards import Scores
@@ -131,6 +132,23 @@ def test_micro_batches_are_joined_and_cut():
     assert worth.values.tolist() == [[2, 3], [4, 5]] and worth.mask.shape == (2, 2)
     assert torch.equal(worth.probabilities, scores.probabilities[1:]) and worth.per_function["f"].shape == (2, 2)
     assert completions_of(completions, slice(0, 3)) is completions and scores_of(scores, slice(0, 3)) is scores
+
+
+def test_tables_are_stacked():
+    def table(ids, mask, prompt, partner):
+        ids = torch.tensor(ids)
+        return Rows({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, torch.tensor(mask), torch.tensor(prompt),
+                    torch.tensor(partner))  # fmt: skip
+
+    found = stacked([
+        table([[5, 6]], [[0, 1]], [0], [0]),
+        table([[7, 8, 9], [1, 2, 3]], [[0, 1, 1], [0, 0, 1]], [0, 1], [1, 0]),
+        table([[4]], [[1]], [0], [0]),
+    ])  # fmt: skip
+    assert found.inputs["input_ids"].tolist() == [[5, 6, 0], [7, 8, 9], [1, 2, 3], [4, 0, 0]]
+    assert found.inputs["attention_mask"].tolist() == [[1, 1, 0], [1, 1, 1], [1, 1, 1], [1, 0, 0]]
+    assert found.completion_mask.tolist() == [[0, 1, 0], [0, 1, 1], [0, 0, 1], [1, 0, 0]]
+    assert found.prompt.tolist() == [0, 1, 2, 3] and found.partner.tolist() == [0, 2, 1, 3]
 
 
 def test_what_is_saved_is_what_was_there():
