@@ -49,6 +49,13 @@ TINY = [
 ]
 
 
+def test_decoding(tmp_path):
+    flags = "--size tiny --vocab 500 --prompts 2 --generations 3 --completion 8 --mean 4 --steps 2 --shares 0.01 0.5"
+    rows = run("decoding", tmp_path, *flags.split())
+    assert [row["path"] for row in rows] == ["transformers", "0.01 leave", "0.5 leave"]
+    assert all(row["same"] == "True" and float(row["seconds"]) > 0 for row in rows)
+
+
 def test_throughput(tmp_path):
     rows = run("throughput", tmp_path, *TINY, "--exact", "--lora")
     assert [row["path"] for row in rows] == ["trl", "liger", "logits", "ours"]

@@ -395,6 +395,7 @@ def in_parts(model_dir: Path, folder: Path, **options) -> dict[str, Any]:
     trained = sampling(model_dir, folder, **{"every": 12, "learning_rate": 0.0, "max_steps": 1, **options})
     trained.train()
     trained.model.eval()
+    trained.args.ds3_gather_for_generation = False
     every = [(place, torch.arange(10 + 7 * place, 11 + 7 * place + place % 4)) for place in range(7)]
     mine = (every[:5], every[5:])[RANK] if WORLD > 1 else every
     found = []
@@ -549,9 +550,6 @@ CASES = {
         "alpha": refused_alpha,
         "held out": held_out,
         "generated": partial(generated, generation_kwargs={"do_sample": False}),
-        "generated, sharded": partial(
-            generated, generation_kwargs={"do_sample": False}, ds3_gather_for_generation=False
-        ),
-        "in parts": partial(in_parts, generation_kwargs={"do_sample": False}, ds3_gather_for_generation=False),
+        "in parts": partial(in_parts, generation_kwargs={"do_sample": False}),
     },
 }

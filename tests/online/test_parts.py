@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from trl_ext.generation import GeometricMixture, sample_rows, sampling
 
@@ -88,3 +88,19 @@ def test_processes_of_a_sharded_model_sample_equally_many_parts(model, prompts, 
         rows = sample_rows(model, prompts, CONFIG, 1, torch.device("cpu"), completions_at_once=4)
     assert calls == [(1, length) for length in sorted(LENGTHS, reverse=True)] + [(1, 1)] * 2
     assert [row.tolist() for row in rows] == [greedy(model, prompt) for prompt in prompts]
+
+
+def test_nothing_is_left_behind_a_stop_string(model, prompts, tiny_model_dir):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    model.generation_config = GenerationConfig()
+    options = {**CONFIG.to_diff_dict(), "eos_token_id": None}
+    with torch.no_grad():
+        whole = sample_rows(model, prompts, GenerationConfig(**options), 1, torch.device("cpu"))
+        string = tokenizer.decode(whole[0][3]).strip()
+        config = GenerationConfig(**options, stop_strings=[string])
+        found = sample_rows(model, prompts, config, 1, torch.device("cpu"), 3, processing_class=tokenizer)
+        expected = [
+            model.generate(row[None], generation_config=config, tokenizer=tokenizer)[0, len(row) :] for row in prompts
+        ]
+    assert [row.tolist() for row in found] == [row.tolist() for row in expected]
+    assert len(found[0]) < 8 and max(map(len, found)) == 8

@@ -221,6 +221,10 @@ class OnlineDPOConfig(LossArguments, TRLOnlineDPOConfig):
             raise ValueError(f"`mixture_samples={self.mixture_samples!r}` is unknown; choose 'all' or 'half'.")
         if self.mixture_coef and self.use_vllm:
             raise ValueError("`mixture_coef` needs the logits of both models at each token; set `use_vllm=False`.")
+        if self.mixture_coef and (self.generation_kwargs or {}).get("num_beams", 1) != 1:
+            raise ValueError(
+                "`mixture_coef` samples token by token, and `generation_kwargs` ask for beams. Leave `num_beams` out."
+            )
         if self.missing_eos_penalty is not None and not self.missing_eos_penalty > 0:
             raise ValueError(f"`missing_eos_penalty={self.missing_eos_penalty!r}` must be positive, or None.")
         if self.reward_weights is not None and not all(math.isfinite(weight) for weight in self.reward_weights):
