@@ -232,7 +232,7 @@ def table(rows: list[dict], columns: dict[str, str], title: str) -> None:
         shown.add_column(columns[column], justify="right" if column != "path" else "left", no_wrap=column != "notes")
     for row in rows:
         shown.add_row(*(_cell(row.get(column)) for column in there))
-    Console(width=None if sys.stdout.isatty() else 150).print(shown)
+    Console(width=None if sys.stdout.isatty() else 160).print(shown)
 
 
 def _cell(value: object) -> str:
@@ -266,16 +266,17 @@ def write(rows: list[dict], path: str | os.PathLike, say: bool = True) -> None:
         print(f"Written to {path}")
 
 
-def plot(rows: list[dict], path: str, axis: str | None, title: str) -> None:
-    """Time and memory of each path: bars, or lines along a scaled `axis`."""
+def plot(rows: list[dict], path: str, axis: str | None, title: str, panels: dict[str, str] | None = None) -> None:
+    """Time and memory of each path, or two other columns: bars, or lines along a scaled `axis`."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, panels = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    panels = panels or {"seconds": "seconds", "peak_mb": "peak MiB"}
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     names = list(dict.fromkeys(row["path"] for row in rows))
-    for panel, (column, label) in zip(panels, {"seconds": "seconds", "peak_mb": "peak MiB"}.items(), strict=True):
+    for panel, (column, label) in zip(axes, panels.items(), strict=True):
         for name in names:
             own = [row for row in rows if row["path"] == name and row.get(column) is not None]
             if axis is None:

@@ -2,25 +2,29 @@
 A whole online step, generate, score, learn and update, through TRL's `OnlineDPOTrainer` and ours in one run.
 
     python benchmarks/online.py                        # 12 M parameters, 4 prompts of 60-100 tokens, 96 new tokens
+    python benchmarks/online.py --accumulation 8       # an optimizer step of eight such micro-batches
     python benchmarks/online.py --no-checkpointing     # TRL then generates with a cache too
+    python benchmarks/online.py --scale accumulation 1 2 4 8
     python benchmarks/online.py --lora --device cuda --size 0.6b --vocab 151936 --dtype bfloat16
 
-Both get the same prompts and write the same number of tokens. `update` is the optimizer's step, `learn` what is left:
-log-probabilities, reference, loss, backward. Agreement of loss and gradients, and peak memory, are those of learning from the same given
-completions. Memory is measured in a process of its own: its peak, libraries and models included, and what learning adds to
-them (gradients, activations, logits).
+- `trl`: TRL's trainer as it is, with gradient checkpointing (and then without a cache while it generates)
+- `trl-no-checkpointing`: the same without
+- `trl-best`: that with all prompts of the optimizer step in one micro-batch, so that it generates once
+- `ours`: `trl_ext.OnlineDPOTrainer`, with gradient checkpointing as `trl`
+
+A step is an optimizer step, with as many micro-batches as `--accumulation` says. All paths get the same prompts and write equally
+many tokens (`--ragged`: on average). `update` is the optimizer's step, `learn` what is left: log-probabilities, reference, loss,
+backward. Agreement of loss and gradients is that of learning from the same given completions. Memory is measured in a process of
+its own: the peak of a whole step, libraries and models included, and what learning from given completions adds to what was there
+before (gradients, activations, logits).
 """
 
 import argparse
 import json
 import os
-import random
 import statistics
 import sys
-import tempfile
-import time
 import warnings
-from collections import defaultdict
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -34,35 +38,42 @@ from common import (
     distance,
     in_own_process,
     interleaved,
-    model,
+    peak_mb,
     peak_of,
     plot,
     provenance,
     ratio,
-    synchronize,
+    scaled,
     table,
     timed,
     write,
 )
-from datasets import Dataset
-from transformers import PreTrainedTokenizerFast
+from online_paths import PATHS, Path
 from transformers.utils.logging import set_verbosity_error
-from trl.experimental import online_dpo
-
-from trl_ext import OnlineDPOConfig, OnlineDPOTrainer
-from trl_ext.generation import Completions
 
 
-PATHS = ("trl", "ours")
-COLUMNS = {
+# What `--scale` takes, and its heading
+AXES = {"accumulation": "micro-\nbatches", "num_generations": "comple-\ntions", "prompt": "tokens of\na prompt"}
+SETTING = ("size", "vocab", "prompts", "accumulation", "num_generations", "new_tokens", "ragged", "lora", "dtype")
+PARTS = ("generate", "score", "update")
+# Column of a speed, and the path that it is compared with
+SPEEDS = {"speed": "trl", "speed_no_checkpointing": "trl-no-checkpointing", "speed_best": "trl-best"}
+TIME = {
     "path": "path",
     "seconds": "seconds\nper step",
+    "completion_ms": "ms per\ncompletion",
+    "completion_tokens": "its new\ntokens",
     "speed": "speed,\nTRL = 1",
+    "speed_no_checkpointing": "no check-\npoints = 1",
+    "speed_best": "speed,\nbest = 1",
     "generate": "generate\ns",
     "score": "score\ns",
     "learn": "learn\ns",
     "update": "update\ns",
     "learn_speed": "learn,\nTRL = 1",
+}
+MEMORY = {
+    "path": "path",
     "peak_mb": "process,\npeak MiB",
     "memory": "process,\nTRL = 1",
     "added_mb": "learning\nadds, MiB",
@@ -74,174 +85,158 @@ COLUMNS = {
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--paths", nargs="+", choices=PATHS, default=["trl", "trl-best", "ours"])
     parser.add_argument("--size", choices=SIZES, default="12m", help="shape of the model")
     parser.add_argument("--vocab", type=int, default=32000, help="entries of the vocabulary")
-    parser.add_argument("--prompts", type=int, default=4, help="prompts per step")
-    parser.add_argument("--prompt", type=int, nargs=2, default=[60, 100], metavar=("MIN", "MAX"), help="their tokens")
+    parser.add_argument("--prompts", type=int, default=4, help="prompts of a micro-batch")
+    parser.add_argument("--accumulation", type=int, default=1, help="micro-batches of an optimizer step")
+    parser.add_argument(
+        "--num-generations",
+        "--num_generations",
+        type=int,
+        default=2,
+        help="completions of each prompt, an even number: ours samples and learns from them together, in all pairs; TRL's trainer "
+        "samples two, so it gets each prompt half as often as that, and as many completions in all; losses then differ",
+    )
+    parser.add_argument(
+        "--prompt",
+        type=int,
+        nargs="+",
+        default=[60, 100],
+        metavar="TOKENS",
+        help="their tokens: MIN and MAX, or one number",
+    )
     parser.add_argument("--new-tokens", type=int, default=96, help="tokens of a completion")
+    parser.add_argument(
+        "--ragged",
+        action="store_true",
+        help="completions end where the end is drawn, after a third of --new-tokens on average, and there at the latest; each path "
+        "draws its own, so give it more --steps",
+    )
     parser.add_argument("--lora", action="store_true", help="train a LoRA of rank 16 on all linear layers")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--steps", type=int, default=7, help="rounds that count")
     parser.add_argument("--threads", type=int, help="CPU threads; torch's own choice by default")
-    parser.add_argument("--no-checkpointing", action="store_true", help="train without gradient checkpointing")
+    parser.add_argument(
+        "--no-checkpointing", action="store_true", help="train without gradient checkpointing, all paths"
+    )
+    parser.add_argument(
+        "--memory",
+        choices=["process", "none"],
+        default="process",
+        help="of each path in a process of its own; or not at all",
+    )
+    parser.add_argument(
+        "--scale", nargs="+", metavar=("AXIS", "VALUE"), help=f"{', '.join(AXES)}, and the values to run it at"
+    )
     parser.add_argument("--csv", help="write the rows here")
     parser.add_argument("--plot", help="draw a plot here")
     parser.add_argument("--measure-memory", metavar="PATH", help=argparse.SUPPRESS)
-    return parser.parse_args(arguments)
-
-
-def word_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    words = {"<pad>": 0, "<eos>": 1, "<unk>": 2, **{f"w{i}": i for i in range(3, vocabulary)}}
-    backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
-
-
-def first_token(completion_ids, **kwargs) -> list[float]:
-    """A reward that costs nothing and never ties."""
-    return [float(ids[0]) + index / 10 for index, ids in enumerate(completion_ids)]
-
-
-class Path:
-    """A trainer whose steps are timed in parts."""
-
-    def __init__(self, name: str, args: argparse.Namespace):
-        from peft import LoraConfig
-
-        self.args, self.ours = args, name == "ours"
-        trainer, config = (
-            (OnlineDPOTrainer, OnlineDPOConfig)
-            if self.ours
-            else (online_dpo.OnlineDPOTrainer, online_dpo.OnlineDPOConfig)
+    args = parser.parse_args(arguments)
+    if args.scale and (args.scale[0] not in AXES or len(args.scale) < 2):
+        parser.error(f"--scale takes one of {', '.join(AXES)}, then values: --scale accumulation 1 2 4 8")
+    if args.paths[0] != "trl":
+        parser.error("--paths begins with trl: the others are compared with it")
+    if args.no_checkpointing and "trl-no-checkpointing" in args.paths:
+        parser.error("--no-checkpointing makes trl what trl-no-checkpointing is: leave one of them out")
+    if min(args.accumulation, args.prompts, args.steps) < 1:
+        parser.error("--accumulation, --prompts and --steps take numbers from 1")
+    if args.num_generations < 2 or args.num_generations % 2:
+        parser.error(
+            f"--num-generations takes an even number, as TRL's trainer samples two; not {args.num_generations}"
         )
-        rng = random.Random(0)
-        texts = [
-            " ".join(f"w{rng.randrange(3, args.vocab)}" for _ in range(rng.randint(*args.prompt)))
-            for _ in range(4 * args.prompts)
+    if len(args.prompt) > 2 or not 1 <= args.prompt[0] <= args.prompt[-1]:
+        parser.error(f"--prompt takes MIN and MAX, or one number of tokens; not {args.prompt}")
+    if args.ragged and args.new_tokens < 4:
+        parser.error("--ragged draws an end after a third of --new-tokens on average: 4 at least")
+    args.prompt = [args.prompt[0], args.prompt[-1]]
+    return args
+
+
+def figures(name: str, seconds: dict[str, list[float]], steps: dict[str, list[dict]], completions: int) -> dict:
+    """What a path's steps took, in parts and beside the others, and for each of the completions of a step."""
+    learn = {
+        path: [
+            total - sum(step.get(part, 0.0) for part in PARTS) for total, step in zip(each, steps[path], strict=True)
         ]
-        dtype = getattr(torch, args.dtype)
-        torch.manual_seed(0)
-        self.trainer = trainer(
-            model=model(args.size, args.vocab, 0, dtype, args.device),
-            ref_model=None if args.lora else model(args.size, args.vocab, 1, dtype, args.device),
-            reward_funcs=first_token,
-            args=config(
-                output_dir=tempfile.mkdtemp(),
-                per_device_train_batch_size=args.prompts,
-                report_to="none",
-                bf16=False,
-                use_cpu=args.device == "cpu",
-                logging_steps=10**6,
-                max_new_tokens=args.new_tokens,
-                generation_kwargs={"min_new_tokens": args.new_tokens},
-                gradient_checkpointing=not args.no_checkpointing,
-                disable_tqdm=True,
-                dataloader_pin_memory=False,
-            ),
-            train_dataset=Dataset.from_dict({"prompt": texts}),
-            processing_class=word_tokenizer(args.vocab),
-            peft_config=LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
-            if args.lora
-            else None,
-        )
-        if args.lora:
-            self.trainer.model.to(dtype=dtype)
-        self.trainer.create_optimizer()
-        self.trainer.model.train()
-        self.trainer.current_gradient_accumulation_steps = 1
-        self.batches = list(self.trainer.get_train_dataloader())
-        self.turn, self.parts = 0, defaultdict(list)
-        self._time("generate", "generate" if self.ours else "_generate", self.trainer)
-        self._time("score", "score" if self.ours else "_calculate_rewards_from_functions", self.trainer)
-        self._time("update", "step", self.trainer.optimizer)
+        for path, each in seconds.items()
+    }
+    return {
+        "seconds": statistics.median(seconds[name]),
+        "seconds_min": min(seconds[name]),
+        "seconds_max": max(seconds[name]),
+        "completion_ms": 1e3 * statistics.median(seconds[name]) / completions,
+        "completion_tokens": statistics.mean(step["tokens"] for step in steps[name]) / completions,
+        **{column: ratio(seconds[peer], seconds[name]) for column, peer in SPEEDS.items() if peer in seconds},
+        **{part: statistics.median(step.get(part, 0.0) for step in steps[name]) for part in PARTS},
+        "learn": statistics.median(learn[name]),
+        "learn_speed": ratio(learn["trl"], learn[name]),
+    }
 
-    def _time(self, part: str, method: str, owner: object) -> None:
-        call = getattr(owner, method)
 
-        def wrapped(*args, **kwargs):
-            synchronize(self.args.device)
-            start = time.perf_counter()
-            result = call(*args, **kwargs)
-            synchronize(self.args.device)
-            self.parts[part].append(time.perf_counter() - start)
-            return result
+def agreements(args: argparse.Namespace) -> dict[str, dict]:
+    """How far loss and gradients of each path are from TRL's; with more than two completions, ours learns from other pairs."""
+    theirs = Path("trl", args).learn_from_given()
+    found = {}
+    for name in args.paths:
+        if name == "ours" and args.num_generations > 2:
+            found[name] = {}
+            continue
+        loss, gradients = theirs if name == "trl" else Path(name, args).learn_from_given()
+        found[name] = {
+            "loss_difference": abs(loss - theirs[0]) / abs(theirs[0]),
+            "gradient_difference": distance(gradients, theirs[1]),
+        }
+    return found
 
-        setattr(owner, method, wrapped)
 
-    def step(self) -> None:
-        batch = self.batches[self.turn % len(self.batches)]
-        self.turn += 1
-        self.trainer.training_step(self.trainer.model, dict(batch))
-        self.trainer.optimizer.step()
-        self.trainer.model.zero_grad()
-
-    def learn_from_given(self) -> tuple[float, list[torch.Tensor]]:
-        """Loss and gradients of given completions, at the weights of the start."""
-        generator = torch.Generator().manual_seed(0)
-        shape = (2 * self.args.prompts, self.args.new_tokens)
-        ids = torch.randint(3, self.args.vocab, shape, generator=generator).to(self.args.device)
-        trainer, prompts = self.trainer, self.batches[0]["prompt"]
-        encoded = trainer.processing_class(prompts, return_tensors="pt", padding=True, padding_side="left")
-        prompt_ids, mask = encoded["input_ids"].to(ids.device), encoded["attention_mask"].to(ids.device)
-        if self.ours:
-            given = Completions(
-                prompts,
-                trainer.processing_class.batch_decode(ids),
-                [row[keep.bool()] for row, keep in zip(prompt_ids.cpu(), mask.cpu(), strict=True)],
-                list(ids.cpu()),
-                torch.zeros(len(ids), dtype=torch.bool),
-            )
-            trainer.generate = lambda *args, **kwargs: given
-        else:
-            given = (prompt_ids.repeat(2, 1), mask.repeat(2, 1), ids, torch.ones_like(ids), None)
-            trainer._generate = lambda *args, **kwargs: given
-        loss = trainer.training_step(trainer.model, dict(self.batches[0]))
-        gradients = [parameter.grad.clone() for parameter in trainer.model.parameters() if parameter.grad is not None]
-        trainer.model.zero_grad()
-        return loss.item(), gradients
+def memory(name: str, args: argparse.Namespace) -> dict[str, float]:
+    """Peak memory in MiB: before, with learning from given completions, and with a whole step."""
+    path = Path(name, args)
+    learning = peak_of(lambda: [path.learn_from_given() for _ in range(2)], args.device)
+    path.step()
+    return {"added_mb": learning["peak_mb"] - learning["before_mb"], "peak_mb": peak_mb(args.device)}
 
 
 def measure(args: argparse.Namespace, flags: list[str]) -> list[dict]:
-    paths = {name: Path(name, args) for name in PATHS}
+    """One row per path."""
+    paths = {name: Path(name, args) for name in args.paths}
     seconds = interleaved(
         {name: lambda path=path: timed(path.step, args.device) for name, path in paths.items()}, args.steps, "steps"
     )
-    parts = {name: {part: values[1:] for part, values in path.parts.items()} for name, path in paths.items()}
-    learn = {
-        name: [total - sum(part[i] for part in parts[name].values()) for i, total in enumerate(seconds[name])]
-        for name in PATHS
-    }
-    fresh = {name: Path(name, args).learn_from_given() for name in PATHS}
-    memory = {name: in_own_process(__file__, [*flags, "--measure-memory", name]) for name in PATHS}
-    added = {name: values["peak_mb"] - values["before_mb"] for name, values in memory.items()}
+    steps = {name: path.steps[1:] for name, path in paths.items()}
+    checkpointing = {name: path.trainer.args.gradient_checkpointing for name, path in paths.items()}
+    del paths
+    agreement = agreements(args)
+    peaks = {}
+    if args.memory == "process":
+        peaks = {name: in_own_process(__file__, [*flags, "--measure-memory", name]) for name in args.paths}
     return [
         {
             "path": name,
-            **{
-                key: getattr(args, key)
-                for key in ("size", "vocab", "prompts", "prompt", "new_tokens", "lora", "dtype")
-            },
-            "checkpointing": not args.no_checkpointing,
-            "seconds": statistics.median(seconds[name]),
-            "seconds_min": min(seconds[name]),
-            "seconds_max": max(seconds[name]),
-            "speed": ratio(seconds["trl"], seconds[name]),
-            **{part: statistics.median(values) for part, values in parts[name].items()},
-            "learn": statistics.median(learn[name]),
-            "learn_speed": ratio(learn["trl"], learn[name]),
-            "peak_mb": memory[name]["peak_mb"],
-            "memory": memory[name]["peak_mb"] / memory["trl"]["peak_mb"],
-            "added_mb": added[name],
-            "added_memory": added[name] / added["trl"],
-            "loss_difference": abs(fresh[name][0] - fresh["trl"][0]) / abs(fresh["trl"][0]),
-            "gradient_difference": distance(fresh[name][1], fresh["trl"][1]),
+            **{key: getattr(args, key) for key in SETTING},
+            "prompt": args.prompt[0] if args.prompt[0] == args.prompt[1] else args.prompt,
+            "checkpointing": checkpointing[name],
+            **figures(name, seconds, steps, args.prompts * args.accumulation * args.num_generations),
+            **beside_trl(peaks, name),
+            **agreement[name],
             **provenance(args.device),
         }
-        for name in PATHS
+        for name in args.paths
     ]
+
+
+def beside_trl(peaks: dict[str, dict[str, float]], name: str) -> dict[str, float]:
+    """Memory of a path, and as a multiple of TRL's; nothing where none was measured."""
+    if not peaks:
+        return {}
+    own, theirs = peaks[name], peaks["trl"]
+    return {
+        **own,
+        "memory": own["peak_mb"] / theirs["peak_mb"],
+        "added_memory": own["added_mb"] / theirs["added_mb"],
+    }
 
 
 def results(args: argparse.Namespace, flags: list[str]) -> list[dict]:
@@ -251,28 +246,29 @@ def results(args: argparse.Namespace, flags: list[str]) -> list[dict]:
     warnings.filterwarnings("ignore", category=FutureWarning)
     if args.threads:
         torch.set_num_threads(args.threads)
-    return measure(args, flags)
+    # All are read before the first is measured, which may take minutes
+    return [row for each, own in [(parse(own), own) for own in scaled(args, flags)] for row in measure(each, own)]
 
 
 def main() -> None:
     args = parse()
     if args.measure_memory:
         set_verbosity_error()
-        path = Path(args.measure_memory, args)
-
-        def learn() -> None:
-            for _ in range(2):
-                path.learn_from_given()
-
-        print(json.dumps(peak_of(learn, args.device)))
+        if args.threads:
+            torch.set_num_threads(args.threads)
+        print(json.dumps(memory(args.measure_memory, args)))
         return
+    axis = args.scale[0] if args.scale else None
     rows = results(args, sys.argv[1:])
-    what = f"{args.size}{' LoRA' if args.lora else ''}, {args.dtype}, {args.new_tokens} new tokens"
-    table(rows, COLUMNS, f"An online step: {what}; {rows[0]['device']}")
+    what = f"An online step: {args.size}{' LoRA' if args.lora else ''}, {args.dtype}, {args.new_tokens} new tokens"
+    what += " at most" if args.ragged else ""
+    for columns, of in ((TIME, ""), (MEMORY, ", memory and agreement")):
+        shown = {"path": columns["path"], **({axis: AXES[axis]} if axis else {}), **columns}
+        table(rows, shown, f"{what}{of}; {rows[0]['device']}")
     if args.csv:
         write(rows, args.csv)
     if args.plot:
-        plot(rows, args.plot, None, f"An online step: {what}")
+        plot(rows, args.plot, axis, what, {"completion_ms": "ms per completion", "peak_mb": "peak MiB"})
 
 
 if __name__ == "__main__":

@@ -49,6 +49,13 @@ TINY = [
 ]
 
 
+def test_decoding(tmp_path):
+    flags = "--size tiny --vocab 500 --prompts 2 --generations 3 --completion 8 --mean 4 --steps 2 --shares 0.01 0.5"
+    rows = run("decoding", tmp_path, *flags.split())
+    assert [row["path"] for row in rows] == ["transformers", "0.01 leave", "0.5 leave"]
+    assert all(row["same"] == "True" and float(row["seconds"]) > 0 for row in rows)
+
+
 def test_throughput(tmp_path):
     rows = run("throughput", tmp_path, *TINY, "--exact", "--lora")
     assert [row["path"] for row in rows] == ["trl", "liger", "logits", "ours"]
@@ -76,14 +83,6 @@ def test_logprobs(tmp_path):
     rows = run("logprobs", tmp_path, *size, "--reference", "--paths", "trl", "products")
     assert [row["path"] for row in rows] == ["trl", "products"]
     assert all(float(row["peak_mb"]) > 0 and float(row["added_mb"]) >= 0 for row in rows)
-
-
-def test_online(tmp_path):
-    rows = run("online", tmp_path, "--size", "tiny", "--vocab", "500", "--prompts", "2", "--prompt", "5", "9",
-               "--new-tokens", "6", "--steps", "2")  # fmt: skip
-    assert [row["path"] for row in rows] == ["trl", "ours"]
-    assert float(rows[1]["gradient_difference"]) < 1e-4
-    assert all(float(row[part]) > 0 for row in rows for part in ("generate", "score", "learn"))
 
 
 def test_a_wrong_flag_says_what_is_right():

@@ -110,8 +110,14 @@ def test_a_custom_loop_is_called_with_what_ours_takes():
     """`generate` hands a custom loop the model, the ids, and the processors and config that ours looks at."""
     source = inspect.getsource(GenerationMixin.generate)
     assert "custom_generate" in source and "synced_gpus" in source
-    for name in ("input_ids", "logits_processor", "generation_config"):
+    for name in ("input_ids", "logits_processor", "stopping_criteria", "generation_config"):
         assert name in inspect.signature(GenerationMixin._sample).parameters, name
+    for name, first in {
+        "_prefill": ["self", "input_ids", "generation_config", "model_kwargs"],
+        "_has_unfinished_sequences": ["self", "this_peer_finished", "synced_gpus", "device"],
+        "_update_model_kwargs_for_generation": ["self", "outputs", "model_kwargs"],
+    }.items():
+        assert [*inspect.signature(getattr(GenerationMixin, name)).parameters][: len(first)] == first, name
 
 
 def names_in_the_package() -> tuple[dict[str, str], set[str], set[str]]:

@@ -7,11 +7,12 @@ the two as a dict of tensors (`to_batch`), which pins and moves like any other.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 
 from trl_ext.logprobs import Sequences, SharedPrefixLayout
 from trl_ext.losses import GroupBatch, PreferenceBatch, TokenBatch
@@ -96,6 +97,32 @@ class Plan:
     empty_columns: Mapping[str, torch.Tensor] | None = None
     share: torch.Tensor | None = None
     count: int | None = None
+
+
+def stacked(tables: Sequence[Rows]) -> Rows:
+    """
+    Several tables as one, padded to the longest row of all, without a layout and without what is known beforehand.
+
+    Args:
+        tables (`Sequence[Rows]`):
+            Of texts alone.
+    """
+    width = max(table.completion_mask.size(1) for table in tables)
+
+    def padded(tensors: list[torch.Tensor]) -> torch.Tensor:
+        return torch.cat([nn.functional.pad(tensor, (0, width - tensor.size(1))) for tensor in tensors])
+
+    prompts, rows, first_prompt, first_row = [], [], 0, 0
+    for table in tables:
+        prompts.append(table.prompt + first_prompt)
+        rows.append(table.partner + first_row)
+        first_prompt, first_row = first_prompt + int(table.prompt.max()) + 1, first_row + len(table.prompt)
+    return Rows(
+        inputs={name: padded([table.inputs[name] for table in tables]) for name in tables[0].inputs},
+        completion_mask=padded([table.completion_mask for table in tables]),
+        prompt=torch.cat(prompts),
+        partner=torch.cat(rows),
+    )
 
 
 def to_batch(rows: Rows, plan: Plan) -> dict[str, Any]:

@@ -22,7 +22,9 @@ from tests.helpers import OUR_LOSSES, WITH_STATE, build, history, masked_rows
 from tests.helpers import options as short
 from tests.online.runs import Scripted, online, prompts
 from trl_ext.data import PreferenceModel
+from trl_ext.generation import sample_rows
 from trl_ext.metrics import MetricsCallback
+from trl_ext.metrics.held_out import _to_sample_from
 from trl_ext.trainers.mixing import estimate_alpha
 from trl_ext.trainers.reference import FILE, _gathered
 from trl_ext.trainers.reward import RewardConfig, RewardTrainer
@@ -271,19 +273,42 @@ def refused_alpha(model_dir: Path, folder: Path) -> dict[str, Any]:
     return {}
 
 
-def scripted(model_dir: Path, folder: Path, peft=None, trainer_kwargs=None, **options) -> dict[str, Any]:
+def scripted(model_dir: Path, folder: Path, peft=None, trainer_kwargs=None, resume=None, **options) -> dict[str, Any]:
     """Online, with completions that follow from the prompt."""
     torch.manual_seed(0)
     trained = online(
         model_dir,
         folder,
         cls=Scripted,
-        per_device_train_batch_size=ROWS // WORLD,
         trainer_kwargs={"peft_config": peft, **(trainer_kwargs or {})},
-        **{**SGD, **PLACED, **options},
+        **{"per_device_train_batch_size": ROWS // WORLD, **SGD, **PLACED, **options},
     )
-    trained.train()
+    trained.train(resume_from_checkpoint=resume)
     return outcome(trained)
+
+
+def blocks_online(model_dir: Path, folder: Path, current: list[bool], **options) -> dict[str, Any]:
+    """
+    Micro-batches of an optimizer step, or of two, are generated for at once and learnt from twice; a run is resumed within a block.
+    `current` says at which steps the policy is the one that has sampled.
+    """
+    given = {"num_generations": 4, "gradient_accumulation_steps": 2, "num_iterations": 2, **options}
+    given |= {
+        "per_device_train_batch_size": ROWS // WORLD // 2,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "max_steps": 4,
+    }
+    whole = scripted(model_dir, folder / "whole", **given)
+    kl = [entry["objective/behaviour_kl"] for entry in whole["history"] if "objective/behaviour_kl" in entry]
+    assert [abs(value) < 1e-5 for value in kl] == current
+    if STRATEGY == "fsdp":  # torch does not load the state of an optimizer that has none
+        return whole
+    resumed = scripted(model_dir, folder / "resumed", resume=str(folder / "whole" / "checkpoint-1"), **given)
+    assert (folder / "whole" / "checkpoint-1" / f"block_{RANK}.json").exists()
+    for name, value in whole["weights"].items():
+        torch.testing.assert_close(resumed["weights"][name], value)
+    return whole
 
 
 def taught_online(model_dir: Path, folder: Path) -> dict[str, Any]:
@@ -329,13 +354,14 @@ def by_text(completions, **kwargs) -> list[float]:
     return [float(sum(map(ord, text)) % 89) for text in completions]
 
 
-def generated(model_dir: Path, folder: Path, **options) -> dict[str, Any]:
-    """Online, with completions of the model that end after different numbers of tokens in the two processes."""
+def sampling(model_dir: Path, folder: Path, every: int = 3, **options) -> Longest:
+    """A trainer that samples a mixture of two models; every so many tokens there is one that ends a completion."""
     models = [AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32) for _ in range(2)]
-    models[0].generation_config.eos_token_id = list(range(1, 512, 3))
-    with torch.no_grad():
-        models[1].lm_head.weight.mul_(-1.0)  # another reference, whose words are others
-    trained = Longest(
+    models[0].generation_config.eos_token_id = list(range(1, 512, every))
+    # Another reference, whose words are others
+    with torch.no_grad(), _gathered(models[1].lm_head.weight, written=True):
+        models[1].lm_head.weight.mul_(-1.0)
+    return Longest(
         model=models[0],
         ref_model=models[1],
         reward_funcs=by_text,
@@ -347,17 +373,43 @@ def generated(model_dir: Path, folder: Path, **options) -> dict[str, Any]:
                 mixture_samples="half",
                 max_new_tokens=24,
                 max_length=64,
-                **SGD,
-                **options,
+                **{**SGD, **PLACED, **options},
             )
         ),
         processing_class=AutoTokenizer.from_pretrained(model_dir),
         train_dataset=prompts(ROWS),
     )
+
+
+def generated(model_dir: Path, folder: Path, **options) -> dict[str, Any]:
+    """Online, with completions of the model that end after different numbers of tokens in the two processes."""
+    trained = sampling(model_dir, folder, **options)
     trained.train()
     assert trained.state.log_history[0]["rewards/margins"] != 0, "nothing was learnt"
     assert len(set(gather_object([trained.longest]))) == WORLD, "the processes have stopped together"
     return outcome(trained)
+
+
+def in_parts(model_dir: Path, folder: Path, **options) -> dict[str, Any]:
+    """Of seven prompts, one process has five and the other two: they need five parts and two."""
+    trained = sampling(model_dir, folder, **{"every": 12, "learning_rate": 0.0, "max_steps": 1, **options})
+    trained.train()
+    trained.model.eval()
+    trained.args.ds3_gather_for_generation = False
+    every = [(place, torch.arange(10 + 7 * place, 11 + 7 * place + place % 4)) for place in range(7)]
+    mine = (every[:5], every[5:])[RANK] if WORLD > 1 else every
+    found = []
+    for mixture in (None, trained._mixture(2)):
+        with torch.no_grad(), _to_sample_from(trained, False) as policy:
+            device = trained.accelerator.device
+            rows = sample_rows(policy, [row for _, row in mine], trained._sampling, 2, device, 3, mixture)
+        answers = [
+            (place, [each.tolist() for each in rows[number :: len(mine)]]) for number, (place, _) in enumerate(mine)
+        ]
+        found.append(dict(gather_object(answers)))
+    lengths = [len(row) for answers in found for rows in answers.values() for row in rows]
+    assert found[0] != found[1] and min(lengths) < 4 and max(lengths) > 12
+    return {"every process": found}
 
 
 def held_out(model_dir: Path, folder: Path, **options) -> dict[str, Any]:
@@ -461,6 +513,7 @@ CASES = {
         "held out": held_out,
         "turns": partial(train, rows=conversations() * 2, loss_type="dmpo", evaluate=True, learning_rate=1e-3),
         "online": partial(scripted, num_generations=4, loss_type=["offset", "anchored"]),
+        "blocks online": partial(blocks_online, current=[True, False] * 2, loss_type="trpa"),
         "remembering online": remembering_online,
         "preferring": preferring,
         "fine-tuned": fine_tuned,
@@ -478,9 +531,13 @@ CASES = {
         "alpha": refused_alpha,
         "held out": held_out,
         "online": partial(scripted, num_generations=4, loss_type="anchored", pairing="group"),
+        "blocks online": partial(
+            blocks_online, current=[True, False, False, False], loss_type="offset", steps_per_generation=4
+        ),
         "taught online": taught_online,
         "generated": partial(generated, generation_kwargs={"do_sample": False}),
         "sampled": partial(generated, temperature=1e-4),
+        "in parts": partial(in_parts, generation_kwargs={"do_sample": False}),
         "fine-tuned": fine_tuned,
     },
     "zero": {
@@ -492,5 +549,7 @@ CASES = {
         "moved adapter": ADAPTER,
         "alpha": refused_alpha,
         "held out": held_out,
+        "generated": partial(generated, generation_kwargs={"do_sample": False}),
+        "in parts": partial(in_parts, generation_kwargs={"do_sample": False}),
     },
 }

@@ -153,12 +153,12 @@ def test_a_reward_model_with_a_tokenizer_of_its_own(tiny_model_dir, tmp_path):
     kwargs = {"reward_funcs": model, "reward_processing_classes": own, "train_dataset": data}
     trainer = online(tiny_model_dir, tmp_path, trainer_kwargs=kwargs)
     assert trainer.reward_processing_classes == [own]
-    inputs = {"prompt": data["prompt"][:2]}
+    inputs = {"prompt": data["prompt"][:5]}  # more than the four that the model scores at a time
     completions = trainer.generate(trainer.model, inputs)
     scores = trainer.score(inputs, completions)
     for k in range(2):
-        for row in range(2):
-            text = f"!{inputs['prompt'][row][0]['content']}!{completions.texts[2 * k + row][0]['content']}"
+        for row in range(5):
+            text = f"!{inputs['prompt'][row][0]['content']}!{completions.texts[5 * k + row][0]['content']}"
             with torch.no_grad():
                 value = model(input_ids=torch.tensor([own(text)["input_ids"]])).logits[0, 0].item()
             assert scores.values[row, k].item() == pytest.approx(value, rel=1e-4, abs=1e-6)

@@ -94,6 +94,7 @@ def test_an_oracle_gives_no_reward_to_take_from(penalty, tiny_model_dir, tmp_pat
         ({"mixture_coef": "high"}, r"must lie in \[0, 1\]"),
         ({"mixture_samples": "some"}, "choose 'all' or 'half'"),
         ({"mixture_coef": 0.5, "use_vllm": True}, "use_vllm=False"),
+        ({"mixture_coef": 0.5, "generation_kwargs": {"num_beams": 2}}, "Leave `num_beams` out"),
         ({"missing_eos_penalty": -1.0}, "must be positive"),
         ({"length_penalty": float("nan")}, "must be finite"),
         ({"reward_weights": [1.0, float("nan")]}, "must be finite numbers, one per reward function"),

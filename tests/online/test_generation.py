@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from tests.online.runs import batch as first_batch
 from tests.online.runs import online
-from trl_ext import generation
-from trl_ext.generation import DrawToken, GeometricMixture, evaluating, sample, without_defaults
+from trl_ext.generation import DrawToken, GeometricMixture, evaluating, sample, sampling, without_defaults
+from trl_ext.generation.decoding import draw
 
 
 GREEDY = GenerationConfig(max_new_tokens=12, do_sample=False, use_cache=True, pad_token_id=0)
@@ -113,10 +113,9 @@ def test_draws_follow_the_distribution():
 
 
 @pytest.mark.parametrize(("point", "token"), [(0.0, 1), (1.0, 4)])
-def test_the_ends_of_the_distribution_are_no_impossible_tokens(point, token, monkeypatch):
-    monkeypatch.setattr(torch, "rand_like", lambda tensor: torch.full_like(tensor, point))
+def test_the_ends_of_the_distribution_are_no_impossible_tokens(point, token):
     scores = torch.tensor([[0.0, 0.5, 0.0, 0.2, 0.3, 0.0]]).log()
-    assert DrawToken()(None, scores).argmax() == token
+    assert draw(scores, torch.tensor([[point]], dtype=torch.float64)).item() == token
 
 
 def test_warpers_come_before_the_draw(model, batch):
@@ -244,7 +243,7 @@ class Peers:
 
     def __init__(self, monkeypatch, steps):
         self.steps, self.calls = steps, 0
-        monkeypatch.setattr(generation, "_is_sharded", lambda model: True)
+        monkeypatch.setattr(sampling, "_is_sharded", lambda model: True)
         monkeypatch.setattr(torch.distributed, "all_reduce", self.all_reduce)
 
     def all_reduce(self, flag, op):
@@ -269,29 +268,40 @@ def test_a_sharded_model_runs_as_long_as_any_process_samples(do_sample, model, b
     assert len(calls) == 1 + 7  # the prefill, and a step whenever another process had one
 
 
-def test_the_reference_of_a_mixture_runs_in_every_step_of_every_process(model, batch, monkeypatch):
+@pytest.mark.parametrize("implementation", [None, "static"])
+@pytest.mark.parametrize(("steps", "calls"), [(0, 1), (1, 1), (5, 5)])
+def test_the_reference_of_a_mixture_runs_in_every_step_of_any_process(
+    steps, calls, implementation, model, batch, monkeypatch
+):
     """All tokens end a completion: without the other processes, this one would stop after its first step."""
     reference = copy.deepcopy(model)
-    config = GenerationConfig(max_new_tokens=5, do_sample=True, pad_token_id=0, eos_token_id=list(range(512)))
-    Peers(monkeypatch, 0)
-    calls = count_calls(reference)
+    config = GenerationConfig(
+        max_new_tokens=7,
+        do_sample=True,
+        pad_token_id=0,
+        eos_token_id=list(range(512)),
+        cache_implementation=implementation,
+    )
+    Peers(monkeypatch, steps)
+    found = [count_calls(network) for network in (reference, model)]
     with torch.no_grad():
         output = sample(
-            model, *batch, config, 2, lambda mask: GeometricMixture(reference, mask, torch.full((6, 1), 0.5))
+            model, *batch, config, 2, lambda mask: GeometricMixture(reference, mask, torch.full((6, 1), 0.5), copies=2)
         )
-    assert len(calls) == 5 and output.shape == (6, 5)
-    assert config.eos_token_id == list(range(512))  # the caller's own
+    # Both prefill once more, but where a static cache cannot be copied
+    assert [len(each) for each in found] == [calls + 1, calls + (implementation is None)]
+    assert output.shape == (6, 1)
 
 
 def test_one_process_is_not_sharded(model, monkeypatch):
-    assert not generation._is_sharded(model)
+    assert not sampling._is_sharded(model)
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    assert not generation._is_sharded(model)
-    monkeypatch.setattr(generation, "is_deepspeed_zero3_enabled", lambda: True)
-    assert generation._is_sharded(model)
-    monkeypatch.setattr(generation, "is_deepspeed_zero3_enabled", lambda: False)
-    monkeypatch.setattr(generation, "FSDPModule", type(model.model.layers[0]))
-    assert generation._is_sharded(model)
+    assert not sampling._is_sharded(model)
+    monkeypatch.setattr(sampling, "is_deepspeed_zero3_enabled", lambda: True)
+    assert sampling._is_sharded(model)
+    monkeypatch.setattr(sampling, "is_deepspeed_zero3_enabled", lambda: False)
+    monkeypatch.setattr(sampling, "FSDPModule", type(model.model.layers[0]))
+    assert sampling._is_sharded(model)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
-    assert not generation._is_sharded(model)
+    assert not sampling._is_sharded(model)

@@ -67,6 +67,19 @@ class OnlineDPOConfig(LossArguments, TRLOnlineDPOConfig):
         mixture_samples (`str`, *optional*, defaults to `"all"`):
             Which completions come from the mixture: `"all"` (IPO-MD), or `"half"`, the second half of each prompt's,
             against those of the policy itself (the sampling of Nash-MD).
+        steps_per_generation (`int`, *optional*):
+            Micro-batches that are generated for together. By default those of an optimizer step, `gradient_accumulation_steps`: the
+            policy does not change between them. More, a multiple of it: the later ones are learnt from when the policy has
+            changed. Fewer, a divisor of it: less memory while generating. Prompts with images are generated for one micro-batch at a
+            time.
+        generation_batch_size (`int`, *optional*):
+            Completions that are generated at a time, over all processes, to bound memory; likewise what reward functions and the
+            reference are given at a time, in whole micro-batches. By default all of `steps_per_generation` micro-batches.
+        num_iterations (`int`, *optional*, defaults to `1`):
+            How often completions are learnt from: with 2, the micro-batches of a generation come twice, and the second time the
+            policy has changed. Not with streams; the last generation of an epoch is filled with its first prompts.
+            `objective/behaviour_kl` is then logged: the mean log-ratio of the policy
+            that sampled the completions to the one that learns from them, in nats per completion.
         sync_ref_model (`bool`, *optional*, defaults to `False`):
             Whether the reference follows the policy: the moving anchor of `anchored`.
         ref_model_sync_steps (`int`, *optional*, defaults to `512`):
@@ -116,6 +129,18 @@ class OnlineDPOConfig(LossArguments, TRLOnlineDPOConfig):
         default="all",
         metadata={"help": "Which completions come from the mixture: 'all' or 'half'.", "choices": ["all", "half"]},
     )
+    steps_per_generation: int | None = field(
+        default=None,
+        metadata={
+            "help": "Micro-batches that are generated for together; those of an optimizer step by default. More learn from what an "
+            "older policy has sampled."
+        },
+    )
+    generation_batch_size: int | None = field(
+        default=None,
+        metadata={"help": "Completions that are generated at a time, over all processes; all by default."},
+    )
+    num_iterations: int = field(default=1, metadata={"help": "How often completions are learnt from."})
     sync_ref_model: bool = field(
         default=False, metadata={"help": "Whether the reference follows the policy during training."}
     )
@@ -133,6 +158,25 @@ class OnlineDPOConfig(LossArguments, TRLOnlineDPOConfig):
         super().__post_init__()
         self._check_groups(losses)
         self._check_sampling()
+        self._check_blocks()
+
+    def _check_blocks(self) -> None:
+        for name in ("steps_per_generation", "generation_batch_size", "num_iterations"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ValueError(f"`{name}={value!r}` must be a whole number, at least 1.")
+        steps, accumulated = self.steps_per_generation, self.gradient_accumulation_steps
+        if steps is not None and steps % accumulated and accumulated % steps:
+            raise ValueError(
+                f"`steps_per_generation={steps}` must be a multiple or a divisor of `gradient_accumulation_steps={accumulated}`: else "
+                "some micro-batches of an optimizer step would be older than others."
+            )
+        least = self.num_generations * self.world_size
+        if self.generation_batch_size is not None and self.generation_batch_size < least:
+            raise ValueError(
+                f"`generation_batch_size={self.generation_batch_size}` must be at least {least}: `num_generations="
+                f"{self.num_generations}` completions of a prompt are generated together, on {self.world_size} processes."
+            )
 
     def _check_groups(self, losses: dict[str, Any]) -> None:
         if not isinstance(self.num_generations, int) or self.num_generations < 2:
@@ -177,6 +221,10 @@ class OnlineDPOConfig(LossArguments, TRLOnlineDPOConfig):
             raise ValueError(f"`mixture_samples={self.mixture_samples!r}` is unknown; choose 'all' or 'half'.")
         if self.mixture_coef and self.use_vllm:
             raise ValueError("`mixture_coef` needs the logits of both models at each token; set `use_vllm=False`.")
+        if self.mixture_coef and (self.generation_kwargs or {}).get("num_beams", 1) != 1:
+            raise ValueError(
+                "`mixture_coef` samples token by token, and `generation_kwargs` ask for beams. Leave `num_beams` out."
+            )
         if self.missing_eos_penalty is not None and not self.missing_eos_penalty > 0:
             raise ValueError(f"`missing_eos_penalty={self.missing_eos_penalty!r}` must be positive, or None.")
         if self.reward_weights is not None and not all(math.isfinite(weight) for weight in self.reward_weights):

@@ -8,13 +8,12 @@ import torch
 from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import GenerationConfig, PreTrainedModel
 from trl.data_utils import is_conversational, maybe_apply_chat_template
-from trl.experimental.utils import truncate_right
 from trl.models.utils import unwrap_model_for_generation
-from trl.trainer.utils import pad, use_adapter
+from trl.trainer.utils import use_adapter
 
 from trl_ext.data.reasoning import answer_text, empty_trace_prompt, trace_is_open
 from trl_ext.data.tokens import prompt_ids, template_arguments
-from trl_ext.generation import Completions, GeometricMixture, evaluating, last_logits, sample, without_defaults
+from trl_ext.generation import Completions, GeometricMixture, evaluating, last_logits, sample_rows, without_defaults
 from trl_ext.trainers.reference import ADAPTER
 
 
@@ -44,25 +43,23 @@ class Generation:
             texts, times = [_with_image(prompt) for prompt in prompts], -(-count // 2)  # as TRL gives two per prompt
             with without_defaults(self.accelerator.unwrap_model(model)):
                 prompt_rows, prompt_mask, ids, mask, vision = self._generate(model, texts * times, images * times)
-            ids, mask = ids[: count * len(prompts)], mask[: count * len(prompts)]
+            ids = _trimmed(ids[: count * len(prompts)], mask[: count * len(prompts)])
             given = zip(prompt_rows[: len(prompts)].cpu(), prompt_mask[: len(prompts)].cpu(), strict=True)
             prompt_rows = [row[keep.bool()] for row, keep in given]
         else:
             texts = [self._render(inputs, row, thinking) for row in range(len(prompts))]
             prompt_rows = self._prompt_ids(prompts, texts)
             if self.use_vllm and not reference:
-                ids, mask = self._sample_vllm(texts, prompt_rows, count)
+                ids = self._sample_vllm(texts, prompt_rows, count)
             else:
-                ids, mask = self._sample(model, prompt_rows, reference, count)
+                ids = self._sample(model, prompt_rows, reference, count)
         # What follows is done on the host: texts, rewards, pairs, padding
-        ids = [row[:length] for row, length in zip(ids.cpu(), mask.sum(dim=1).tolist(), strict=True)]
-        stops = torch.tensor(self.eos_token_ids)
         return Completions(
             prompts=prompts,
             texts=self._texts(prompts, prompt_rows, ids),
             prompt_ids=prompt_rows,
             ids=ids,
-            ended=torch.stack([torch.isin(row, stops).any() for row in ids]),
+            ended=torch.tensor([self._has_ended(row) for row in ids]),
             vision=vision,
         )
 
@@ -103,11 +100,17 @@ class Generation:
                 raise ValueError(f"The prompt {text!r} has no tokens.")
         return [torch.tensor(row) for row in rows]
 
-    def _sample_vllm(
-        self, texts: list[str], rows: list[torch.Tensor], count: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _has_ended(self, ids: torch.Tensor) -> bool:
+        """Whether a completion ended by itself: by a token, or by a string that the config stops at."""
+        if torch.isin(ids, torch.tensor(self.eos_token_ids)).any():
+            return True
+        strings = self._sampling.stop_strings or []
+        text = self._tokenizer.decode(ids) if strings else ""
+        return any(string in text for string in ([strings] if isinstance(strings, str) else strings))
+
+    def _sample_vllm(self, texts: list[str], rows: list[torch.Tensor], count: int) -> list[torch.Tensor]:
         """
-        Completions of vLLM, padded, and their mask, in blocks.
+        Completions of vLLM, in blocks.
 
         TRL's method samples two completions per prompt. It is handed rendered prompts, as it knows neither `tools` nor
         `chat_template_kwargs`: token ids where vLLM runs in this process, and text for a server.
@@ -122,13 +125,10 @@ class Generation:
             _, _, output, mask = self._generate_vllm(prompts * -(-count // 2))
         finally:
             self.num_generations = self.args.num_generations
-        return output[: count * len(rows)], mask[: count * len(rows)]
+        return _trimmed(output[: count * len(rows)], mask[: count * len(rows)])
 
-    def _sample(self, model, rows: list[torch.Tensor], reference: bool, count: int):
-        """Completions of transformers' generation, padded, and their mask; in blocks."""
-        ids = pad(rows, padding_value=self._tokenizer.pad_token_id, padding_side="left")
-        mask = pad([torch.ones_like(row) for row in rows], padding_value=0, padding_side="left")
-        ids, mask = ids.to(self.accelerator.device), mask.to(self.accelerator.device)
+    def _sample(self, model, rows: list[torch.Tensor], reference: bool, count: int) -> list[torch.Tensor]:
+        """Completions of transformers' generation, in blocks."""
         checkpointing = self.args.gradient_checkpointing_kwargs
         with contextlib.ExitStack() as stack:
             if reference:
@@ -149,12 +149,18 @@ class Generation:
             if self.is_fsdp_enabled:
                 stack.enter_context(FullyShardedDataParallel.summon_full_params(self.model_wrapped, recurse=False))
             stack.enter_context(torch.no_grad())
-            mixture = None
-            if self.args.mixture_coef and not reference:
-                mixture = self._mixture(count)
-            policy = eager(policy)
-            output = sample(policy, ids, mask, self._sampling, count, mixture)
-        return truncate_right(output, self.eos_token_ids, self._tokenizer.pad_token_id)
+            output = sample_rows(
+                eager(policy),
+                rows,
+                self._sampling,
+                count,
+                self.accelerator.device,
+                completions_at_once=self._completions_at_once,
+                mixture=self._mixture(count) if self.args.mixture_coef and not reference else None,
+                processing_class=self._tokenizer,
+            )
+        # One wait for the device, and not one for each completion
+        return list(torch.cat(output).cpu().split([len(row) for row in output]))
 
     def _mixture(self, count: int) -> Callable[[torch.Tensor], GeometricMixture]:
         """What makes the mixture with the reference for a batch of prompts, each repeated `count` times in a row."""
@@ -171,7 +177,7 @@ class Generation:
             coefficient = torch.full((count,), float(self.args.mixture_coef), device=mask.device)
             if self.args.mixture_samples == "half":
                 coefficient[: count // 2] = 0
-            return GeometricMixture(reference, mask, coefficient.repeat(mask.size(0) // count).unsqueeze(1))
+            return GeometricMixture(reference, mask, coefficient.repeat(mask.size(0) // count).unsqueeze(1), count)
 
         return make
 
@@ -230,3 +236,8 @@ def server_text(text: str, ids: list[int], tokenizer: Any) -> str:
         f"A vLLM server would read the prompt {text!r} with other special tokens than training: it adds the tokenizer's own. "
         "Set `vllm_mode='colocate'`, where token ids are handed over."
     )
+
+
+def _trimmed(ids: torch.Tensor, mask: torch.Tensor) -> list[torch.Tensor]:
+    """The rows without their padding, on the host."""
+    return [row[:length] for row, length in zip(ids.cpu(), mask.sum(dim=1).tolist(), strict=True)]

@@ -52,6 +52,7 @@ class PromptData:
         available = columns_of(dataset, "train")
         check_images(available, self.args, self.losses)
         check_reward_columns(self.reward_funcs, available, "train")
+        check_repetition(dataset, self.args)
         self.columns = read_columns(available, "train", self.losses, self.judged)
         return check_prompts(dataset, self.columns, "train", self.processing_class)
 
@@ -67,6 +68,22 @@ class PromptData:
         return check_prompts(dataset, self.columns, split, self.processing_class)
 
 
+def check_repetition(dataset: Any, args: Any) -> None:
+    """Raise a `ValueError` for data that `num_iterations` cannot repeat."""
+    if args.num_iterations == 1:
+        return
+    if isinstance(dataset, IterableDataset):
+        raise ValueError(
+            f"`num_iterations={args.num_iterations}` takes prompts several times, and a stream gives each once. Load the dataset "
+            "without `streaming=True`."
+        )
+    if args.train_sampling_strategy not in ("random", "sequential"):
+        raise ValueError(
+            f"`train_sampling_strategy={args.train_sampling_strategy!r}` has an order of its own, and `num_iterations="
+            f"{args.num_iterations}` one in blocks. Use 'random' or 'sequential'."
+        )
+
+
 def check_images(columns: list[str], args: Any, losses: Mapping[str, Any]) -> None:
     """Raise a `ValueError` for what images exclude."""
     if "image" not in columns:
@@ -75,6 +92,15 @@ def check_images(columns: list[str], args: Any, losses: Mapping[str, Any]) -> No
         raise ValueError("Prompts with images need an even `num_generations` and a loss other than bias_variance.")
     if getattr(args, "mixture_coef", 0):
         raise ValueError("Prompts with images are not sampled from a mixture; set `mixture_coef=0`.")
+    for name, given in (
+        ("generation_batch_size", args.generation_batch_size),
+        ("num_iterations", args.num_iterations > 1),
+        ("steps_per_generation", (args.steps_per_generation or 0) > args.gradient_accumulation_steps),
+    ):
+        if given:
+            raise ValueError(
+                f"Prompts with images are generated for one micro-batch at a time and learnt from at once; leave `{name}` out."
+            )
     if args.use_vllm:
         raise ValueError(
             "Prompts with images cannot be sampled with vLLM: TRL's method gives back no image tensors, so log-probabilities "

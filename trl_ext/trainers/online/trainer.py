@@ -22,6 +22,7 @@ from trl_ext.data.columns import takes_each_reward
 from trl_ext.data.preference_model import PreferenceModel
 from trl_ext.data.tokens import template_arguments
 from trl_ext.generation import Completions
+from trl_ext.trainers.online.blocks import Blocks
 from trl_ext.trainers.online.checks import (
     check_arguments,
     check_preference_model,
@@ -37,6 +38,7 @@ from trl_ext.trainers.online.metrics import Ties
 from trl_ext.trainers.online.prompts import PromptData
 from trl_ext.trainers.online.rewards import Scores, judge_scores, reward_scores, rows_of
 from trl_ext.trainers.online.selection import Selection, select
+from trl_ext.trainers.online.together import Together
 from trl_ext.trainers.policy_copy import frozen_copy
 from trl_ext.trainers.reference import SyncReferenceAdapter, add_reference_adapter
 from trl_ext.trainers.scoring import build_scorer
@@ -49,7 +51,7 @@ from trl_ext.trainers.with_terms import WithTerms
 logger = get_logger(__name__)
 
 
-class OnlineDPOTrainer(Generation, Learning, Evaluation, WithTerms, TRLOnlineDPOTrainer):
+class OnlineDPOTrainer(Together, Generation, Learning, Evaluation, WithTerms, TRLOnlineDPOTrainer):
     """
     TRL's `OnlineDPOTrainer` with the losses of this package, `K` completions per prompt, and generation at full speed.
 
@@ -60,7 +62,10 @@ class OnlineDPOTrainer(Generation, Learning, Evaluation, WithTerms, TRLOnlineDPO
     Where none of the losses reads the reference, there is no reference model: nothing is logged that compares with it, and
     `rewards/*` are `beta` times the policy's log-probabilities.
 
-    The four steps of a batch, `generate`, `score`, `pair` and `learn`, are there to be replaced in a subclass. What they hand on,
+    All micro-batches of an optimizer step are generated for and scored together, and learnt from one after the other: the policy
+    does not change between them. `steps_per_generation`, `generation_batch_size` and `num_iterations` of the config change that.
+
+    The four steps, `generate`, `score`, `pair` and `learn`, are there to be replaced in a subclass. What they hand on,
     [`~trl_ext.generation.Completions`], [`~trl_ext.trainers.online.rewards.Scores`] and
     [`~trl_ext.trainers.online.selection.Selection`], is on the CPU.
 
@@ -70,8 +75,10 @@ class OnlineDPOTrainer(Generation, Learning, Evaluation, WithTerms, TRLOnlineDPO
     `rewards/rejected`, `rewards/margins`, `rewards/accuracies`, `logps/*`, `lengths/*` and `logratios/*` are over the pairs that
     are learnt from (for groups: the best completion against the worst). `completions/*`, `val/contain_eos_token`,
     `rewards/unscored` and each reward function's `rewards/NAME/mean` are over all sampled completions; `pairs/dropped_prompts` is
-    the share of prompts of which nothing is learnt. `loss/NAME` of several losses is each one's own mean over prompts. Where there
-    are neither rewards nor a judge, what compares completions is not logged.
+    the share of prompts of which nothing is learnt. `objective/behaviour_kl`, where the policy may have changed since it sampled,
+    is the mean log-ratio of the policy that sampled to the one that learns, over the completions that are learnt from. `loss/NAME`
+    of several losses is each one's own mean over prompts. Where there are neither rewards nor a judge, what compares completions is
+    not logged.
 
     Example:
 
@@ -242,6 +249,7 @@ class OnlineDPOTrainer(Generation, Learning, Evaluation, WithTerms, TRLOnlineDPO
         self._scorer = build_scorer(self.model, args, False, self.ref_model if self._has_ref_model else None)
         self._teachers = Teachers(self, teachers) if teachers else None
         self._ties = Ties()
+        self._blocks = Blocks(args.steps_per_generation or args.gradient_accumulation_steps, args.num_iterations)
         self._sampling = self._sampling_config()
         if self.use_vllm:
             self._last_loaded_step = -1
@@ -274,14 +282,12 @@ class OnlineDPOTrainer(Generation, Learning, Evaluation, WithTerms, TRLOnlineDPO
         return Trainer.training_step(self, model, inputs, num_items_in_batch)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        selections = []
-        for thinking in self._thinking:
-            completions = self.generate(model, inputs, thinking)
-            scores = self.score(inputs, completions)
-            selections.append(self.pair(completions, scores))
-            if not self.model.training and self._needs_reference:
-                self._compare_with_reference(model, inputs, completions, scores, thinking)
-        loss = self.learn(model, inputs, selections)
+        inputs = dict(inputs)
+        sampled = self._sampled(model, inputs)
+        if not self.model.training and self._needs_reference:
+            for selection, thinking in zip(sampled.selections, self._thinking, strict=True):
+                self._compare_with_reference(model, inputs, selection.completions, selection.scores, thinking)
+        loss = self.learn(model, inputs, sampled.selections, sampled.known)
         return (loss, {}) if return_outputs else loss
 
     def score(self, inputs: dict[str, Any], completions: Completions) -> Scores:

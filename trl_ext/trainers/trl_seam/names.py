@@ -46,6 +46,7 @@ DPO_ATTRIBUTES = (
 # What ours extends or reads of `trl.experimental.online_dpo.OnlineDPOTrainer`
 ONLINE_METHODS = (
     "_generate",
+    "_get_train_sampler",
     "_generate_vllm",
     "_get_output_dir",
     "_load_optimizer_and_scheduler",
@@ -58,6 +59,7 @@ ONLINE_METHODS = (
     "create_model_card",
     "evaluate",
     "evaluation_loop",
+    "get_batch_samples",
     "log",
     "prediction_step",
     "training_step",
@@ -67,6 +69,7 @@ ONLINE_ATTRIBUTES = (
     "_name",
     "_paper",
     "_tokenizer",
+    "_train_batch_size",
     "eos_token_ids",
     "generation_config",
     "generation_kwargs",
@@ -105,7 +108,14 @@ LOADER_NAMES = ("create_model_from_path",)
 
 # Of transformers and datasets: a colon stands before what is looked up in a module
 LIBRARY_NAMES = {
-    "transformers:GenerationMixin": ("_sample",),  # transformers' own decoding loop, which the CPU's draw runs in
+    # transformers' own decoding loop, which the CPU's draw runs in, and the steps that ours has of it
+    "transformers:GenerationMixin": (
+        "_has_unfinished_sequences",
+        "_optimize_model_for_decode",
+        "_prefill",
+        "_sample",
+        "_update_model_kwargs_for_generation",
+    ),
     "transformers:PreTrainedConfig": ("_attn_implementation",),
     "transformers:PreTrainedModel": ("_is_stateful",),
     "transformers:Trainer": ("_maybe_log_save_evaluate", "log"),  # called past TRL's own
