@@ -91,7 +91,14 @@ class Path:
         self.device, self.recompilations, self.turn = args.device, 0, 0
         ours = name.startswith("ours")
         options = (
-            {"logprob_memory_mb": args.memory_mb, "share_prefix": name != "ours-plain" and "auto"} if ours else {}
+            # A step of a first epoch: later ones have the reference's log-probs already (`epochs.py`)
+            {
+                "logprob_memory_mb": args.memory_mb,
+                "share_prefix": name != "ours-plain" and "auto",
+                "ref_logps_memory_mb": 0,
+            }
+            if ours
+            else {}
         )
         text = {"prompt": "a ", "chosen": "b", "rejected": "c"}
         grouped = ours and args.num_generations > 2
