@@ -11,7 +11,6 @@ import trl
 from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
 
 from trl_ext.data.checks import REFERENCES
 from trl_ext.data.collator import RowsCollator
@@ -337,17 +336,12 @@ class DPOTrainer(WithTerms, trl.DPOTrainer):
     # What `alpha="auto"` measures before the first step, and what is known of the reference
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
-        folder = resume_from_checkpoint
-        if folder is True:
-            folder = get_last_checkpoint(self.args.output_dir)
-        self._memory.begin()
-        if folder:
-            self._memory.load(folder)
-        self._mixing.before_training(folder)
+        self._memory.before_training(resume_from_checkpoint)
+        self._mixing.before_training(resume_from_checkpoint)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def evaluation_loop(self, *args, **kwargs):
-        self._memory.begin()
+        self._memory.before_evaluation()
         self._mixing.before_evaluation()
         return super().evaluation_loop(*args, **kwargs)
 

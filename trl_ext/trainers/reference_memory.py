@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
 from trl.trainer.callbacks import SyncRefModelCallback
 
 from trl_ext.data.cache import computing_config, content_key
@@ -206,7 +207,15 @@ class ReferenceMemory(TrainerCallback):
 
     # Whose values they are
 
-    def begin(self) -> None:
+    def before_training(self, resume_from_checkpoint: str | bool | None) -> None:
+        """Go on with what a checkpoint remembers; without one, with what is remembered here."""
+        self.before_evaluation()
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = get_last_checkpoint(self.trainer.args.output_dir)
+        if self.on and resume_from_checkpoint:
+            self.load(resume_from_checkpoint)
+
+    def before_evaluation(self) -> None:
         """Look at the reference again before the next batch."""
         self._stamp = None
 
@@ -281,7 +290,7 @@ class ReferenceMemory(TrainerCallback):
         """Remember what [`save`] wrote. Of a checkpoint without it nothing is remembered; nor, with a warning, where it is damaged."""
         self._forget(None)
         path = Path(folder) / FILE.format(self.trainer.args.process_index)
-        if not self.on or not path.exists():
+        if not path.exists():
             return
         try:
             with safe_open(path, framework="pt") as file:
