@@ -18,6 +18,7 @@ from trl_ext.rows import ABSENT, Plan, Rows, to_batch
 
 KEY_BYTES = 16
 
+
 @dataclass
 class RowsCollator:
     """

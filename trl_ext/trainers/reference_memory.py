@@ -109,7 +109,9 @@ class Store:
         """Keep what [`since`] gave; tensors that are no such thing are a `ValueError`."""
         keys, lengths, values = (tensors[name] for name in ("keys", "lengths", "values"))
         if keys.shape != (len(lengths), KEY_BYTES) or lengths.sum() != len(values):
-            raise ValueError(f"{len(keys)} keys, {len(lengths)} lengths and {len(values)} values do not belong together.")
+            raise ValueError(
+                f"{len(keys)} keys, {len(lengths)} lengths and {len(values)} values do not belong together."
+            )
         joined = keys.numpy().tobytes()
         keys = [joined[start : start + KEY_BYTES] for start in range(0, len(joined), KEY_BYTES)]
         self.keep(keys, lengths.tolist(), values)
@@ -222,7 +224,9 @@ class ReferenceMemory(TrainerCallback):
     def _stands_still(self, model: torch.nn.Module) -> bool:
         """Whether values of the reference hold later too. What was kept of another one is forgotten."""
         parameters = dict(self._of_reference(model, torch.nn.Module.named_parameters))
-        stamp = [value._version for value in parameters.values()]  # moves with each write, without waiting for the device
+        stamp = [
+            value._version for value in parameters.values()
+        ]  # moves with each write, without waiting for the device
         if model is self._model and stamp == self._stamp:
             return self._fixed
         self._model, self._stamp, self._sharded = model, stamp, is_sharded(model)
@@ -238,7 +242,9 @@ class ReferenceMemory(TrainerCallback):
         """Its parameters, or modules, by name: not the adapter that is trained, where it is the policy without that."""
         model = self.trainer.accelerator.unwrap_model(model)
         trained = model.active_adapters if self.trainer.ref_model is None and isinstance(model, PeftModel) else []
-        return ((name, value) for name, value in named(model) if not any(f".{each}." in f"{name}." for each in trained))
+        return (
+            (name, value) for name, value in named(model) if not any(f".{each}." in f"{name}." for each in trained)
+        )
 
     def _moves(self, model: torch.nn.Module, parameters: dict[str, torch.nn.Parameter]) -> bool:
         """Whether the reference is trained, follows the policy, or says another thing each time."""
