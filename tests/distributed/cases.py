@@ -259,7 +259,7 @@ def known_reference(model_dir: Path, folder: Path, **options) -> dict[str, Any]:
     """Rows come to the other process in later epochs, and are known there; in a resumed run too."""
     options = {
         "rows": preference_rows(2 * ROWS), "max_steps": -1, "num_train_epochs": 3, "save_strategy": "steps", "save_steps": 3,
-        "learning_rate": 1e-2, **options,
+        "optim": "adamw_torch", "learning_rate": 1e-3, **options,
     }  # fmt: skip
     whole = trainer(model_dir, folder / "run", **options)
     forwards = count_forwards(whole)
@@ -271,13 +271,13 @@ def known_reference(model_dir: Path, folder: Path, **options) -> dict[str, Any]:
     assert again == [] and len(resumed._memory.store.rows) == 4 * ROWS
     first, second = outcome(whole), outcome(resumed)
     for name, value in first["weights"].items():
-        torch.testing.assert_close(second["weights"][name], value, rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(second["weights"][name], value, rtol=1e-4, atol=1e-5)
     if STRATEGY != "ddp" and RANK == 1:
-        whole._memory.store.rows.clear()  # what one process has to ask, all have to
+        whole._memory._forget(whole._memory._reference)  # what one process has to ask, all have to
     whole.evaluate()
     known = STRATEGY == "ddp" or WORLD == 1
     assert len(forwards) == (2 if known else 4)
-    return {**first, "every process": len(whole._memory.store.rows)}
+    return first
 
 
 def measured_alpha(model_dir: Path, folder: Path) -> dict[str, Any]:
