@@ -137,8 +137,10 @@ class Path:
         self.trainer.current_gradient_accumulation_steps = 1
         # Token ids as they are, past the tokenizer
         self.examples = [(groups if grouped else pairs)(batch) for batch in sampled(args)]
-        if name == LATER:
-            self.warm_up()  # the first epoch
+        if name == LATER:  # the first epoch, of which nothing is learnt
+            for number in range(len(self.examples)):
+                self.train_on(number)
+                policy.zero_grad()
 
     def train_on(self, number: int) -> torch.Tensor:
         """The loss of a batch, whose gradients are there then. Padding and layout are part of it: without workers, a run waits for them."""
