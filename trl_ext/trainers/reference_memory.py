@@ -224,9 +224,8 @@ class ReferenceMemory(TrainerCallback):
     def _stands_still(self, model: torch.nn.Module) -> bool:
         """Whether values of the reference hold later too. What was kept of another one is forgotten."""
         parameters = dict(self._of_reference(model, torch.nn.Module.named_parameters))
-        stamp = [
-            value._version for value in parameters.values()
-        ]  # moves with each write, without waiting for the device
+        # Moves with each write, which says so without waiting for the device
+        stamp = [value._version for value in parameters.values()]
         if model is self._model and stamp == self._stamp:
             return self._fixed
         self._model, self._stamp, self._sharded = model, stamp, is_sharded(model)
