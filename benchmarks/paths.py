@@ -60,7 +60,8 @@ REFERENCE_FREE = {
     "ours-cpo": "cpo",
     "ours-asft": "asft",
 }  # losses whose step spares the reference
-PATHS = (*TRAINERS, "ours", "ours-plain", *REFERENCE_FREE)
+LATER = "ours-later"  # a step of a later epoch, in which what the reference says of each row is known
+PATHS = (*TRAINERS, "ours", "ours-plain", LATER, *REFERENCE_FREE)
 ATTEMPTS = 4  # to take a step in which nothing is compiled
 
 
@@ -91,7 +92,13 @@ class Path:
         self.device, self.recompilations, self.turn = args.device, 0, 0
         ours = name.startswith("ours")
         options = (
-            {"logprob_memory_mb": args.memory_mb, "share_prefix": name != "ours-plain" and "auto"} if ours else {}
+            {
+                "logprob_memory_mb": args.memory_mb,
+                "share_prefix": name != "ours-plain" and "auto",
+                "ref_logps_memory_mb": 1024 if name == LATER else 0,  # else each step is one of a first epoch
+            }
+            if ours
+            else {}
         )
         text = {"prompt": "a ", "chosen": "b", "rejected": "c"}
         grouped = ours and args.num_generations > 2
@@ -130,6 +137,10 @@ class Path:
         self.trainer.current_gradient_accumulation_steps = 1
         # Token ids as they are, past the tokenizer
         self.examples = [(groups if grouped else pairs)(batch) for batch in sampled(args)]
+        if name == LATER:  # the first epoch, of which nothing is learnt
+            for number in range(len(self.examples)):
+                self.train_on(number)
+                policy.zero_grad()
 
     def train_on(self, number: int) -> torch.Tensor:
         """The loss of a batch, whose gradients are there then. Padding and layout are part of it: without workers, a run waits for them."""

@@ -5,12 +5,14 @@ A whole DPO training step, through the trainers, on four paths in one run:
 - `liger`: the same with `LigerFusedLinearDPOLoss` for head and loss
 - `logits`: the same with plain logits of all tokens
 - `ours`: `trl_ext.DPOTrainer`; `ours-plain` is that without shared prompts, and `ours-simpo`, `ours-cpo`, `ours-asft` are those
-  losses in place of DPO's, without a reference model: their step beside that of `ours`
+  losses in place of DPO's, without a reference model: their step beside that of `ours`; `ours-later` is a step of a second or
+  later epoch, where `ours`, as all others, is one of the first
 
     python benchmarks/throughput.py                                  # 26 M parameters, prompts of about 200 tokens
     python benchmarks/throughput.py --prompt 500 --lora
     python benchmarks/throughput.py --device cuda --size 0.6b --vocab 151936 --dtype bfloat16 --profile ultrafeedback
     python benchmarks/throughput.py --scale prompt 50 200 800
+    python benchmarks/throughput.py --paths trl ours ours-later      # what a second epoch spares
 
 Each path takes the same batches in turn. A step is forward, backward and an optimizer update; TRL's defaults hold, gradient
 checkpointing among them. Peak memory is measured in a process of its own for each path.
@@ -46,7 +48,7 @@ from common import (
     write,
 )
 from lengths import PROFILES, sampled, tokens
-from paths import PATHS, REFERENCE_FREE, Models, Path
+from paths import LATER, PATHS, REFERENCE_FREE, Models, Path
 from transformers.utils.logging import set_verbosity_error
 
 
@@ -57,6 +59,7 @@ COLUMNS = {
     "milliseconds": "predicted\nms",
     "tokens_per_s": "tokens/s",
     "speed": "speed,\nTRL = 1",
+    "speed_over_first": "speed, first\nepoch = 1",
     "peak_mb": "peak\nMiB",
     "memory": "memory,\nTRL = 1",
     "loss_difference": "loss\nvs TRL",
@@ -166,6 +169,11 @@ def measure(args: argparse.Namespace, flags: list[str]) -> list[dict]:
             "seconds_max": max(seconds[name]),
             "tokens_per_s": mean_tokens / statistics.median(seconds[name]),
             "speed": ratio(seconds["trl"], seconds[name]),
+            **(
+                {"speed_over_first": ratio(seconds["ours"], seconds[LATER])}
+                if name == LATER and "ours" in seconds
+                else {}
+            ),
             **({"peak_mb": peaks[name], "memory": peaks[name] / peaks["trl"]} if peaks else {}),
             **agreement[name],
             **gpu.get(name, {}),

@@ -57,9 +57,11 @@ def test_decoding(tmp_path):
 
 
 def test_throughput(tmp_path):
-    rows = run("throughput", tmp_path, *TINY, "--exact", "--lora")
-    assert [row["path"] for row in rows] == ["trl", "liger", "logits", "ours"]
+    paths = ["trl", "liger", "logits", "ours", "ours-later"]
+    rows = run("throughput", tmp_path, *TINY, "--exact", "--lora", "--paths", *paths)
+    assert [row["path"] for row in rows] == paths
     assert float(rows[0]["speed"]) == 1.0
+    assert [bool(row["speed_over_first"]) for row in rows] == [False] * 4 + [True]
     for row in rows:
         assert float(row["gradient_difference"]) < 1e-4 and float(row["gradient_error"]) < 1e-4
         assert float(row["seconds"]) > 0 and float(row["peak_mb"]) > 0

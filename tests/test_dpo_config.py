@@ -108,7 +108,7 @@ def test_has_all_of_trls_fields():
     assert theirs.keys() <= ours.keys()
     assert ours.keys() - theirs.keys() == {
         "loss_kwargs", "logprob_backend", "logprob_memory_mb", "pairing", "share_prefix", "teacher_model_name_or_path",
-        "reverse_model_name_or_path", "teacher_model_init_kwargs",
+        "reverse_model_name_or_path", "teacher_model_init_kwargs", "ref_logps_memory_mb",
     }  # fmt: skip
     for name in theirs.keys() - {"loss_type"}:
         assert ours[name].default == theirs[name].default
@@ -145,6 +145,11 @@ def test_share_prefix_as_a_word(given, meant):
         ({"logprob_memory_mb": float("nan")}, "positive number of MiB"),
         ({"logprob_memory_mb": float("inf")}, "positive number of MiB"),
         ({"logprob_memory_mb": "8"}, "positive number of MiB"),
+        ({"ref_logps_memory_mb": -1}, "ref_logps_memory_mb=-1` must be a number of MiB, 0 to keep nothing"),
+        ({"ref_logps_memory_mb": float("nan")}, "must be a number of MiB, 0"),
+        ({"ref_logps_memory_mb": float("inf")}, "must be a number of MiB, 0"),
+        ({"ref_logps_memory_mb": None}, "must be a number of MiB, 0"),
+        ({"ref_logps_memory_mb": True}, "must be a number of MiB, 0"),
     ],
     ids=str,
 )

@@ -84,6 +84,7 @@ def test_names_of_other_libraries(tiny_model_dir):
         "transformers.PreTrainedConfig": model.config,
         "datasets.Dataset": Dataset.from_list(preference_rows(1)),
         "torch.compile": torch.compile(model, backend="eager"),
+        "torch.Tensor": torch.ones(1),
     }
     assert examples.keys() == trl_seam.OBJECT_NAMES.keys()
     for origin, names in trl_seam.OBJECT_NAMES.items():

@@ -46,6 +46,8 @@ class Rows:
         turns (`torch.Tensor` of shape `(N, T)`, *optional*):
             Number of the assistant's turn of each token to score, from 0 in each row, -1 elsewhere. By default each completion is
             one turn.
+        keys (`list[bytes]`, *optional*):
+            What tells rows apart by their content, wherever they are met again.
     """
 
     inputs: Mapping[str, torch.Tensor]
@@ -56,6 +58,7 @@ class Rows:
     ref_logps: torch.Tensor | None = None
     behaviour_logps: torch.Tensor | None = None
     turns: torch.Tensor | None = None
+    keys: list[bytes] | None = None
 
     @classmethod
     def of_pairs(cls, inputs: Mapping[str, torch.Tensor], completion_mask: torch.Tensor, **known: Any) -> "Rows":

@@ -21,6 +21,7 @@ from tests.conversations import rows as conversations
 from tests.helpers import OUR_LOSSES, WITH_STATE, build, history, masked_rows
 from tests.helpers import options as short
 from tests.online.runs import Scripted, online, prompts
+from tests.test_reference_memory import count_forwards
 from trl_ext.data import PreferenceModel
 from trl_ext.generation import sample_rows
 from trl_ext.metrics import MetricsCallback
@@ -254,6 +255,31 @@ def moved_reference(model_dir: Path, folder: Path) -> dict[str, Any]:
     for name, value in references[0].items():
         torch.testing.assert_close(references[1][name], value, rtol=1e-4, atol=1e-5)
     return {"whole": outcome(whole), "resumed": outcome(resumed), "reference": references[0]}
+
+
+def known_reference(model_dir: Path, folder: Path, **options) -> dict[str, Any]:
+    """Rows come to the other process in later epochs, and are known there; in a resumed run too."""
+    options = {
+        "rows": preference_rows(2 * ROWS), "max_steps": -1, "num_train_epochs": 3, "save_strategy": "steps", "save_steps": 3,
+        "optim": "adamw_torch", "learning_rate": 1e-3, **options,
+    }  # fmt: skip
+    whole = trainer(model_dir, folder / "run", **options)
+    forwards = count_forwards(whole)
+    whole.train()
+    assert len(forwards) == 2, "the reference has run again"
+    resumed = trainer(model_dir, folder / "resumed", **options)
+    again = count_forwards(resumed)
+    resumed.train(resume_from_checkpoint=str(folder / "run" / "checkpoint-3"))
+    assert again == [] and len(resumed._memory.store.rows) == 4 * ROWS
+    first, second = outcome(whole), outcome(resumed)
+    for name, value in first["weights"].items():
+        torch.testing.assert_close(second["weights"][name], value, rtol=1e-4, atol=1e-5)
+    if STRATEGY != "ddp" and RANK == 1:
+        whole._memory._forget(whole._memory._reference)  # what one process has to ask, all have to
+    whole.evaluate()
+    known = STRATEGY == "ddp" or WORLD == 1
+    assert len(forwards) == (2 if known else 4)
+    return first
 
 
 def measured_alpha(model_dir: Path, folder: Path) -> dict[str, Any]:
@@ -503,6 +529,8 @@ CASES = {
         ),
         "masked": partial(masked, gradient_checkpointing=True),
         "measured alpha": measured_alpha,
+        "known reference": known_reference,
+        "known tokens": partial(known_reference, loss_type="dmpo"),
         "stream": partial(every_loss, stream=True),
         "lists of scores": partial(lists, stream=True),
         "remembering": remembering,
@@ -527,6 +555,8 @@ CASES = {
         "trained head": HEAD,
         "moved reference": moved_reference,
         "moved adapter": ADAPTER,
+        "known reference": known_reference,
+        "known adapter": partial(known_reference, peft=lora(init_lora_weights=False)),
         "groups, precomputed": partial(groups, precompute_ref_log_probs=True),
         "alpha": refused_alpha,
         "held out": held_out,
@@ -547,6 +577,7 @@ CASES = {
         "trained head": HEAD,
         "moved reference": moved_reference,
         "moved adapter": ADAPTER,
+        "known reference": known_reference,
         "alpha": refused_alpha,
         "held out": held_out,
         "generated": partial(generated, generation_kwargs={"do_sample": False}),

@@ -38,12 +38,16 @@ def content_seed(*parts: Any) -> int:
     return int(content_key(*parts), 16) % 2**31
 
 
+def computing_config(model: nn.Module) -> dict[str, Any]:
+    """The configuration of a model as far as it says what is computed with the weights."""
+    return {name: value for name, value in model.config.to_dict().items() if name not in _NAMES}
+
+
 def model_key(model: nn.Module) -> str:
     """A hash of a model's weights, and of the configuration that says what is computed with them."""
-    config = {name: value for name, value in model.config.to_dict().items() if name not in _NAMES}
     adapters = {name: adapter.to_dict() for name, adapter in getattr(model, "peft_config", {}).items()}
     active = model.active_adapters if adapters and hasattr(model, "get_base_model") else None
-    return content_key(hash_module(model), config, adapters, active)
+    return content_key(hash_module(model), computing_config(model), adapters, active)
 
 
 def write_atomically(path: Path, text: str) -> None:

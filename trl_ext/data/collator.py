@@ -1,6 +1,7 @@
 """From examples to the table of rows, whatever collator pads them. Runs in the data loader's workers."""
 
-from collections.abc import Callable, Sequence
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +12,11 @@ from trl_ext.data.columns import WEIGHT
 from trl_ext.data.further import FURTHER
 from trl_ext.data.groups import BEHAVIOUR_LOGPS, GROUP_SCORES
 from trl_ext.data.turns import NOT_SCORED, TURNS
-from trl_ext.logprobs import Sharing
+from trl_ext.logprobs import Sharing, completion_lengths
 from trl_ext.rows import ABSENT, Plan, Rows, to_batch
+
+
+KEY_BYTES = 16
 
 
 @dataclass
@@ -35,6 +39,10 @@ class RowsCollator:
             Lays out the batch in shared rows.
         turns (`bool`, *optional*, defaults to `False`):
             Whether the columns `chosen_turns` and `rejected_turns`, where examples have them, say what is scored.
+        keys (`bool`, *optional*, defaults to `False`):
+            Whether rows are given keys, by which what is known of them is found again.
+        ld_alpha (`float`, *optional*):
+            Of LD-DPO: what is known of a row depends on the length of its partner too.
     """
 
     collator: Callable[[list[dict[str, Any]]], Any]
@@ -43,6 +51,8 @@ class RowsCollator:
     groups: bool = False
     sharing: Sharing | None = None
     turns: bool = False
+    keys: bool = False
+    ld_alpha: float | None = None
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         count = len(examples)
@@ -101,6 +111,7 @@ class RowsCollator:
             ref_logps=torch.cat(ref)[order] if ref else None,
             behaviour_logps=behaviour,
             turns=turns,
+            keys=content_keys(batch, mask, None if self.ld_alpha is None else partner) if self.keys else None,
         )
         return to_batch(rows, Plan(pairs=at[:count], columns=columns, share=columns.get(WEIGHT), **plan))
 
@@ -119,6 +130,29 @@ class RowsCollator:
         # Where truncation left nothing of the first turns, the next one is the first. A row's first token is never scored
         first = torch.where(there, turns, turns.max() + 1)[:, 1:].amin(dim=1, keepdim=True)
         return torch.where(there, (turns - first).clamp(min=0), NOT_SCORED)
+
+
+def content_keys(
+    inputs: Mapping[str, torch.Tensor], completion_mask: torch.Tensor, partner: torch.Tensor | None = None
+) -> list[bytes] | None:
+    """
+    A key of each row: its tokens without padding, which of them are scored, and how long its `partner` is, where one is given.
+
+    `None` where the batch holds what such a key leaves out: inputs beside tokens, such as images, or padding in front, by which
+    positions differ from batch to batch.
+    """
+    if set(inputs) != {"input_ids", "attention_mask"}:
+        return None
+    attended = inputs["attention_mask"] != 0
+    if (attended[:, 1:] & ~attended[:, :-1]).any():
+        return None
+    ids, scored = inputs["input_ids"].long().cpu().numpy(), (completion_mask != 0).cpu().numpy()
+    beside = [-1] * len(ids) if partner is None else completion_lengths(completion_mask)[partner].tolist()
+    keys = []
+    for row, (end, length) in enumerate(zip(attended.sum(dim=1).tolist(), beside, strict=True)):
+        content = ids[row, :end].tobytes() + scored[row, :end].tobytes() + length.to_bytes(8, "little", signed=True)
+        keys.append(hashlib.blake2b(content, digest_size=KEY_BYTES).digest())
+    return keys
 
 
 def _numbers(value: Any) -> torch.Tensor:

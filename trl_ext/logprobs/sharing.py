@@ -2,7 +2,7 @@
 
 import inspect
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -116,17 +116,21 @@ def why_not_shared(model: PreTrainedModel) -> str | None:
         return "it has multimodal rotary positions"
     if not hasattr(sys.modules[type(backbone).__module__], "create_causal_mask"):
         return "it does not build its attention masks through transformers"
-    dropout = max(
+    if largest_dropout(model.modules()) > 0:
+        return "dropout is on"
+    return None
+
+
+def largest_dropout(modules: Iterable[nn.Module]) -> float:
+    """The largest share that any of the modules drops in training, of activations or of attention."""
+    return max(
         (
             getattr(module, "p", 0.0) if isinstance(module, nn.Dropout) else getattr(module, "attention_dropout", 0.0)
-            for module in model.modules()
+            for module in modules
             if isinstance(module, nn.Dropout) or isinstance(getattr(module, "attention_dropout", None), float)
         ),
         default=0.0,
     )
-    if dropout > 0:
-        return "dropout is on"
-    return None
 
 
 def why_not_unpadded(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> str | None:

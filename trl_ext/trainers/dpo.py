@@ -23,6 +23,7 @@ from trl_ext.trainers.mixing import MeasuredMixing
 from trl_ext.trainers.policy_copy import frozen_copy
 from trl_ext.trainers.prepare import PreferenceData
 from trl_ext.trainers.reference import copies_policy, precomputed, reference_forward, refuse_reference
+from trl_ext.trainers.reference_memory import ReferenceMemory
 from trl_ext.trainers.scoring import Scorer, build_scorer, statistics_of_step
 from trl_ext.trainers.teachers import Teachers, given_teachers, with_divergences
 from trl_ext.trainers.terms import Terms
@@ -191,6 +192,7 @@ class DPOTrainer(WithTerms, trl.DPOTrainer):
         bind_forward(base_model(self.model))
         self._teachers = Teachers(self, teachers) if teachers else None
         self._mixing = MeasuredMixing(self)
+        self._memory = ReferenceMemory(self)
         if losses:  # TRL computes its own loss types, we the rest
             self.loss_types, self.loss_weights = [name for name, _ in theirs], [weight for _, weight in theirs]
         if losses or (self._scorer.head is not None and not dispatched):
@@ -198,8 +200,15 @@ class DPOTrainer(WithTerms, trl.DPOTrainer):
             self.accelerator.dataloader_config.dispatch_batches = False  # which a stream would have turned on
             kinds = {"empty_trace": data.empty_trace, "groups": data.groups, "turns": data.turns}
             self.data_collator = RowsCollator(
-                self.data_collator, data.numeric_columns, sharing=self._scorer.sharing, **kinds
+                self.data_collator,
+                data.numeric_columns,
+                sharing=self._scorer.sharing,
+                keys=self._memory.on,
+                ld_alpha=self.ld_alpha,
+                **kinds,
             )
+        if self._memory.on:
+            self.add_callback(self._memory)
 
     @staticmethod
     def _check_paths(*models: Any) -> None:
@@ -268,7 +277,8 @@ class DPOTrainer(WithTerms, trl.DPOTrainer):
         ref_token_logps = None
         if self._needs_reference and rows.ref_logps is None:
             reference = self.model if self.ref_model is None else self.ref_model
-            ref_token_logps = self._reference_token_logps(reference, rows)
+            forward = functools.partial(self._reference_token_logps, reference, rows)
+            rows, ref_token_logps = self._memory.logps(reference, rows, forward)
         divergence = None if self._teachers is None else self._teachers.divergence(rows, plan)
         # One forward for all rows, through the wrapped model
         statistics = None if scorer.head is None else statistics_of_step(self)
@@ -323,16 +333,20 @@ class DPOTrainer(WithTerms, trl.DPOTrainer):
                 metrics[f"loss/{name}"] = loss
         return (total, terms) if return_outputs else total
 
-    # What `alpha="auto"` measures before the first step
+    # What `alpha="auto"` measures before the first step, and what is known of the reference
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        self._memory.before_training(resume_from_checkpoint)
         self._mixing.before_training(resume_from_checkpoint)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def evaluation_loop(self, *args, **kwargs):
+        self._memory.before_evaluation()
         self._mixing.before_evaluation()
         return super().evaluation_loop(*args, **kwargs)
 
     def _save_checkpoint(self, model, trial):
         super()._save_checkpoint(model, trial)
-        self._mixing.save(f"{self._get_output_dir(trial=trial)}/checkpoint-{self.state.global_step}")
+        folder = f"{self._get_output_dir(trial=trial)}/checkpoint-{self.state.global_step}"
+        self._mixing.save(folder)
+        self._memory.save(folder)

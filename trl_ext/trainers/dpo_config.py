@@ -23,6 +23,12 @@ class DPOConfig(LossArguments, trl.DPOConfig):
             that take them (`anchored`, `aligndistil`, `trpa`, `drpo`) and the best against the worst for the others;
             `"best_worst"`; or `"all"`, each two completions of different scores. By default whole groups where a loss takes them,
             else best against worst.
+        ref_logps_memory_mb (`float`, *optional*, defaults to `1024`):
+            MiB in which each process keeps log-probabilities of the reference, so that it scores a row once and not in every epoch
+            and evaluation: about 200 bytes per completion, and 5 per token where a loss reads tokens (`dmpo`). What finds no
+            room is computed each time, as is everything with 0. They are saved in checkpoints. Nothing is kept where the reference moves
+            (`sync_ref_model`), of batches with images, or with TRL's losses and `logprob_backend="trl"`; with
+            `precompute_ref_log_probs` they stand in the dataset.
         loss_kwargs, logprob_backend, logprob_memory_mb, share_prefix, teacher_model_name_or_path, reverse_model_name_or_path,
         teacher_model_init_kwargs:
             See [`LossArguments`].
@@ -54,7 +60,18 @@ class DPOConfig(LossArguments, trl.DPOConfig):
         },
     )
 
+    ref_logps_memory_mb: float = field(
+        default=1024,
+        metadata={
+            "help": "MiB in which log-probabilities of the reference are kept, so that it scores a row once and not in every "
+            "epoch; 0 keeps none."
+        },
+    )
+
     def __post_init__(self):
+        memory = self.ref_logps_memory_mb
+        if isinstance(memory, bool) or not (isinstance(memory, (int, float)) and 0 <= memory < float("inf")):
+            raise ValueError(f"`ref_logps_memory_mb={memory!r}` must be a number of MiB, 0 to keep nothing.")
         self.loss_type = resolve_loss_types(self.loss_type)
         self.check_shared_arguments()
         losses = build_losses(self.loss_type, self.loss_kwargs)

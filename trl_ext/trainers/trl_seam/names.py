@@ -128,6 +128,7 @@ OBJECT_NAMES = {
     "transformers.PreTrainedConfig": ("_name_or_path",),
     "datasets.Dataset": ("_fingerprint",),
     "torch.compile": ("_orig_mod",),
+    "torch.Tensor": ("_version",),
 }
 
 # Looked up when any trainer is loaded, and when those of rewards, of online training and of supervised fine-tuning are
