@@ -331,3 +331,34 @@ def test_a_process_that_dies_takes_no_other_run_along(tmp_path):
     assert runner.run_all([claim], place, workers=2, minutes=9, again=False) == 0
     errors = {each["setting"]: each.get("error") for each in place.results(claim)}
     assert errors == {0: None, 1: "its process died twice", 2: None}
+
+
+# What is said of the figures
+
+
+@pytest.mark.parametrize(
+    ("measured", "places", "sign"),
+    [
+        ("true reward, offset less DPO (96 pairs)", 2, 1),
+        ("true reward, offset less DPO (640 pairs)", 2, 1),
+        ("tokens saved by length_regularized beside plain DPO, at equal KL", 0, 1),
+        ("exploitability saved by sppo_soft beside DPO in rounds, after three rounds", 3, -1),
+        ("true reward, margin_adaptive less DPO (good data)", 2, 1),
+        ("true reward, margin_adaptive less DPO (bad data)", 2, 1),
+        ("true reward, anchored less robust (20 % flipped)", 2, 1),
+        ("true reward, anchored less DPO (20 % flipped)", 2, 1),
+        ("true reward, anchored less DPO (40 % flipped)", 2, 1),
+        ("rank correlation of estimated and true reliability, mean over settings", 2, 1),
+        ("true reward, robust_em less DPO", 2, 1),
+    ],
+)
+def test_the_readme_has_the_figures_of_the_report(measured, places, sign):
+    with open(BENCHMARKS / "results" / "quality_toy.csv") as file:
+        (row,) = (row for row in csv.DictReader(file) if row["measured"] == measured)
+    effect, *bounds = (sign * float(row[name]) for name in ("effect", "low", "high"))
+    low, high = sorted(bounds)
+    shown = f"{effect:.{places}f} [{low:.{places}f}, {high:.{places}f}]"
+    readme = (BENCHMARKS.parent / "README.md").read_text()
+    assert shown in readme, f"{shown} {row['verdict']}"
+    line = next(line for line in readme.splitlines() if shown in line)
+    assert f"| {row['verdict']} |" in line

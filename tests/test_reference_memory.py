@@ -19,9 +19,10 @@ from tests.helpers import assert_same_parameters, build, first_batch, history, o
 from tests.plain import pair_logps, token_logps
 from tests.test_groups import groups
 from tests.test_workers import half_missing
+from trl_ext.data.cache import tensor_key
 from trl_ext.data.collator import RowsCollator, content_keys
 from trl_ext.rows import from_batch
-from trl_ext.trainers.reference_memory import ROW_BYTES, Store, weights_key
+from trl_ext.trainers.reference_memory import ROW_BYTES, Store
 
 
 # Three steps per epoch; rows of an epoch in the same batches as those of the one before
@@ -304,10 +305,10 @@ def test_the_trained_adapter_is_no_part_of_the_reference(tiny_model_dir, tmp_pat
     assert len(forwards) == 2
 
 
-def test_weights_key_sees_every_bit():
+def test_tensor_key_sees_every_bit():
     value = torch.randn(3, 5, generator=torch.Generator().manual_seed(1))
-    key = weights_key(value)
-    assert weights_key(value.clone()) == key == weights_key(value.T.contiguous().T)
+    key = tensor_key(value)
+    assert tensor_key(value.clone()) == key == tensor_key(value.T.contiguous().T)
     for other in (
         value * 2,
         -value,
@@ -316,10 +317,10 @@ def test_weights_key_sees_every_bit():
         value.double(),
         torch.nextafter(value, value + 1),
     ):
-        assert weights_key(other) != key
+        assert tensor_key(other) != key
     half = value.bfloat16()
-    assert weights_key(half) != weights_key(value.half()) != key
-    assert weights_key(torch.empty(0)) and weights_key(torch.tensor(True)) != weights_key(torch.tensor(False))
+    assert tensor_key(half) != tensor_key(value.half()) != key
+    assert tensor_key(torch.empty(0)) and tensor_key(torch.tensor(True)) != tensor_key(torch.tensor(False))
 
 
 def test_weights_that_cannot_be_read(tiny_model_dir, tmp_path, caplog):

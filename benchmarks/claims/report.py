@@ -113,7 +113,7 @@ class Report:
                 row.claim not in self.ran
                 or old is None
                 or row.verdict == "failed"
-                or math.isnan(float(old["low"] or "nan"))
+                or not math.isfinite(float(old["low"] or "nan"))
             ):
                 continue
             inside = float(old["low"]) <= row.effect <= float(old["high"])

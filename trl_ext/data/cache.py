@@ -11,11 +11,15 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from torch import nn
+from torch.distributed.tensor import DTensor
 from trl.trainer.utils import hash_module
 
 
 # Of a configuration: what changes nothing of what a model computes
 _NAMES = ("_name_or_path", "architectures", "transformers_version", "use_cache")
+# Numbers of a tensor that are hashed at a time, and what their bits are read as
+_PART = 2**20
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def default_folder() -> Path:
@@ -48,6 +52,17 @@ def model_key(model: nn.Module) -> str:
     adapters = {name: adapter.to_dict() for name, adapter in getattr(model, "peft_config", {}).items()}
     active = model.active_adapters if adapters and hasattr(model, "get_base_model") else None
     return content_key(hash_module(model), computing_config(model), adapters, active)
+
+
+def tensor_key(value: torch.Tensor) -> list:
+    """Form and content of the part of a parameter that this process has: its bits under random factors, added up exactly."""
+    local = getattr(value, "ds_tensor", value).detach()
+    local = local.to_local() if isinstance(local, DTensor) else local
+    bits = local.reshape(-1).contiguous().view(_BITS[local.element_size()])
+    generator = torch.Generator().manual_seed(0)
+    factors = torch.randint(-(2**62), 2**62, (min(_PART, len(bits)),), generator=generator).to(local.device)
+    sums = [(part.long() * (2 * factors[: len(part)] + 1)).sum() for part in bits.split(_PART)]
+    return [str(local.dtype), list(value.shape), torch.stack(sums).tolist()]
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -13,12 +13,11 @@ from accelerate.utils import gather_object
 from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 from trl.trainer.callbacks import SyncRefModelCallback
 
-from trl_ext.data.cache import computing_config, content_key
+from trl_ext.data.cache import computing_config, content_key, tensor_key
 from trl_ext.data.collator import KEY_BYTES
 from trl_ext.logprobs import completion_lengths, scored_tokens, sum_completions
 from trl_ext.logprobs.sharing import largest_dropout
@@ -38,10 +37,6 @@ MEMORY_MB = 1024
 ROW_BYTES = 200
 # The buffer of the values grows by a quarter
 SPARE = 1.25
-
-# Numbers of a tensor that are hashed at a time, and what their bits are read as
-PART = 2**20
-BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 # Callbacks that move a reference, by whomever they were added
 FOLLOWING = (SyncRefModelCallback, SyncReferenceAdapter)
@@ -261,7 +256,7 @@ class ReferenceMemory(TrainerCallback):
         trainer = self.trainer
         model = trainer.accelerator.unwrap_model(model)
         try:
-            weights = {name: weights_key(value) for name, value in parameters.items()}
+            weights = {name: tensor_key(value) for name, value in parameters.items()}
         except (KeyError, NotImplementedError, RuntimeError, TypeError) as error:  # elsewhere, or of an unusual kind
             logger.warning_once(
                 f"Reference log-probabilities are not kept: the weights of the reference cannot be read ({error})."
@@ -308,14 +303,3 @@ class ReferenceMemory(TrainerCallback):
                 f"{path} cannot be read ({error}): the reference's log-probabilities are computed anew.",
                 main_process_only=False,
             )
-
-
-def weights_key(value: torch.Tensor) -> list:
-    """Form and content of the part of a parameter that this process has: its bits under random factors, added up exactly."""
-    local = getattr(value, "ds_tensor", value).detach()
-    local = local.to_local() if isinstance(local, DTensor) else local
-    bits = local.reshape(-1).contiguous().view(BITS[local.element_size()])
-    generator = torch.Generator().manual_seed(0)
-    factors = torch.randint(-(2**62), 2**62, (min(PART, len(bits)),), generator=generator).to(local.device)
-    sums = [(part.long() * (2 * factors[: len(part)] + 1)).sum() for part in bits.split(PART)]
-    return [str(local.dtype), list(value.shape), torch.stack(sums).tolist()]
