@@ -218,3 +218,21 @@ def test_a_prompt_runs_once_through_the_reference_and_its_last_logits_alone(leng
 def test_a_mixture_is_no_beam_search(model, reference, batch):
     with pytest.raises(ValueError, match="leave out `num_beams`"):
         drawn(model, batch, GREEDY | {"num_beams": 2}, mixture=mixed(reference))
+
+
+def test_what_lies_at_each_point_of_the_distribution():
+    """Over a grid of points each token comes as often as it is likely, in a vocabulary of several parts; none of probability 0 does."""
+    generator = torch.Generator().manual_seed(0)
+    scores = 3 * torch.randn(1, 700, generator=generator)
+    scores[:, ::7], scores[:, 256:512], scores[:, -1] = -torch.inf, -torch.inf, -torch.inf
+    grid = 200_000
+    points = (torch.arange(grid, dtype=torch.float64) + 0.5).unsqueeze(1) / grid
+    tokens = torch.cat([decoding.draw(scores.expand(len(part), -1), part) for part in points.split(10_000)]).squeeze(1)
+    expected = scores.double().softmax(dim=-1)[0]
+    shares = tokens.bincount(minlength=700) / grid
+    # Of a grid no share is off by more than two points, but for rounding
+    torch.testing.assert_close(shares.double(), expected, rtol=0, atol=3 / grid)
+    assert (shares[expected == 0] == 0).all() and (tokens.diff() >= 0).all()
+    ends = decoding.draw(scores.expand(2, -1), torch.tensor([[0.0], [1.0]], dtype=torch.float64)).flatten()
+    possible = (expected > 0).nonzero().flatten()
+    assert ends.tolist() == [possible[0], possible[-1]]

@@ -12,6 +12,9 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 # one row to a quarter of them take about the same time (benchmarks/decoding.py); a device is not asked for every single row
 SHARE = 1 / 16
 
+# Entries of the vocabulary whose probabilities are added up to find the one that is drawn: about the root of most vocabularies
+PART = 256
+
 # Their rows do not depend on one another, and they keep nothing of a row from token to token
 _WITHOUT_ROWS = tuple(
     getattr(transformers, name)
@@ -55,7 +58,7 @@ def draw(scores: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
     Each row's next token.
 
     By inversion of the distribution function, which on a CPU costs a fraction of `torch.multinomial`: that draws a random
-    number for each entry of the vocabulary.
+    number for each entry of the vocabulary. The function is added up over parts of the vocabulary, and then within one of them.
 
     Args:
         scores (`torch.Tensor` of shape `(N, V)`):
@@ -66,11 +69,23 @@ def draw(scores: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
     Returns:
         `torch.Tensor` of shape `(N, 1)`.
     """
-    cumulated = scores.softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
+    weights = (scores - scores.amax(dim=-1, keepdim=True)).exp_()
+    if weights.size(1) % PART:
+        weights = nn.functional.pad(weights, (0, -weights.size(1) % PART))
+    parts = weights.view(len(weights), -1, PART)
+    until = parts.sum(dim=-1).cumsum(dim=-1, dtype=torch.float64)
+    place, part = _above(until, points)
+    within = parts.gather(1, part.unsqueeze(2).expand(-1, -1, PART)).squeeze(1).cumsum(dim=-1, dtype=torch.float64)
+    return part * PART + _above(within, place)[1]
+
+
+def _above(cumulated: torch.Tensor, points: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of each row the first entry above a share of its total, never one that adds nothing; and where in that entry the share lies."""
     total = cumulated[:, -1:]
     points = torch.minimum(points * total, torch.nextafter(total, torch.zeros_like(total)))
-    # The first entry above the point: never one of probability 0
-    return torch.searchsorted(cumulated, points, right=True)
+    entry = torch.searchsorted(cumulated, points, right=True)
+    before = torch.where(entry > 0, cumulated.gather(1, (entry - 1).clamp(min=0)), 0)
+    return ((points - before) / (cumulated.gather(1, entry) - before)).clamp(0, 1), entry
 
 
 def draw_on_cpu(model, input_ids, logits_processor=None, generation_config=None, **kwargs):
@@ -134,8 +149,10 @@ def decode(
                 )
                 outputs = model(**inputs, return_dict=True)
             kwargs = model._update_model_kwargs_for_generation(outputs, kwargs)
-            scores = logits_processor(ids, outputs.logits[:, -1].to(torch.float32, copy=True))
-            outputs = None  # a prompt's logits may be large
+            logits = outputs.logits
+            # A copy of those of a prompt, which may be large, and are not kept
+            scores = logits_processor(ids, logits[:, -1].to(torch.float32, copy=logits.size(1) > 1))
+            outputs = logits = None
             if not waiting:  # for other processes alone
                 ids = nn.functional.pad(ids, (0, 1), value=fill)
                 continue
