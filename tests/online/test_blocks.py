@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from datasets import Dataset
+from transformers import TrainerCallback
 
 import trl_ext
 from tests.helpers import assert_same_parameters, history, options, parameters
@@ -29,7 +30,7 @@ def taking(blocks, rows):
     source = iter([{"row": row} for row in rows])
 
     def take(count):
-        found = blocks.take(source, count, lambda pulled: list(itertools.islice(source, pulled)))
+        found = blocks.take(count, lambda pulled: list(itertools.islice(source, pulled)))
         assert all(set(batch) == {"row", BLOCK} for batch in found)
         return [(batch["row"], batch[BLOCK].number, batch[BLOCK].last, batch[BLOCK].block) for batch in found]
 
@@ -70,6 +71,7 @@ def test_a_block_comes_as_often_as_it_is_used():
 def test_another_epoch_begins_with_a_block_of_its_own():
     blocks = Blocks(4, 1)
     first = taking(blocks, "abcd")(2)  # and stopped
+    blocks.on_epoch_end(None, None, None)
     second = taking(blocks, "efgh")(2)
     assert without_block(second) == [("e", 0, True), ("f", 1, True)] and first[0][3] is not second[0][3]
 
@@ -330,6 +332,24 @@ def test_a_reference_that_stands_is_asked_once(tiny_model_dir, tmp_path):
 
     run(tiny_model_dir, tmp_path, cls=Watched, num_iterations=2, max_steps=4, share_prefix=False)
     assert calls == [0, 2]
+
+
+def test_an_epoch_that_is_stopped_leaves_nothing(tiny_model_dir, tmp_path):
+    """The next one generates anew, and so does another training of the same trainer."""
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_epoch_stop = True
+
+    trainer = online(
+        tiny_model_dir, tmp_path, cls=Counting, **{**FOUR, "num_iterations": 2, "max_steps": -1, "num_train_epochs": 2}
+    )
+    trainer.add_callback(Stop())
+    trainer.train()
+    assert [step for step, _ in trainer.generated] == [0, 1]
+    trainer.remove_callback(Stop)
+    trainer.train()
+    assert [step for step, _ in trainer.generated][2:] == [0, 2, 4, 6]
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch.utils.data import Sampler
+from transformers import TrainerCallback
 
 from trl_ext.generation import Completions
 from trl_ext.trainers.online.rewards import Scores
@@ -93,7 +94,7 @@ class Place:
     last: bool
 
 
-class Blocks:
+class Blocks(TrainerCallback):
     """
     Hands out the micro-batches of a run, each with its place in a block.
 
@@ -106,27 +107,21 @@ class Blocks:
 
     def __init__(self, length: int, uses: int):
         self.length, self.uses = length, uses
-        self.source: Iterator | None = None
         self.ready: deque[dict[str, Any]] = deque()
         self.block: Block | None = None
         self.use = 0  # which of its uses the block is in
         self.resumed = 0  # micro-batches of this use that a resumed run still has to take from the data loader
 
-    def take(self, source: Iterator, count: int, pull: Callable[[int], list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    def take(self, count: int, pull: Callable[[int], list[dict[str, Any]]]) -> list[dict[str, Any]]:
         """
         The next micro-batches of an optimizer step.
 
         Args:
-            source (`Iterator`):
-                Of the epoch. Another one than before begins with a block of its own, but for what a checkpoint held.
             count (`int`):
-                How many; fewer at the end of the source.
+                How many; fewer at the end of an epoch.
             pull (`Callable`):
-                Takes so many micro-batches, or what is left of them, from the source.
+                Takes so many micro-batches, or what is left of them, from the data loader.
         """
-        if self.source is not None and source is not self.source:
-            self.forget()
-        self.source = source
         while len(self.ready) < count:
             first = 0
             if self.resumed:
@@ -148,7 +143,10 @@ class Blocks:
     def forget(self) -> None:
         """Begin anew: what was taken and generated is of no use."""
         self.ready.clear()
-        self.source, self.block, self.use, self.resumed = None, None, 0, 0
+        self.block, self.use, self.resumed = None, 0, 0
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        self.forget()  # what is left of an epoch that was stopped
 
     def state(self) -> dict[str, Any] | None:
         """What a resumed run needs beside its data, for JSON; `None` where the next optimizer step begins a block."""

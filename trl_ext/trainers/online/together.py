@@ -35,7 +35,7 @@ class Together:
             return super(Together, self).get_batch_samples(epoch_iterator, count, device)[0]
 
         # No micro-batch has labels, whose number the loss would be divided by
-        return self._blocks.take(epoch_iterator, num_batches, pull), None
+        return self._blocks.take(num_batches, pull), None
 
     def _get_train_sampler(self, train_dataset=None) -> Sampler | None:
         if self.args.num_iterations == 1:

@@ -250,6 +250,7 @@ class OnlineDPOTrainer(Together, Generation, Learning, Evaluation, WithTerms, TR
         self._teachers = Teachers(self, teachers) if teachers else None
         self._ties = Ties()
         self._blocks = Blocks(args.steps_per_generation or args.gradient_accumulation_steps, args.num_iterations)
+        self.add_callback(self._blocks)
         self._sampling = self._sampling_config()
         if self.use_vllm:
             self._last_loaded_step = -1
