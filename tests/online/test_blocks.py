@@ -348,8 +348,17 @@ def test_an_epoch_that_is_stopped_leaves_nothing(tiny_model_dir, tmp_path):
     trainer.train()
     assert [step for step, _ in trainer.generated] == [0, 1]
     trainer.remove_callback(Stop)
+
+    class Fail(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            raise RuntimeError("out of memory")
+
+    trainer.add_callback(Fail())
+    with pytest.raises(RuntimeError, match="out of memory"):
+        trainer.train()
+    trainer.remove_callback(Fail)
     trainer.train()
-    assert [step for step, _ in trainer.generated][2:] == [0, 2, 4, 6]
+    assert [step for step, _ in trainer.generated][2:] == [0, 0, 2, 4, 6]
 
 
 @pytest.mark.parametrize(
