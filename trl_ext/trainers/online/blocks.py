@@ -111,6 +111,7 @@ class Blocks(TrainerCallback):
         self.block: Block | None = None
         self.use = 0  # which of its uses the block is in
         self.resumed = 0  # micro-batches of this use that a resumed run still has to take from the data loader
+        self.loaded = False  # for the training that begins next
 
     def take(self, count: int, pull: Callable[[int], list[dict[str, Any]]]) -> list[dict[str, Any]]:
         """
@@ -145,6 +146,11 @@ class Blocks(TrainerCallback):
         self.ready.clear()
         self.block, self.use, self.resumed = None, 0, 0
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        if not self.loaded:
+            self.forget()  # what is left of a training that failed
+        self.loaded = False
+
     def on_epoch_end(self, args, state, control, **kwargs):
         self.forget()  # what is left of an epoch that was stopped
 
@@ -158,7 +164,7 @@ class Blocks(TrainerCallback):
         """Go on as the run did that `state` is of."""
         self.forget()
         self.block = Block([], [unpacked(each) for each in state["sampled"]])
-        self.use, self.resumed = state["use"], state["left"]
+        self.use, self.resumed, self.loaded = state["use"], state["left"], True
 
 
 RECORDS = {record.__name__: record for record in (Sampled, Known, Selection, Scores, Completions)}

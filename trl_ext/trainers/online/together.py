@@ -135,7 +135,6 @@ class Together:
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)
-        self._blocks.forget()
         if checkpoint is None or self.args.ignore_data_skip:
             return
         file = Path(checkpoint) / f"block_{self.accelerator.process_index}.json"
