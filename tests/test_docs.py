@@ -77,7 +77,8 @@ def lines_of(page: Path) -> list[str]:
     return [line for line in lines if line and not line.startswith(("#", "run="))]
 
 
-COMMANDS = list(dict.fromkeys(line for page in PAGES for line in lines_of(page)))
+# A loss that has to be installed first: tests/test_docs_plugin.py
+COMMANDS = list(dict.fromkeys(line for page in PAGES for line in lines_of(page) if " capped" not in line))
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -113,6 +114,7 @@ def test_command_is_understood(command, here, monkeypatch, trl_as_it_was):  # no
 
 
 BLOCKS = [(page, block) for page in PAGES for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)]
+BLOCKS = [(page, block) for page, block in BLOCKS if not block.startswith("{")]  # rows of data
 
 
 @pytest.mark.parametrize(
