@@ -31,50 +31,36 @@ def installed(tmp_path_factory):
     return target
 
 
-def run(installed, *arguments: str, cwd=ROOT) -> str:
-    path = os.pathsep.join([str(installed), str(ROOT)])
-    environment = {**os.environ, "PYTHONPATH": path, "COLUMNS": "200"}
-    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=cwd, env=environment)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-FIND = """
-import json, sys
+# In one process, since each would import torch: nothing is loaded before it is named; the commands; the package's own tests
+USE = """
+import sys
 from trl_ext import get_loss, list_losses
 assert "capped" in list_losses() and "capped_loss" not in sys.modules
-print(json.dumps([type(get_loss("capped")).__module__, get_loss("capped", cap=1.5).cap]))
-"""
-PARSE = """
-import sys
+assert get_loss("capped", cap=1.5).cap == 1.5
+from trl_ext.cli import main
+assert main(["losses", "capped"]) == 0
 from trl_ext.trainers.patch import patch_trl
 patch_trl()
 from trl_ext import run_dpo
 parser = run_dpo.dpo.make_parser(prog="trl-ext run dpo")
-training = parser.parse_args_and_config([*sys.argv[1:], "--use_cpu", "--bf16", "false"])[1]
+training = parser.parse_args_and_config([*sys.argv[2:], "--use_cpu", "--bf16", "false"])[1]
 print(training.loss_type, training.loss_kwargs)
+import pytest
+sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", sys.argv[1]]))
 """
 
 
-def test_found_through_its_entry_point(installed):
-    assert run(installed, "-c", FIND).strip() == '["capped_loss", 1.5]'
-
-
-def test_its_own_tests_pass(installed):
-    assert "2 passed" in run(installed, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(PLUGIN / "tests"))
-
-
-def test_commands_of_the_page(installed, tmp_path):
-    commands = [line for line in lines_of(PAGE) if " capped" in line]
-    assert len(commands) == 2
-    for command in commands:
-        program, *words = shlex.split(command.replace("$run", test_papers.RUN))
-        assert program == "trl-ext"
-        if words[0] == "losses":
-            assert "cap" in run(installed, "-m", "trl_ext", *words)
-        else:
-            assert words[:2] == ["run", "dpo"]
-            assert run(installed, "-c", PARSE, *words[2:], cwd=tmp_path).strip() == "['capped'] {'cap': 1.5}"
+def test_it_is_found_and_used_as_the_page_says(installed, tmp_path):
+    commands = [shlex.split(line.replace("$run", test_papers.RUN)) for line in lines_of(PAGE) if " capped" in line]
+    assert [words[:3] for words in commands] == [["trl-ext", "losses", "capped"], ["trl-ext", "run", "dpo"]]
+    path = os.pathsep.join([str(installed), str(ROOT)])
+    done = subprocess.run(
+        [sys.executable, "-c", USE, str(PLUGIN / "tests"), *commands[1][3:]],
+        capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": path, "COLUMNS": "200"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.startswith("capped ") and "Reward gap that is enough" in done.stdout
+    assert "['capped'] {'cap': 1.5}" in done.stdout and "2 passed" in done.stdout
 
 
 def test_the_page_shows_the_files():

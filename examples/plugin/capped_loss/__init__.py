@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+
 from trl_ext import PreferenceBatch
 from trl_ext.losses import Loss
 

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from trl_ext import PreferenceBatch, get_loss
 
 
@@ -23,5 +24,5 @@ def test_values_and_gradients():
 
 
 def test_cap_is_positive():
-    with pytest.raises(ValueError, match="`cap=0.0` must be positive"):
+    with pytest.raises(ValueError, match=r"`cap=0\.0` must be positive"):
         get_loss("capped", cap=0.0)
