@@ -1,6 +1,7 @@
 """The pages of docs/: messages that they quote are in the code, commands are understood, snippets fit, links lead somewhere."""
 
 import ast
+import dataclasses
 import functools
 import importlib.util
 import re
@@ -13,9 +14,11 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 
+import trl_ext
 from tests import test_papers
 from tests.test_papers import here  # noqa: F401  (a fixture)
 from trl_ext.cli import _parser
+from trl_ext.trainers.reward import RewardConfig
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -108,6 +111,48 @@ def test_command_is_understood(command, here, monkeypatch, trl_as_it_was):  # no
         assert _parser().parse_args(words[1:]).function
     else:
         test_papers.test_command_is_understood(command, here, monkeypatch, trl_as_it_was)
+
+
+INLINE = sorted({each for page in PAGES for each in re.findall(r"`(trl-ext \w+ [^`]*)`", page.read_text())})
+
+
+@pytest.mark.parametrize("command", INLINE)
+def test_command_in_a_sentence_is_understood(command):
+    assert _parser().parse_args(shlex.split(command)[1:]).function
+
+
+# Names
+
+
+# Of other programs, of data and of models
+OTHERS = {
+    "metrics": {"eval_accuracy"},
+    "several-gpus": {"CUDA_VISIBLE_DEVICES", "HF_HOME"},
+    "troubleshooting": {"target_modules"},
+    "which-loss-which-data": {"im_start"},
+}
+
+
+@functools.cache
+def known_names() -> set[str]:
+    """Words of the code and names of its files, options of the configs (which are TRL's and transformers' too), logged keys."""
+    examples = [path for path in (ROOT / "examples").rglob("*") if path.suffix in (".py", ".yaml", ".toml")]
+    paths = [*(ROOT / "trl_ext").rglob("*.py"), *examples]
+    keys = re.findall(r"^\| (`[^|]*) \|", (DOCS / "metrics.md").read_text(), flags=re.MULTILINE)
+    words = {word for text in [*(path.read_text() for path in paths), *keys] for word in re.findall(r"\w+", text)}
+    configs = (trl_ext.DPOConfig, trl_ext.OnlineDPOConfig, trl_ext.SFTConfig, RewardConfig)
+    return (
+        words | {path.stem for path in paths} | {field.name for each in configs for field in dataclasses.fields(each)}
+    )
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_names_are_of_the_code(page):
+    """Each word with an underscore that stands as code in a sentence: options, columns, losses, functions."""
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    spans = " ".join(re.findall(r"`([^`]+)`", text))
+    words = set(re.findall(r"\b[A-Za-z]\w*_\w*[A-Za-z]\b", spans))
+    assert words - known_names() == OTHERS.get(page.stem, set())
 
 
 # Snippets

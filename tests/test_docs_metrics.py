@@ -155,6 +155,8 @@ def test_each_key_stands_on_the_page(tiny_model_dir, tmp_path, subtests):
         folder.mkdir()
         trainer = run(tiny_model_dir, folder)
         with mock.patch.object(Terms, "_metrics", noted):
+            if trainer.args.eval_strategy == "steps":
+                trainer.evaluate()  # before training too
             trainer.train()
         logged = {key for entry in trainer.state.log_history for key in entry} - {"step"}
         unknown = set()
