@@ -7,11 +7,17 @@ from griffe import Extension, Object
 
 
 CLASS = re.compile(r"\[`(?:~(?:\w+\.)*)?([\w.]+)`\]")  # [`~datasets.Dataset`] is `Dataset`
-NAMES = re.compile(
-    r"^( +\w+(?:, \w+)*,)\n +(?=\w+(?:, \w+)*:$)", flags=re.MULTILINE
-)  # several arguments on several lines
+# Several arguments on several lines
+NAMES = re.compile(r"^( +\w+(?:, \w+)*,)\n +(?=\w+(?:, \w+)*:$)", flags=re.MULTILINE)
 RAISED = re.compile(r"^( +)`(\w+)`:", flags=re.MULTILINE)
-ARGUMENT = re.compile(r"^( +[\w*]+(?:, [\w*]+)*) \((.*)\):$", flags=re.MULTILINE)
+SEVERAL = re.compile(r"^( +)(\w+(?:, \w+)+)( \(.*\))?:\n((?:\1 +\S.*\n)+)", flags=re.MULTILINE)
+ARGUMENT = re.compile(r"^( +[\w*]+) \((.*)\):$", flags=re.MULTILINE)
+
+
+def _each(match: re.Match) -> str:
+    """Arguments that share a description, each with it: the site looks up the default of each by its name."""
+    indent, names, kind, text = match.groups("")
+    return "".join(f"{indent}{name}{kind}:\n{text}" for name in names.split(", "))
 
 
 def _argument(match: re.Match) -> str:
@@ -25,5 +31,7 @@ class TRLDocstrings(Extension):
     def on_instance(self, *, obj: Object, **kwargs: Any) -> None:
         if obj.docstring is not None:
             text = CLASS.sub(r"`\1`", obj.docstring.value)
-            text = RAISED.sub(r"\1\2:", NAMES.sub(r"\1 ", text))
-            obj.docstring.value = ARGUMENT.sub(_argument, text)
+            text = RAISED.sub(r"\1\2:", NAMES.sub(r"\1 ", text)).replace(
+                "    Class attributes:\n", "    Attributes:\n"
+            )
+            obj.docstring.value = ARGUMENT.sub(_argument, SEVERAL.sub(_each, text))

@@ -15,8 +15,12 @@ from mkdocs.structure.files import File
 ROOT = Path(__file__).resolve().parents[1]
 # Files of other folders, by the page that they are
 PAGES = {
+    "about.md": "README.md",
+    "benchmarks.md": "benchmarks/README.md",
     "catalogue.md": "trl_ext/losses/README.md",
     "changelog.md": "CHANGELOG.md",
+    "contributing.md": "CONTRIBUTING.md",
+    "examples.md": "examples/README.md",
     "recipes.md": "examples/rounds/README.md",
 }
 LINK = re.compile(r"(?<!!)\[((?:[^\[\]]|\[[^\]]*\])*)\]\((?!\w+:|#)([^)#\s]+)(#[^)\s]*)?\)")

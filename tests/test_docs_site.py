@@ -57,6 +57,8 @@ def test_the_site_is_built(tmp_path):
         ("[a](metrics.md#online)", "online.md", "", "[a](metrics.md#online)"),
         ("[a](../nothing.md)", "online.md", "", "[a](../nothing.md)"),
         ("[a](https://e.org) [b](#memory)", "online.md", "", "[a](https://e.org) [b](#memory)"),
+        ("[a](../README.md#online)", "online.md", "", "[a](about.md#online)"),
+        ("[a](docs/papers.md)", "about.md", "", "[a](papers.md)"),
         ("```\n[a](../README.md)\n```", "online.md", "", "```\n[a](../README.md)\n```"),
     ],
 )  # fmt: skip
@@ -94,11 +96,15 @@ def test_docstrings():
     Args:
         first (int):
             Of `trl.DPOConfig`.
-        second, third (str or Model):
+        second (str or Model):
+            Two.
+        third (str or Model):
             Two.
         given:
             Any.
-        fourth, fifth:
+        fourth:
+            Others.
+        fifth:
             Others.
 
     Raises:
