@@ -11,7 +11,7 @@ CLASS = re.compile(r"\[`(?:~(?:\w+\.)*)?([\w.]+)`\]")  # [`~datasets.Dataset`] i
 NAMES = re.compile(r"^( +\w+(?:, \w+)*,)\n +(?=\w+(?:, \w+)*:$)", flags=re.MULTILINE)
 RAISED = re.compile(r"^( +)`(\w+)`:", flags=re.MULTILINE)
 SEVERAL = re.compile(r"^( +)(\w+(?:, \w+)+)( \(.*\))?:\n((?:\1 +\S.*\n)+)", flags=re.MULTILINE)
-ARGUMENT = re.compile(r"^( +[\w*]+) \((.*)\):$", flags=re.MULTILINE)
+ARGUMENT = re.compile(r"^( +[\w*]+) \(([^()]*(?:\([^()]*\))?[^()]*)\):(?=\s)", flags=re.MULTILINE)
 
 
 def _each(match: re.Match) -> str:
@@ -31,7 +31,6 @@ class TRLDocstrings(Extension):
     def on_instance(self, *, obj: Object, **kwargs: Any) -> None:
         if obj.docstring is not None:
             text = CLASS.sub(r"`\1`", obj.docstring.value)
-            text = RAISED.sub(r"\1\2:", NAMES.sub(r"\1 ", text)).replace(
-                "    Class attributes:\n", "    Attributes:\n"
-            )
+            text = re.sub("^( *)Class attributes:$", r"\1Attributes:", text, flags=re.MULTILINE)
+            text = RAISED.sub(r"\1\2:", NAMES.sub(r"\1 ", text))
             obj.docstring.value = ARGUMENT.sub(_argument, SEVERAL.sub(_each, text))

@@ -84,6 +84,9 @@ def test_docstrings():
         fifth:
             Others.
 
+    Class attributes:
+        title (`tuple[str, ...]`): Of the paper (if any).
+
     Raises:
         `ValueError`: For nothing.
     """
@@ -106,6 +109,9 @@ def test_docstrings():
             Others.
         fifth:
             Others.
+
+    Attributes:
+        title (tuple[str, ...]): Of the paper (if any).
 
     Raises:
         ValueError: For nothing.
