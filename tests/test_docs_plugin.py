@@ -50,6 +50,7 @@ sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", sys.argv[1]]))
 """
 
 
+@pytest.mark.slow
 def test_it_is_found_and_used_as_the_page_says(installed, tmp_path):
     commands = [shlex.split(line.replace("$run", test_papers.RUN)) for line in lines_of(PAGE) if " capped" in line]
     assert [words[:3] for words in commands] == [["trl-ext", "losses", "capped"], ["trl-ext", "run", "dpo"]]
