@@ -6,7 +6,7 @@ PYTHON ?= $(shell for name in python3 python3.14 python3.13 python3.12 python3.1
 BIN := .venv/bin
 WORKERS ?= 2
 
-.PHONY: help demo test test-gpu bench-gpu wheels mutants lint format clean
+.PHONY: help demo test test-gpu bench-gpu wheels mutants docs lint format clean
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -36,6 +36,10 @@ wheels: .venv/ready  ## download what a GPU machine without network lacks. ARGS=
 
 mutants: .venv/ready  ## put faults into the code: which does no test notice? ROOM=losses SAMPLE=200
 	$(BIN)/python tests/mutants.py $(ROOM) $(if $(SAMPLE),--sample $(SAMPLE)) --workers $(WORKERS) $(ARGS)
+
+docs: .venv/ready  ## build the site of docs/ into build/site. ARGS="--site-dir DIR"
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)
 
 lint: .venv/ready  ## check style and formatting
 	$(BIN)/ruff check .

@@ -149,6 +149,7 @@ ALSO_COPIED = [
     "CHANGELOG.md",
     "constraints.txt",
     "Makefile",
+    "mkdocs.yml",
     "docs",
     "examples",
     "benchmarks",

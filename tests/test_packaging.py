@@ -116,7 +116,7 @@ def test_pins_fit_together():
     pins = dict(line.lower().replace("_", "-").split("==") for line in lines if not line.startswith("#"))
     assert pins["triton"] == "3.7.1", "torch 2.13.0 of PyPI asks for triton 3.7.1; its build for CPUs does not say so"
     for name in ["trl-ext", *pins]:
-        extras = ("", "dev", "plots", "test", "text-rewards") if name == "trl-ext" else ("",)
+        extras = ("", "dev", "docs", "plots", "test", "text-rewards") if name == "trl-ext" else ("",)
         try:
             needs = importlib.metadata.requires(name) or []
         except importlib.metadata.PackageNotFoundError:  # of another platform or version of Python

@@ -86,7 +86,7 @@ def test_flags(command):
     assert not [name for name in names if "-" in name], "TRL's flags have underscores"
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "examples").rglob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted((ROOT / "examples" / "rounds").rglob("*.yaml")), ids=lambda path: path.stem)
 def test_settings(path):
     def keys(value):
         return {*value, *(key for each in value.values() for key in keys(each))} if isinstance(value, dict) else set()
