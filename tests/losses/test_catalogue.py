@@ -66,5 +66,6 @@ def test_says_how_sure_a_formula_is(name):
 
 @pytest.mark.parametrize("name", list_losses())
 def test_readme_of_the_product(name):
-    (row,) = (line for line in PRODUCT.splitlines() if line.startswith(f"| `{name}` |"))
+    table = PRODUCT.split("| `loss_type` | aliases |")[1].split("\n\n")[0]
+    (row,) = (line for line in table.splitlines() if line.startswith(f"| `{name}` |"))
     assert re.findall(r"`(\w+)`", row.split("|")[2]) == list_aliases(name)
