@@ -37,7 +37,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Scale:
-    """How large a session is. `None` leaves what the claim says."""
+    """How large the experiments are. `None` leaves what the claim says."""
 
     name: str = "toy"
     seeds: int | None = None
