@@ -2,7 +2,13 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LogitsProcessor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LogitsProcessor,
+    MinNewTokensLengthLogitsProcessor,
+)
 
 from trl_ext.generation import GeometricMixture, decoding, sample, sampling
 
@@ -236,3 +242,12 @@ def test_what_lies_at_each_point_of_the_distribution():
     ends = decoding.draw(scores.expand(2, -1), torch.tensor([[0.0], [1.0]], dtype=torch.float64)).flatten()
     possible = (expected > 0).nonzero().flatten()
     assert ends.tolist() == [possible[0], possible[-1]]
+
+
+@pytest.mark.parametrize("width", [3, 4, 5, 6])
+def test_ends_are_kept_out_as_transformers_does(width):
+    theirs = MinNewTokensLengthLogitsProcessor(3, 2, [1, 4, 99])  # a prompt of three tokens, two more without an end
+    ids, scores = torch.zeros(2, width, dtype=torch.long), torch.arange(12.0).view(2, 6)
+    expected = theirs(ids, scores.clone())
+    assert torch.equal(decoding.NoEndYet(theirs)(ids, scores.clone()), expected)
+    assert (expected[0, 4] == -torch.inf) == (width < 5)

@@ -45,6 +45,26 @@ _WITHOUT_ROWS = tuple(
 _WITH_ROWS = ("attention_mask", "position_ids", "token_type_ids", "mm_token_type_ids")
 
 
+class NoEndYet(LogitsProcessor):
+    """
+    transformers' `MinNewTokensLengthLogitsProcessor`, in place: that looks through the whole vocabulary at each token.
+
+    Args:
+        theirs (`MinNewTokensLengthLogitsProcessor`):
+            Says until when no end is drawn, and which tokens are one.
+    """
+
+    def __init__(self, theirs: transformers.MinNewTokensLengthLogitsProcessor):
+        self.length = theirs.prompt_length_to_skip + theirs.min_new_tokens
+        self.ends = theirs.eos_token_id
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if input_ids.size(1) >= self.length:
+            return scores
+        ends = self.ends.to(scores.device)
+        return scores.index_fill_(1, ends[ends < scores.size(1)], -torch.inf)
+
+
 class DrawToken(LogitsProcessor):
     """Draws each row's next token, as [`draw`] does, and leaves it as the only one."""
 
@@ -135,6 +155,10 @@ def decode(
         `torch.Tensor`: prompts and completions, in the order of `input_ids`.
     """
     leave = leave and _can_leave(logits_processor, kwargs)
+    logits_processor = LogitsProcessorList(
+        NoEndYet(each) if type(each) is transformers.MinNewTokensLengthLogitsProcessor else each
+        for each in logits_processor
+    )
     rows, device = input_ids.size(0), input_ids.device
     finished = torch.zeros(rows, dtype=torch.bool, device=device)
     places = torch.arange(rows, device=device)
