@@ -2,6 +2,7 @@
 
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 
@@ -18,6 +19,16 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # Liger's kernels on a CPU; read when Triton is imported
 
 import pytest
+
+
+def pytest_configure(config):
+    """`evaluate` and transformers import modules from one folder for as long as a process lives.
+
+    Each process of the tests has its own: two that wrote the same module at once would read half-written files.
+    """
+    folder = tempfile.TemporaryDirectory(prefix="modules-")
+    config.add_cleanup(folder.cleanup)
+    os.environ["HF_MODULES_CACHE"] = folder.name
 
 
 def pytest_collection_modifyitems(items):

@@ -60,16 +60,12 @@ def cache(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def module(tmp_path, monkeypatch):
+def module(tmp_path):
     """A folder with a module of `evaluate`, which is not on the hub."""
-    monkeypatch.setattr("evaluate.config.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
     folder = tmp_path / "shared_words"
     folder.mkdir()
     (folder / "shared_words.py").write_text(MODULE)
-    yield folder
-    for name in [name for name in sys.modules if name.split(".")[0] == "evaluate_modules"]:
-        del sys.modules[name]
+    return folder
 
 
 def score(text, reference, *args, **kwargs):

@@ -27,13 +27,6 @@ GIVEN = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def own_cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:  # once: `evaluate` puts the folder on the path at its first module
-        patch.setattr(evaluate.config, "HF_MODULES_CACHE", tmp_path_factory.mktemp("modules"))
-        yield
-
-
 def test_every_metric_is_a_module():
     assert set(GIVEN) == set(trl_ext.metrics.__all__) - {"module_path", "MetricsCallback"}
     with pytest.raises(ValueError, match="There is no metric 'bleu'"):
