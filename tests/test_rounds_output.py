@@ -167,7 +167,9 @@ def wandb(monkeypatch):
 
 def test_a_run_for_each_round_in_one_group(wandb, tiny_model_dir, prompts, tmp_path):
     training = {"report_to": "wandb", "logging_steps": 1}
-    metrics = IterativeDPO(RoundsConfig(**settings(tiny_model_dir, prompts, tmp_path / "mine", training=training))).run()
+    metrics = IterativeDPO(
+        RoundsConfig(**settings(tiny_model_dir, prompts, tmp_path / "mine", training=training))
+    ).run()
     assert [run[:3] for run in Tracker.runs] == [("mine-round-1", "mine", "mine"), ("mine-round-2", "mine", "mine")]
     assert wandb.finished == 2 and "WANDB_RUN_GROUP" not in os.environ
     for (*_, logged), row in zip(Tracker.runs, metrics, strict=False):
