@@ -114,7 +114,7 @@ def _settings(text):
     return {line[0]: line[1] for line in lines if len(line) == 2}
 
 
-def test_what_a_model_was_trained_on_and_how(tiny_model_dir, tmp_path):
+def test_what_a_model_was_trained_on_and_how(tiny_model_dir, tmp_path, monkeypatch):
     trainer = build(
         trl_ext.DPOTrainer, trl_ext.DPOConfig, tiny_model_dir, tmp_path, rows=12, max_steps=4, gradient_accumulation_steps=2,
         per_device_train_batch_size=3, warmup_steps=0.5, lr_scheduler_type="cosine", learning_rate=2e-3, max_length=64, seed=7,
@@ -128,13 +128,16 @@ def test_what_a_model_was_trained_on_and_how(tiny_model_dir, tmp_path):
     assert _settings(card.split("### Data and settings")[1].split("### Evaluation")[0]) == {
         "data": "12 rows without a name",
         "steps": "4 of 4, 2 epochs",  # 12 rows, 6 per step
-        "rows per step": "6: 3 x 2 accumulated x 1 processes",
+        "rows per step": "6: 3 x 2 accumulated x 1 process",
         "learning rate": "0.002, cosine, 2 steps of warm-up",
         "optimizer": "adamw_torch, weight decay 0.25, gradients clipped at 0.5",
         "precision": "that of the weights",
         "longest sequence": "64 tokens",
         "seed": "7",
     }
+    with monkeypatch.context() as several:
+        several.setattr(trl_ext.DPOConfig, "world_size", 4)
+        assert _settings(describe_training(trainer))["rows per step"] == "24: 3 x 2 accumulated x 4 processes"
     last = [entry for entry in trainer.state.log_history if "eval_loss" in entry][-1]
     assert last["step"] == 4 and f"| `loss` | {last['eval_loss']:.4g} | 4 |" in card
     assert "| `rewards/margins` |" in card and "runtime" not in card and "per_second" not in card

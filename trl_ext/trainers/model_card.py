@@ -80,7 +80,7 @@ def describe_training(trainer: Trainer, dataset_name: str | None = None) -> str:
     rows = {
         "data": _described(trainer.train_dataset, dataset_name),
         "steps": f"{state.global_step} of {state.max_steps}, {state.epoch or 0:.4g} epochs",
-        "rows per step": f"{per_device * accumulated * processes}: {per_device} x {accumulated} accumulated x {processes} processes",
+        "rows per step": f"{per_device * accumulated * processes}: {per_device} x {accumulated} accumulated x {processes} process{'es' * (processes > 1)}",
         "learning rate": f"{args.learning_rate:g}, {getattr(args.lr_scheduler_type, 'value', args.lr_scheduler_type)}, "
         f"{args.get_warmup_steps(state.max_steps)} steps of warm-up",
         "optimizer": f"{getattr(args.optim, 'value', args.optim)}, weight decay {args.weight_decay:g}, gradients clipped at {args.max_grad_norm:g}",
