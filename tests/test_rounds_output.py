@@ -160,6 +160,7 @@ def wandb(monkeypatch):
     module.finish = finish
     monkeypatch.setitem(sys.modules, "wandb", module)
     monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "wandb", Tracker)
+    monkeypatch.setattr(integration_utils, "is_wandb_available", lambda: True)
     monkeypatch.setattr(Tracker, "runs", [])
     monkeypatch.delenv("WANDB_RUN_GROUP", raising=False)
     return module
@@ -212,3 +213,18 @@ def test_a_resumed_training_logs_its_round_once():
     for step in (0, 5):
         callback.on_train_begin(None, types.SimpleNamespace(global_step=step), None)
     assert logged == [{"round/pairs": 3.0}]
+
+
+@pytest.mark.parametrize("report_to", ["wandb", ["tensorboard", "wandb"]])
+def test_a_tracker_that_is_not_installed_is_refused_before_anything_is_sampled(
+    report_to, tiny_model_dir, prompts, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(integration_utils, "is_tensorboard_available", lambda: True)
+    monkeypatch.setattr(integration_utils, "is_wandb_available", lambda: False)
+    config = RoundsConfig(**settings(tiny_model_dir, prompts, tmp_path / "run", training={"report_to": report_to}))
+    with pytest.raises(
+        ValueError, match=r"`training` cannot be used: `report_to` names 'wandb', .* pip install wandb"
+    ):
+        IterativeDPO(config)
+    monkeypatch.setattr(integration_utils, "is_wandb_available", lambda: True)
+    IterativeDPO(config)

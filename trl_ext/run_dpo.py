@@ -17,7 +17,7 @@ from trl.scripts.utils import DatasetConfig
 
 from trl_ext.data.load import BUILDERS
 from trl_ext.data.paths import refuse_missing_path, refuse_unwritable_folder
-from trl_ext.trainers.arguments import explained, refuse_liger_without_gpu
+from trl_ext.trainers.arguments import explained, refuse_liger_without_gpu, refuse_missing_trackers
 from trl_ext.trainers.model_card import DATASET_NAME
 
 
@@ -146,6 +146,7 @@ def _check(given: argparse.Namespace) -> None:
         refuse_unwritable_folder(given.output_dir, "output_dir")
     if given.max_length is not None and given.max_length < 2:
         raise ValueError(f"--max_length {given.max_length} leaves no room for a prompt and a completion.")
+    refuse_missing_trackers(given.report_to)
     if given.use_liger_kernel:
         refuse_liger_without_gpu(given.use_cpu)
 

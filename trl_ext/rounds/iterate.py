@@ -28,7 +28,7 @@ from trl_ext.rounds.report import round_metrics, round_table
 from trl_ext.rounds.rewards import IMPLICIT, check_kinds, model_names
 from trl_ext.rounds.shaping import balance_lengths, drop_truncated, without_empty
 from trl_ext.rounds.trackers import LogRound, one_run
-from trl_ext.trainers.arguments import explained, refuse_liger_without_gpu
+from trl_ext.trainers.arguments import explained, refuse_liger_without_gpu, refuse_missing_trackers
 from trl_ext.trainers.dpo import DPOTrainer
 from trl_ext.trainers.dpo_config import DPOConfig
 from trl_ext.trainers.loss_types import build_losses, resolve_loss_types
@@ -279,6 +279,7 @@ class IterativeDPO:
         try:
             args = DPOConfig(output_dir=str(folder), **options)
             get_reporting_integration_callbacks(args.report_to)
+            refuse_missing_trackers(args.report_to)
             if args.use_liger_kernel:
                 refuse_liger_without_gpu(args.use_cpu)
             return args
