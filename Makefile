@@ -6,7 +6,7 @@ PYTHON ?= $(shell for name in python3 python3.14 python3.13 python3.12 python3.1
 BIN := .venv/bin
 WORKERS ?= 2
 
-.PHONY: help demo test test-gpu bench-gpu wheels mutants docs lint format clean
+.PHONY: help demo test test-gpu bench-gpu wheels mutants docs lint format build smoke notes clean
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -49,5 +49,26 @@ format: .venv/ready  ## mend style and formatting
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# The wheel is built from the sdist, so both are whole. The pinned setuptools builds it
+build: .venv/ready  ## build the wheel and the sdist in dist/, and check them
+	rm -rf dist
+	PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/python -m build --outdir dist .
+	$(BIN)/twine check --strict dist/*
+
+smoke: build  ## install the wheel in an empty environment, and use it there
+	rm -rf build/smoke
+	$(BIN)/python -m venv build/smoke
+	build/smoke/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	build/smoke/bin/pip install --quiet --disable-pip-version-check -c constraints.txt dist/*.whl
+	build/smoke/bin/pip check
+	build/smoke/bin/python -I tests/smoke.py
+
+notes:  ## print the notes of a release, from the changelog. VERSION=0.1.0
+	@test -n "$(VERSION)" || { echo "Which release? make notes VERSION=0.1.0" >&2; exit 1; }
+	@awk -v heading="## $(VERSION)" ' \
+		/^## / { here = ($$0 == heading); found = found || here; next } \
+		here { print } \
+		END { if (!found) { print "CHANGELOG.md has no section \"" heading "\"." > "/dev/stderr"; exit 1 } }' CHANGELOG.md
+
 clean:  ## remove the virtual environment and caches
-	rm -rf .venv .pytest_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis build dist *.egg-info

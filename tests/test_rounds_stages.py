@@ -66,6 +66,9 @@ def test_the_reference_is_the_first_policy_or_that_of_the_round(
         def save_model(self, folder):
             seen["saved"] = folder
 
+        def add_callback(self, callback):
+            seen["callback"] = callback
+
     monkeypatch.setattr(iterate, "DPOTrainer", Trainer)
     run = rounds(reference=reference, seed=7)
     policy = moved(tiny_model_dir, tmp_path / "policy", 3.0)
@@ -75,7 +78,7 @@ def test_the_reference_is_the_first_policy_or_that_of_the_round(
     for name in ("checkpoint-9", "checkpoint-10"):  # the third was being written when the run was killed
         (folder / "train" / name / "trainer_state.json").write_text("{}")
     pairs = Dataset.from_list(preference_rows(2))
-    run._train(folder, policy, pairs)
+    run._train(folder, policy, pairs, {"round": 2, "mean_score": 1.5})
     first = dict(AutoModelForCausalLM.from_pretrained(tiny_model_dir).named_parameters())
     for name, value in first.items():
         torch.testing.assert_close(seen["model"].get_parameter(name), 3 * value)
@@ -85,6 +88,7 @@ def test_the_reference_is_the_first_policy_or_that_of_the_round(
     assert seen["resumed"] == str(folder / "train" / "checkpoint-10")
     assert json.loads((folder / "log.json").read_text()) == [{"loss": 0.5}]
     assert seen["processing_class"] is run.tokenizer
+    assert seen["args"].run_name == "run-round-2" and seen["callback"].metrics == {"round/mean_score": 1.5}
 
 
 def test_a_first_round_does_not_resume(rounds, tmp_path, monkeypatch):
@@ -97,12 +101,13 @@ def test_a_first_round_does_not_resume(rounds, tmp_path, monkeypatch):
         return types.SimpleNamespace(
             train=lambda resume_from_checkpoint: resumed.append(resume_from_checkpoint),
             save_model=lambda folder: None,
+            add_callback=lambda callback: None,
             state=state,
         )
 
     monkeypatch.setattr(iterate, "DPOTrainer", trainer)
     run = rounds(training={"model_init_kwargs": {"dtype": "bfloat16"}})
-    run._train(tmp_path / "round-1", run.config.model, None)
+    run._train(tmp_path / "round-1", run.config.model, None, {"round": 1})
     assert resumed == [None]
 
 
@@ -130,9 +135,11 @@ def test_the_stages_in_their_order(rounds, tmp_path, monkeypatch):
     calls, folder = [], tmp_path / "run"
     groups = Dataset.from_list(GROUPS)
 
-    def train(self, where, policy, pairs):
+    def train(self, where, policy, pairs, metrics):
         calls.append(("train", where.name, policy, len(pairs)))
+        assert where.name == f"round-{metrics['round']}"
         (where / "model").mkdir()
+        (where / "log.json").write_text("[]")
 
     def go_beyond(self, where, before):
         calls.append(("go beyond", where.name, str(before)))
@@ -159,9 +166,9 @@ def test_the_stages_in_their_order(rounds, tmp_path, monkeypatch):
     )
     r1, r2, r3, after = (folder / name for name in ("round-1", "round-2", "round-3", "after-round-3"))
     assert calls == [
-        ("sample", 1, first, r1), ("score", 1, first, 2, r1), ("train", "round-1", first, 2),
-        ("sample", 2, model, r2), ("score", 2, model, 2, r2), ("train", "round-2", model, 2), ("go beyond", "round-2", model),
-        ("sample", 3, policies[0], r3), ("score", 3, policies[0], 2, r3), ("train", "round-3", policies[0], 2),
+        ("sample", 1, first, r1, None), ("score", 1, first, 2, r1), ("train", "round-1", first, 2),
+        ("sample", 2, model, r2, None), ("score", 2, model, 2, r2), ("train", "round-2", model, 2), ("go beyond", "round-2", model),
+        ("sample", 3, policies[0], r3, None), ("score", 3, policies[0], 2, r3), ("train", "round-3", policies[0], 2),
         ("go beyond", "round-3", str(r2 / "model")),
         ("sample", 4, policies[1], after, 3), ("score", 4, policies[1], 2, after),
     ]  # fmt: skip
@@ -175,7 +182,7 @@ def test_the_stages_in_their_order(rounds, tmp_path, monkeypatch):
         rounds(rounds=3, extrapolation=0.5, seed=1).run()
     rounds(rounds=4, extrapolation=0.5).run()
     assert calls[:2] == [
-        ("sample", 4, policies[1], folder / "round-4"),
+        ("sample", 4, policies[1], folder / "round-4", None),
         ("score", 4, policies[1], 2, folder / "round-4"),
     ]
 
@@ -266,18 +273,18 @@ def test_metrics_by_hand(tmp_path):
     (tmp_path / "shaping.json").write_text('{"length_penalty": 0.5}')
     metrics = round_metrics(3, tmp_path, samples, scored, pairs)
     assert metrics == {
-        "round": 3, "prompts": 2, "mean_score": 2.0, "mean_length": 2.0, "truncated": 0.25, "pairs": 2, "length_penalty": 0.5,
-        "length_gap": -0.5,
+        "round": 3, "prompts": 2, "mean_score": 2.0, "mean_length": 2.0, "truncated": 0.25, "tied": 0.5, "pairs": 2,
+        "length_penalty": 0.5, "length_gap": -0.5,
     }  # fmt: skip
     assert json.loads((tmp_path / "metrics.json").read_text()) == metrics
     after = round_metrics(4, tmp_path, samples, scored)
     assert "pairs" not in after and after["mean_score"] == 2.0
     shown = table([metrics, after])
     assert [column.header.split("\n")[0] for column in shown.columns] == [
-        "round", "score", "length", "truncated", "pairs", "chosen longer", "length",
+        "round", "score", "length", "truncated", "tied", "pairs", "chosen longer", "length",
     ]  # fmt: skip
     assert [list(column.cells) for column in shown.columns][1] == ["2.000", "2.000"]
-    assert [list(column.cells) for column in shown.columns][4] == ["2", ""]
+    assert [list(column.cells) for column in shown.columns][5] == ["2", ""] and shown.caption is None
 
 
 def test_a_folder_of_the_users_is_not_removed(tmp_path):

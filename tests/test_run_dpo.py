@@ -8,6 +8,7 @@ import torch
 import trl
 from datasets import Dataset, DatasetDict
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.integrations import integration_utils
 
 from tests.conftest import preference_rows
 from trl_ext import run_dpo
@@ -230,6 +231,18 @@ def test_liger_where_it_can_run(monkeypatch, here, trained, tiny_model_dir, caps
     monkeypatch.setattr(arguments.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="pip install liger-kernel"):
         run_dpo._check(run_dpo._given(run_dpo.dpo.make_parser(prog="x"), gpu[2:]))
+
+
+@pytest.mark.parametrize("names", ["trackio", "[wandb, trackio]"])
+def test_trackers_that_are_not_installed(names, here, trained, tiny_model_dir, monkeypatch, capsys):
+    monkeypatch.setattr(integration_utils, "is_wandb_available", lambda: True)
+    monkeypatch.setattr(integration_utils, "is_trackio_available", lambda: False)
+    given = command(tiny_model_dir)
+    at = given.index("--report_to")
+    (here / "config.yaml").write_text(f"report_to: {names}\n")
+    assert main([*given[:at], *given[at + 2 :], "--config", "config.yaml"]) == 2 and not trained
+    assert "`report_to` names 'trackio', which is not installed: pip install trackio." in capsys.readouterr().err
+    assert main(command(tiny_model_dir, "--report_to", "wandb")) == 0 and trained
 
 
 def test_help_lists_the_options(capsys):

@@ -17,7 +17,8 @@ from trl.scripts.utils import DatasetConfig
 
 from trl_ext.data.load import BUILDERS
 from trl_ext.data.paths import refuse_missing_path, refuse_unwritable_folder
-from trl_ext.trainers.arguments import explained, refuse_liger_without_gpu
+from trl_ext.trainers.arguments import explained, refuse_liger_without_gpu, refuse_missing_trackers
+from trl_ext.trainers.model_card import DATASET_NAME
 
 
 def run(arguments: list[str]) -> None:
@@ -44,6 +45,8 @@ def run(arguments: list[str]) -> None:
         raise ValueError(explained(error)) from error
     name, splits = script.dataset_name, (script.dataset_train_split, script.dataset_test_split)
     _read_local_data(script, training, data)
+    # The model card names a file, but not where it lies
+    token = DATASET_NAME.set(Path(name).name if name and Path(name).exists() else name)
     try:
         dpo.main(script, training, model, data)
     except (ValueError, ImportError, OSError, KeyError, StopIteration, DatasetsError) as error:
@@ -52,6 +55,8 @@ def run(arguments: list[str]) -> None:
         if isinstance(error, KeyError) and error.args[0] not in splits:
             raise
         raise ValueError(_said(error, name, splits, model.model_name_or_path)) from error
+    finally:
+        DATASET_NAME.reset(token)
 
 
 def _said(error: Exception, dataset: str | None, splits: tuple[str, str], model: str) -> str:
@@ -141,6 +146,7 @@ def _check(given: argparse.Namespace) -> None:
         refuse_unwritable_folder(given.output_dir, "output_dir")
     if given.max_length is not None and given.max_length < 2:
         raise ValueError(f"--max_length {given.max_length} leaves no room for a prompt and a completion.")
+    refuse_missing_trackers(given.report_to)
     if given.use_liger_kernel:
         refuse_liger_without_gpu(given.use_cpu)
 

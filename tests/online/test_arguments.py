@@ -275,7 +275,9 @@ def test_a_card_of_a_loss_of_trls_has_no_table(tiny_model_dir, tmp_path, monkeyp
     monkeypatch.setattr("trl_ext.trainers.with_terms.complete_model_card", lambda *args: seen.append(args))
     trainer = online(tiny_model_dir, tmp_path)
     trainer.create_model_card()
-    assert seen == [(str(tmp_path), trainer.model, "")]
+    ((folder, model, sections),) = seen
+    assert (folder, model) == (str(tmp_path), trainer.model)
+    assert [section.split("\n")[0] for section in sections] == ["### Data and settings", "### Evaluation"]
     trainer.is_world_process_zero = lambda: False
     trainer.create_model_card()
     assert len(seen) == 1

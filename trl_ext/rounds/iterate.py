@@ -2,10 +2,12 @@
 
 import dataclasses
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
+from rich.console import Console
 from transformers import AutoTokenizer
 from transformers.integrations import get_reporting_integration_callbacks
 
@@ -17,14 +19,16 @@ from trl_ext.data.sampling import sample_completions
 from trl_ext.data.scores import check_columns, score_preferences
 from trl_ext.rounds.checks import load_rows, refuse_unloadable_model
 from trl_ext.rounds.config import RoundsConfig
-from trl_ext.rounds.disk import claim, dataset_stage, stage
+from trl_ext.rounds.disk import claim
 from trl_ext.rounds.extrapolate import extrapolate
 from trl_ext.rounds.log_probs import implicit_rewards, load_model, pair_log_probs
+from trl_ext.rounds.progress import Progress, paired, sampled, scored_of, trained_in
 from trl_ext.rounds.replay import TEMPLATE, load_replay, mix_replay
-from trl_ext.rounds.report import round_metrics
+from trl_ext.rounds.report import round_metrics, round_table
 from trl_ext.rounds.rewards import IMPLICIT, check_kinds, model_names
 from trl_ext.rounds.shaping import balance_lengths, drop_truncated, without_empty
-from trl_ext.trainers.arguments import explained, refuse_liger_without_gpu
+from trl_ext.rounds.trackers import LogRound, one_run
+from trl_ext.trainers.arguments import explained, refuse_liger_without_gpu, refuse_missing_trackers
 from trl_ext.trainers.dpo import DPOTrainer
 from trl_ext.trainers.dpo_config import DPOConfig
 from trl_ext.trainers.loss_types import build_losses, resolve_loss_types
@@ -171,16 +175,19 @@ class IterativeDPO:
         for number in range(1, self.config.rounds + 1):
             folder = self.folder / f"round-{number}"
             policy = self._policy(number - 1)
-            samples = dataset_stage(folder / "samples", lambda n=number, p=policy, f=folder: self._sample(n, p, f))
-            scored = dataset_stage(
-                folder / "scored", lambda n=number, p=policy, s=samples, f=folder: self._score(n, p, s, f)
-            )
-            pairs = dataset_stage(folder / "pairs", lambda n=number, s=scored: self._pair(n, s))
-            stage(folder / "model", lambda p=policy, d=pairs, f=folder: self._train(f, p, d))
+            progress = Progress(f"round {number} of {self.config.rounds}")
+            samples, scored = self._written(progress, number, policy, folder)
+            pairs = progress.dataset("pair", folder / "pairs", partial(self._pair, number, scored), paired)
+            row = round_metrics(number, folder, samples, scored, pairs, self.config.scorer)
+            metrics.append(row)
+            if self.state.is_main_process:
+                Console().print(round_table(row, f"What the policy wrote at the start of round {number}"))
+            train = partial(self._train, folder, policy, pairs, row)
+            progress.stage("train", folder / "model", train, trained_in(folder))
             if self.config.extrapolation and number > 1:
                 before = self.folder / f"round-{number - 1}" / "model"
-                stage(folder / "policy", lambda f=folder, b=before: self._extrapolate(f, b))
-            metrics.append(round_metrics(number, folder, samples, scored, pairs))
+                move = partial(self._extrapolate, folder, before)
+                progress.stage("extrapolate", folder / "policy", move, lambda: f"by {self.config.extrapolation:g}")
         metrics.append(self._last())
         if self.state.is_main_process:
             write_atomically(self.folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
@@ -191,9 +198,19 @@ class IterativeDPO:
         number, rounds = self.config.rounds + 1, self.config.rounds
         folder = self.folder / f"after-round-{rounds}"
         policy = self._policy(rounds)
-        samples = dataset_stage(folder / "samples", lambda: self._sample(number, policy, folder, rounds))
-        scored = dataset_stage(folder / "scored", lambda: self._score(number, policy, samples, folder))
-        return round_metrics(number, folder, samples, scored)
+        progress = Progress(f"after round {rounds}")
+        samples, scored = self._written(progress, number, policy, folder, rounds)
+        return round_metrics(number, folder, samples, scored, scorer=self.config.scorer)
+
+    def _written(
+        self, progress: Progress, number: int, policy: str, folder: Path, prompts_of: int | None = None
+    ) -> tuple[Dataset, Dataset]:
+        """What a policy writes, and the same with scores."""
+        sample = partial(self._sample, number, policy, folder, prompts_of)
+        samples = progress.dataset("sample", folder / "samples", sample, sampled)
+        score = partial(self._score, number, policy, samples, folder)
+        scored = progress.dataset("score", folder / "scored", score, scored_of(samples))
+        return samples, scored
 
     # Stages
 
@@ -255,21 +272,30 @@ class IterativeDPO:
                 pairs = pairs.add_column(name, list(column))
         return pairs
 
-    def _training_arguments(self, folder: Path) -> DPOConfig:
-        options = {"seed": self.config.seed, **self.config.training}
+    def _training_arguments(self, folder: Path, **named: str) -> DPOConfig:
+        options = {"seed": self.config.seed, **self.config.training, **named}
         if self.config.pairing == "group":
             options["pairing"] = "group"
         try:
             args = DPOConfig(output_dir=str(folder), **options)
             get_reporting_integration_callbacks(args.report_to)
+            refuse_missing_trackers(args.report_to)
             if args.use_liger_kernel:
                 refuse_liger_without_gpu(args.use_cpu)
             return args
         except (ValueError, TypeError, ImportError) as error:
             raise ValueError(f"`training` cannot be used: {explained(error)}") from error
 
-    def _train(self, folder: Path, policy: str, pairs: Dataset) -> None:
-        args = self._training_arguments(folder / "train")
+    def _train(self, folder: Path, policy: str, pairs: Dataset, metrics: dict[str, Any]) -> None:
+        group = self.config.training.get("run_name") or self.folder.name
+        name = f"{group}-round-{metrics['round']}"
+        # trackio knows no groups, but projects
+        project = self.config.training.get("project", group)
+        args = self._training_arguments(folder / "train", run_name=name, project=project)
+        with one_run(group, name):
+            self._learn(folder, policy, pairs, args, metrics)
+
+    def _learn(self, folder: Path, policy: str, pairs: Dataset, args: DPOConfig, metrics: dict[str, Any]) -> None:
         reference = self.config.model if self.config.reference == "keep" else policy
         trainer = DPOTrainer(
             model=load_model(policy, args),
@@ -278,6 +304,7 @@ class IterativeDPO:
             train_dataset=pairs,
             processing_class=self.tokenizer,
         )
+        trainer.add_callback(LogRound(trainer, metrics))
         checkpoints = sorted(
             (path for path in (folder / "train").glob("checkpoint-*") if (path / "trainer_state.json").exists()),
             key=lambda path: int(path.name.split("-")[1]),

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import is_xpu_available
+from transformers.integrations import integration_utils
 
 from trl_ext.trainers.scoring import LOGPROB_BACKENDS
 
@@ -137,3 +138,11 @@ def refuse_liger_without_gpu(use_cpu: bool) -> None:
         raise ValueError("`use_liger_kernel` needs Liger: pip install liger-kernel.")
     if use_cpu or not (torch.cuda.is_available() or is_xpu_available()):
         raise ValueError("`use_liger_kernel` needs a GPU, and this run is on a CPU. Leave it out.")
+
+
+def refuse_missing_trackers(report_to: str | list[str] | None) -> None:
+    """Raise a `ValueError` where `report_to` names a tracker that is not installed: training would fail where it begins."""
+    for name in [report_to] if isinstance(report_to, str) else report_to or []:
+        installed = getattr(integration_utils, f"is_{name}_available", None)
+        if installed is not None and not installed():
+            raise ValueError(f"`report_to` names {name!r}, which is not installed: pip install {name}.")

@@ -10,7 +10,7 @@ from transformers import Trainer
 
 from trl_ext.rows import TABLE
 from trl_ext.trainers.metrics import Means
-from trl_ext.trainers.model_card import complete_model_card, describe_losses
+from trl_ext.trainers.model_card import complete_model_card, describe_evaluation, describe_losses, describe_training
 from trl_ext.trainers.reference import load_reference, save_reference
 from trl_ext.trainers.terms import Terms
 
@@ -100,9 +100,10 @@ class WithTerms:
         """Whether a reference model of its own follows the policy; an adapter does so inside the model."""
         return self.args.sync_ref_model and self.ref_model is not None
 
-    def create_model_card(self, *args, **kwargs):
-        super().create_model_card(*args, **kwargs)
+    def create_model_card(self, model_name=None, dataset_name=None, tags=None):
+        super().create_model_card(model_name, dataset_name, tags)
         if self.is_world_process_zero():
             terms = self._terms
-            table = describe_losses(terms.all_weights, terms.losses, self.beta) if terms.described else ""
-            complete_model_card(self.args.output_dir, self.model, table)
+            sections = [describe_losses(terms.all_weights, terms.losses, self.beta)] if terms.described else []
+            sections += [describe_training(self, dataset_name), describe_evaluation(self.state.log_history)]
+            complete_model_card(self.args.output_dir, self.model, sections)
