@@ -111,6 +111,10 @@ def _is_about_input(error: BaseException) -> bool:
 
 
 def _losses(args: argparse.Namespace) -> int:
+    if args.name:
+        from trl_ext.sources import refuse_unknown_losses
+
+        refuse_unknown_losses([args.name], trl=False)
     from rich.console import Console
 
     from trl_ext.losses import plugin_errors
@@ -236,19 +240,15 @@ def _optional(cls: type) -> tuple[str, ...]:
 
 
 def _iterate(args: argparse.Namespace) -> int:
+    from trl_ext.rounds.settings import check_early, given_overrides
+
+    overrides = given_overrides(args.overrides)
+    check_early(args.config, overrides)
     from rich.console import Console
 
     from trl_ext.rounds import IterativeDPO, RoundsConfig
-    from trl_ext.rounds.checks import read_yaml
     from trl_ext.rounds.report import table
 
-    given = [part for each in args.overrides for part in (each.split("=", 1) if each.startswith("--") else [each])]
-    names, values = given[::2], given[1::2]
-    if len(names) != len(values) or not all(name.startswith("--") for name in names):
-        raise ValueError(f"Settings are given as --name value; got {args.overrides}.")
-    overrides = {name[2:]: read_yaml(value, name) for name, value in zip(names, values, strict=True)}
-    if not Path(args.config).is_file():
-        raise ValueError(f"There is no file {args.config!r}. Recipes lie in examples/rounds.")
     sys.path.insert(0, os.getcwd())  # reward functions and judges of the user's own
     config = RoundsConfig.from_yaml(args.config, overrides)
     metrics = IterativeDPO(config).run()
@@ -260,13 +260,18 @@ def _inspect(args: argparse.Namespace) -> int:
     # What can be refused is, before anything is loaded
     if args.max_length < 1:
         raise ValueError(f"`--max_length {args.max_length}` must be at least 1.")
-    from rich.console import Console
-
-    from trl_ext.data.inspection import check_plot, inspect_preferences
-    from trl_ext.data.load import load_preferences, load_tokenizer
+    from trl_ext.data.paths import refuse_missing_path, refuse_unreadable_data
+    from trl_ext.data.plots import check_plot
 
     if args.plot:
         check_plot(args.plot)
+    refuse_missing_path(args.processing_class, "tokenizer")
+    refuse_unreadable_data(args.dataset)
+    from rich.console import Console
+
+    from trl_ext.data.inspection import inspect_preferences
+    from trl_ext.data.load import load_preferences, load_tokenizer
+
     tokenizer = load_tokenizer(args.processing_class) if args.processing_class else None
     dataset = load_preferences(args.dataset, split=args.split)
     report = inspect_preferences(dataset, processing_class=tokenizer, max_length=args.max_length)
@@ -284,10 +289,10 @@ def _run(args: argparse.Namespace) -> int:
         raise ValueError(
             f"There is no script {args.script!r}. Give the path of a Python file, or `dpo` for TRL's command."
         )
-    from trl_ext.trainers.patch import patch_trl
-
-    patch_trl()
     if path.is_file():
+        from trl_ext.trainers.patch import patch_trl
+
+        patch_trl()
         sys.argv = [args.script, *args.script_args]
         sys.path.insert(0, str(path.resolve().parent))  # as Python would have it
         runpy.run_path(args.script, run_name="__main__")

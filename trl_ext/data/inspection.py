@@ -1,20 +1,22 @@
 """What a preference dataset holds, before one trains on it."""
 
 import dataclasses
-import os
 import statistics
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
 
-from trl_ext.data.cache import content_key
 from trl_ext.data.checks import check_count, is_finite_number, require_columns
 from trl_ext.data.columns import SCORES, checked, columns_of, list_lengths, used_columns
 from trl_ext.data.groups import BEHAVIOUR_LOGPS, check_group, from_groups, is_grouped
+from trl_ext.data.keys import content_key
 from trl_ext.data.tokens import pair_lengths, require_chat_template
 from trl_ext.losses import get_loss, list_losses
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 SIDES = ("prompt", "chosen", "rejected")
@@ -77,7 +79,7 @@ class Inspection:
 
 
 def inspect_preferences(
-    dataset: Dataset, *, processing_class: PreTrainedTokenizerBase | None = None, max_length: int = 1024
+    dataset: Dataset, *, processing_class: "PreTrainedTokenizerBase | None" = None, max_length: int = 1024
 ) -> Inspection:
     """
     Look at a dataset as training would.
@@ -145,21 +147,6 @@ def inspect_preferences(
         facts["scores tie"] = _share(sum(margin == 0 for margin in margins), len(margins))
     losses = {"sigmoid and TRL's others": ""} | {name: _why_not(name, dataset, given) for name in list_losses()}
     return Inspection(facts, losses, _remarks(dataset, margins), lengths, margins, unit)
-
-
-def check_plot(path: str | Path) -> None:
-    """Raise a `ValueError` where a plot could not be written: no matplotlib, no such folder, or an unknown format."""
-    try:
-        from matplotlib.backend_bases import FigureCanvasBase
-    except ImportError as error:
-        raise ValueError("A plot needs matplotlib: pip install matplotlib.") from error
-    path, formats = Path(path), sorted(FigureCanvasBase.get_supported_filetypes())
-    if path.suffix.lower()[1:] not in formats:
-        raise ValueError(f"Cannot draw {str(path)!r}: its name must end in one of {['.' + each for each in formats]}.")
-    if not path.parent.is_dir():
-        raise ValueError(f"Cannot draw {str(path)!r}: there is no folder {str(path.parent)!r}.")
-    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise ValueError(f"Cannot draw {str(path)!r}: it cannot be written there.")
 
 
 def _pairs(dataset: Dataset) -> list[dict[str, Any]]:

@@ -1,0 +1,181 @@
+"""
+What can be known of options and losses from source files alone, nothing of which is imported: `import torch` takes seconds,
+and a misspelt option should not.
+
+Only the first look is here. What passes is looked at again by the classes themselves; what a source file does not say plainly
+is left to them.
+"""
+
+import ast
+import builtins
+import dataclasses
+import difflib
+import importlib.util
+import typing
+from collections.abc import Iterable, Iterator
+from functools import cache
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+
+# The files that make up `trl_ext.DPOConfig`, a class after those that it derives from
+DPO_CONFIG = (
+    ("transformers", "training_args.py"),
+    ("trl", "trainer/base_config.py"),
+    ("trl", "trainer/dpo_config.py"),
+    ("trl_ext", "trainers/arguments.py"),
+    ("trl_ext", "trainers/dpo_config.py"),
+)
+
+
+class _Types(dict):
+    """Names in annotations: builtins and those of `typing`; any other stands for what is given as text, as enums are."""
+
+    def __missing__(self, name: str) -> Any:
+        return getattr(builtins, name, getattr(typing, name, str))
+
+
+def config_fields(files: Iterable[tuple[str, str]]) -> dict[str, dataclasses.Field]:
+    """
+    Fields of the dataclasses in some files, as their source has them.
+
+    Args:
+        files (`Iterable[tuple[str, str]]`):
+            Package and path in it. A later file replaces what an earlier one says of a field.
+
+    Returns:
+        `dict[str, dataclasses.Field]`: By name, with its type, with its default where that is a literal (`None` elsewhere) and
+            with the aliases and choices of its metadata. Empty where a file cannot be read.
+    """
+    fields: dict[str, dataclasses.Field] = {}
+    for package, path in files:
+        tree = _parsed(package, path)
+        if tree is None:
+            return {}
+        for cls in _dataclasses(tree):
+            for statement in cls.body:
+                if isinstance(statement, ast.AnnAssign) and _is_option(statement):
+                    field = _field(statement)
+                    fields[field.name] = field
+    return fields
+
+
+def stand_in(files: Iterable[tuple[str, str]]) -> type | None:
+    """A dataclass with the fields that [`config_fields`] finds, for a parser of options; `None` where a file cannot be read."""
+    fields = config_fields(files)
+    return (
+        dataclasses.make_dataclass("Options", [(name, each.type, each) for name, each in fields.items()])
+        if fields
+        else None
+    )
+
+
+def keyword_arguments(path: str, function: str) -> dict[str, Any] | None:
+    """Types of the keyword-only arguments of a function of this package, by name; `None` where they cannot be read."""
+    tree = _parsed("trl_ext", path)
+    found = [each for each in ast.walk(tree or ast.Module([], [])) if getattr(each, "name", None) == function]
+    if not found:
+        return None
+    return {each.arg: _type(each.annotation) for each in found[0].args.kwonlyargs}
+
+
+@cache
+def loss_names() -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Names and aliases of this package's losses, and TRL's names, as the files in `losses/` give them."""
+    ours: list[str] = []
+    theirs: list[str] = []
+    for path in sorted((Path(__file__).parent / "losses").glob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for cls in (each for each in tree.body if isinstance(each, ast.ClassDef)):
+            for call in cls.decorator_list:
+                if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "register_loss":
+                    ours += [each.value for given in (*call.args, *call.keywords) for each in _strings(given)]
+        for assigned in (each for each in tree.body if isinstance(each, ast.Assign)):
+            if getattr(assigned.targets[0], "id", "") == "TRL_LOSS_TYPES":
+                theirs += [each.value for each in _strings(assigned)]
+    return tuple(sorted(ours)), tuple(theirs)
+
+
+def refuse_unknown_losses(names: Iterable[Any], *, trl: bool) -> None:
+    """
+    Raise a `ValueError` for a name that is no loss, as the registry would.
+
+    Args:
+        names (`Iterable[Any]`):
+            What was given. Only text without commas is looked at.
+        trl (`bool`):
+            Whether TRL's own loss types are allowed.
+    """
+    ours, theirs = loss_names()
+    known = sorted({*ours, *(theirs if trl else ())})
+    for name in names:
+        if not isinstance(name, str) or "," in name or name in known:
+            continue
+        if entry_points(group="trl_ext.losses"):  # a plug-in may bring the name, which only loading it says
+            return
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        if name in theirs:
+            hint = " It is TRL's own loss type: pass it as `loss_type` to the trainer."
+        raise ValueError(f"Unknown loss {name!r}.{hint} Known: {known}.")
+
+
+def _parsed(package: str, path: str) -> ast.Module | None:
+    """The syntax tree of a file of an installed package, which is not imported."""
+    spec = importlib.util.find_spec(package)
+    try:
+        return ast.parse((Path(spec.origin).parent / path).read_text(encoding="utf-8"))
+    except (AttributeError, TypeError, OSError, SyntaxError):  # not there, not as source, or laid out in another way
+        return None
+
+
+def _dataclasses(tree: ast.Module) -> Iterator[ast.ClassDef]:
+    for each in tree.body:
+        if isinstance(each, ast.ClassDef) and any("dataclass" in ast.unparse(mark) for mark in each.decorator_list):
+            yield each
+
+
+def _is_option(statement: ast.AnnAssign) -> bool:
+    """Whether a statement of a dataclass is a field that a parser makes an option of."""
+    given = _call(statement.value)
+    init = given.get("init")
+    return "ClassVar" not in ast.unparse(statement.annotation) and not (init and ast.unparse(init) == "False")
+
+
+def _field(statement: ast.AnnAssign) -> dataclasses.Field:
+    given = _call(statement.value)
+    default = given.get("default") if given else statement.value
+    metadata = given.get("metadata")
+    pairs = zip(metadata.keys, metadata.values, strict=True) if isinstance(metadata, ast.Dict) else ()
+    metadata = {_literal(key): _literal(value) for key, value in pairs if _literal(key) in ("aliases", "choices")}
+    field = dataclasses.field(
+        default=_literal(default), metadata={name: value for name, value in metadata.items() if value}
+    )
+    field.name, field.type = statement.target.id, _type(statement.annotation)
+    return field
+
+
+def _call(value: ast.expr | None) -> dict[str | None, ast.expr]:
+    """The arguments of a call of `field`."""
+    is_call = isinstance(value, ast.Call) and ast.unparse(value.func) in ("field", "dataclasses.field")
+    return {each.arg: each.value for each in value.keywords} if is_call else {}
+
+
+def _literal(value: ast.expr | None) -> Any:
+    try:
+        return None if value is None else ast.literal_eval(value)
+    except ValueError:
+        return None
+
+
+def _type(annotation: ast.expr | None) -> Any:
+    """The type that an annotation writes; `Any` where it writes none that can be read."""
+    try:
+        return Any if annotation is None else eval(ast.unparse(annotation), {"__builtins__": {}}, _Types())
+    except (TypeError, AttributeError, SyntaxError):
+        return Any
+
+
+def _strings(tree: ast.AST) -> Iterator[ast.Constant]:
+    return (each for each in ast.walk(tree) if isinstance(each, ast.Constant) and isinstance(each.value, str))
