@@ -46,7 +46,7 @@ def config_fields(files: Iterable[tuple[str, str]]) -> dict[str, dataclasses.Fie
 
     Returns:
         `dict[str, dataclasses.Field]`: By name, with its type, with its default where that is a literal (`None` elsewhere) and
-            with the aliases and choices of its metadata. Empty where a file cannot be read.
+            with its metadata but the help. Empty where a file cannot be read.
     """
     fields: dict[str, dataclasses.Field] = {}
     for package, path in files:
@@ -148,9 +148,9 @@ def _field(statement: ast.AnnAssign) -> dataclasses.Field:
     default = given.get("default") if given else statement.value
     metadata = given.get("metadata")
     pairs = zip(metadata.keys, metadata.values, strict=True) if isinstance(metadata, ast.Dict) else ()
-    metadata = {_literal(key): _literal(value) for key, value in pairs if _literal(key) in ("aliases", "choices")}
+    known = {_literal(key): _literal(value) for key, value in pairs if _literal(key) != "help"}
     field = dataclasses.field(
-        default=_literal(default), metadata={name: value for name, value in metadata.items() if value}
+        default=_literal(default), metadata={name: value for name, value in known.items() if value is not None}
     )
     field.name, field.type = statement.target.id, _type(statement.annotation)
     return field

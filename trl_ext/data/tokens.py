@@ -6,6 +6,7 @@ end-of-sequence token; a chat template writes its own special tokens, and nothin
 """
 
 import json
+import os
 from typing import TYPE_CHECKING, Any
 
 from trl_ext.data.keys import content_key
@@ -119,10 +120,6 @@ def pair_lengths(row: dict[str, Any], tokenizer: "PreTrainedTokenizerBase") -> d
     Returns:
         `dict[str, int]`: of `prompt`, `chosen` and `rejected`. A completion begins where it and the prompt part.
     """
-    from trl.data_utils import (
-        common_prefix_length,
-    )  # brings much of transformers, which counting words needs nothing of
-
     given, prompt = template_arguments(row), row.get("prompt")
     start = ("" if isinstance(row["chosen"], str) else []) if prompt is None else prompt
     whole = {side: reward_ids(start, row[side], tokenizer, **given) for side in ("chosen", "rejected")}
@@ -135,7 +132,7 @@ def pair_lengths(row: dict[str, Any], tokenizer: "PreTrainedTokenizerBase") -> d
         first = tokenizer.apply_chat_template(start, add_generation_prompt=True, return_dict=True, **arguments)[
             "input_ids"
         ]
-    length = min(common_prefix_length(first, ids) for ids in whole.values())
+    length = min(len(os.path.commonprefix([first, ids])) for ids in whole.values())
     return {"prompt": length} | {side: len(ids) - length for side, ids in whole.items()}
 
 
