@@ -7,6 +7,7 @@ Heavy imports stay inside the commands: `trl-ext --help` answers at once.
 import argparse
 import dataclasses
 import importlib.util
+import json
 import os
 import runpy
 import sys
@@ -77,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
         "inspect",
         help="what a preference dataset holds, before one trains on it",
         description="Columns, which losses can use them and why others cannot, lengths and their bias, ties, contradictions, "
-        "duplicates and truncation.",
+        "duplicates and truncation; which losses to try, why, and what to begin with.",
     )
     inspect.add_argument("dataset", metavar="DATASET", help="hub name, folder or file (JSON Lines, CSV, Parquet)")
     inspect.add_argument("--split", default="train", help="of a dataset that has several (default: %(default)s)")
@@ -85,7 +86,17 @@ def _parser() -> argparse.ArgumentParser:
         "--processing_class", metavar="PATH", help="tokenizer that counts tokens, not words; hub name or folder"
     )
     inspect.add_argument("--max_length", type=int, default=1024, help="of training, in tokens (default: %(default)s)")
+    inspect.add_argument(
+        "--columns",
+        nargs="+",
+        default=[],
+        metavar="NAME=COLUMN",
+        help="columns that are called otherwise in the data: --columns score_chosen=my_column",
+    )
     inspect.add_argument("--plot", metavar="FILE", help="draw lengths and margins here")
+    inspect.add_argument(
+        "--json", action="store_true", help="print all that the tables show as JSON, and nothing else"
+    )
     inspect.set_defaults(function=_inspect)
 
     from trl_ext import compare, demo
@@ -265,22 +276,41 @@ def _inspect(args: argparse.Namespace) -> int:
 
     if args.plot:
         check_plot(args.plot)
+    columns = _renames(args.columns)
     refuse_missing_path(args.processing_class, "tokenizer")
     refuse_unreadable_data(args.dataset)
-    from rich.console import Console
-
+    from trl_ext.data.adapters import rename
     from trl_ext.data.inspection import inspect_preferences
     from trl_ext.data.load import load_preferences, load_tokenizer
 
     tokenizer = load_tokenizer(args.processing_class) if args.processing_class else None
-    dataset = load_preferences(args.dataset, split=args.split)
+    dataset = rename(load_preferences(args.dataset, split=args.split), columns)
     report = inspect_preferences(dataset, processing_class=tokenizer, max_length=args.max_length)
+    if args.plot:
+        report.plot(args.plot)
+    if args.json:
+        print(json.dumps(report.to_dict() | ({"plot": args.plot} if args.plot else {}), indent=2))
+        return 0
+    from rich.console import Console
+
     for table in report.tables():
         Console().print(table)
     if args.plot:
-        report.plot(args.plot)
         print(f"Plot: {args.plot}")
     return 0
+
+
+def _renames(given: list[str]) -> dict[str, str]:
+    """Our name for a column and what the data calls it, from `name=column`."""
+    pairs = [each.partition("=")[::2] for each in given]
+    for each, (name, column) in zip(given, pairs, strict=True):
+        if not name or not column:
+            raise ValueError(f"`--columns {each}`: expected NAME=COLUMN, as in score_chosen=my_column.")
+    for place, what in ((0, "name"), (1, "column")):
+        twice = {pair[place] for pair in pairs if [other[place] for other in pairs].count(pair[place]) > 1}
+        if twice:
+            raise ValueError(f"`--columns {' '.join(given)}` has the {what} {sorted(twice)} twice.")
+    return dict(pairs)
 
 
 def _run(args: argparse.Namespace) -> int:

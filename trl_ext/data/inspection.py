@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset
 
+from trl_ext.data.advice import Data, Suggestion, advise
 from trl_ext.data.checks import check_count, is_finite_number, require_columns
 from trl_ext.data.columns import SCORES, checked, columns_of, list_lengths, used_columns
 from trl_ext.data.groups import BEHAVIOUR_LOGPS, check_group, from_groups, is_grouped
 from trl_ext.data.keys import content_key
+from trl_ext.data.plots import plot_preferences
 from trl_ext.data.tokens import pair_lengths, require_chat_template
 from trl_ext.losses import get_loss, list_losses
 
@@ -33,6 +35,9 @@ class Inspection:
         margins (`list[float]`): Score of the chosen minus that of the rejected completion, where there are scores; of lists of
             them, the mean over reward models.
         unit (`str`): Of lengths: `"tokens"`, as training counts them, or `"words"`.
+        deciles (`dict[str, list[float]]`): Of the margins, where there are scores, and of the lengths: the least value, those below which
+            10, 20, ... % lie, and the largest.
+        advice (`list[Suggestion]`): Which losses to try, why, and what to begin with.
     """
 
     facts: dict[str, str]
@@ -41,10 +46,13 @@ class Inspection:
     lengths: dict[str, list[int]]
     margins: list[float]
     unit: str
+    deciles: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+    advice: list[Suggestion] = dataclasses.field(default_factory=list)
 
     def tables(self) -> list:
-        """As rich tables: facts, and losses."""
+        """As rich tables: facts, losses, deciles, and what to try."""
         from rich.table import Table
+        from rich.text import Text
 
         facts = Table(title="The data", show_header=False)
         for name, value in self.facts.items():
@@ -55,27 +63,33 @@ class Inspection:
         losses.add_column("why not, or what to mind", overflow="fold")
         for name, reason in self.losses.items():
             losses.add_row(name, "no" if reason else "yes", reason or self.remarks.get(name, ""))
-        return [facts, losses]
+        tables = [facts, losses]
+        if self.deciles:
+            tables.append(Table("share below", *self.deciles, title=f"Deciles (lengths in {self.unit})"))
+            for tenth, row in enumerate(zip(*self.deciles.values(), strict=True)):
+                tables[-1].add_row(f"{tenth * 10} %", *(f"{value:.4g}" for value in row))
+        if self.advice:
+            tables.append(Table(title="What to try, the most specific first", show_lines=True))
+            for heading in ("loss_type", "why", "begin with", "source"):
+                tables[-1].add_column(heading, overflow="fold")
+            for each in self.advice:
+                settings = "\n".join(f"{name}={value}" for name, value in each.settings.items()) or "the defaults"
+                # Text, as intervals in square brackets are no markup
+                tables[-1].add_row(each.loss, Text(each.why), Text(settings), Text("\n".join(each.sources)))
+        return tables
+
+    def to_dict(self) -> dict[str, Any]:
+        """All that the tables show, for JSON: `facts`, `losses`, `deciles`, `unit` and `advice`."""
+        losses = {
+            name: {"can": not reason, "why_not": reason, "remark": self.remarks.get(name, "")}
+            for name, reason in self.losses.items()
+        }
+        advice = [dataclasses.asdict(each) for each in self.advice]
+        return {"facts": self.facts, "unit": self.unit, "losses": losses, "deciles": self.deciles, "advice": advice}
 
     def plot(self, path: str | Path) -> None:
         """Lengths of chosen and rejected completions, and the margins of the scores."""
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-
-        panels = 2 if self.margins else 1
-        figure, axes = plt.subplots(1, panels, figsize=(5.5 * panels, 3.5), layout="constrained", squeeze=False)
-        sides = [self.lengths["chosen"], self.lengths["rejected"]]
-        axes[0, 0].hist(sides, bins=40, label=["chosen", "rejected"])
-        axes[0, 0].set_xlabel(f"length of completions ({self.unit})")
-        axes[0, 0].legend()
-        if self.margins:
-            axes[0, 1].hist(self.margins, bins=40)
-            axes[0, 1].axvline(0, color="black", linewidth=1)
-            axes[0, 1].set_xlabel("score of the chosen minus that of the rejected completion")
-        figure.savefig(path, dpi=120)
-        plt.close(figure)
+        plot_preferences(self.lengths, self.margins, self.unit, path)
 
 
 def inspect_preferences(
@@ -146,7 +160,13 @@ def inspect_preferences(
         facts["scores contradict the label"] = _share(sum(margin < 0 for margin in margins), len(margins))
         facts["scores tie"] = _share(sum(margin == 0 for margin in margins), len(margins))
     losses = {"sigmoid and TRL's others": ""} | {name: _why_not(name, dataset, given) for name in list_losses()}
-    return Inspection(facts, losses, _remarks(dataset, margins), lengths, margins, unit)
+    deciles = {
+        name: [_quantile(values, tenth / 10) for tenth in range(11)]
+        for name, values in {"margin": margins, **lengths}.items()
+        if values
+    }
+    advice = advise(Data(dataset, given, losses, margins, lengths, unit))
+    return Inspection(facts, losses, _remarks(dataset, margins), lengths, margins, unit, deciles, advice)
 
 
 def _pairs(dataset: Dataset) -> list[dict[str, Any]]:
