@@ -162,7 +162,7 @@ def _check(given: argparse.Namespace) -> None:
     if folder.is_file():
         raise ValueError(f"The model {str(folder)!r} is a file; give the folder that `save_pretrained` wrote.")
     for name in ("teacher_model_name_or_path", "reverse_model_name_or_path"):
-        refuse_missing_path(getattr(given, name), f"model --{name}")
+        refuse_missing_path(getattr(given, name, None), f"model --{name}")  # options that TRL lacks
     names = [each.get("path") for each in given.datasets if isinstance(each, dict)] or [given.dataset_name]
     for name in names:
         refuse_missing_path(name, "dataset")

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, Features, Value
 
 from trl_ext.data.checks import require_columns
 from trl_ext.data.columns import SCORES, WEIGHT
@@ -26,6 +26,15 @@ STRENGTHS = ("weight", "scores")
 READ = ("prompt", "chosen", "rejected", "completions", "scores", "behaviour_logps", WEIGHT, "tools", "images")
 
 Messages = list[dict[str, str]]
+
+_MESSAGES = [{"role": Value("string"), "content": Value("string")}]
+_TEXTS = ("prompt", "chosen", "rejected")
+_KINDS = {
+    **dict.fromkeys(_TEXTS, _MESSAGES),
+    **dict.fromkeys((*SCORES, WEIGHT), Value("float64")),
+    "completions": [_MESSAGES],
+    "scores": [Value("float64")],
+}
 
 
 def rename(dataset: Dataset, columns: Mapping[str, str]) -> Dataset:
@@ -66,11 +75,7 @@ def ultrafeedback_binarized(dataset: Dataset) -> Dataset:
     Returns:
         [`~datasets.Dataset`]: `prompt`, `chosen`, `rejected`, `score_chosen`, `score_rejected`.
     """
-    return _adapted(
-        dataset,
-        ["chosen", "rejected", *SCORES],
-        lambda row: _pair(row["chosen"], row["rejected"]) | _scores(row, *SCORES),
-    )
+    return _rated_pair(dataset, *SCORES)
 
 
 def helpsteer2_preference(dataset: Dataset, strength: str = "weight") -> Dataset:
@@ -106,14 +111,15 @@ def helpsteer2_preference(dataset: Dataset, strength: str = "weight") -> Dataset
         prompt = _turns("<extra_id_1>User\n" + row["prompt"], r"\n?<extra_id_1>(User|Assistant)\n")
         return {"prompt": prompt, "chosen": _answer(row[chosen]), "rejected": _answer(row[rejected])} | known
 
-    return _adapted(dataset, ["prompt", "response_1", "response_2", "preference_strength"], convert)
+    gives = (*_TEXTS, *((WEIGHT,) if strength == "weight" else SCORES))
+    return _adapted(dataset, ["prompt", "response_1", "response_2", "preference_strength"], gives, convert)
 
 
 def nectar(dataset: Dataset, groups: bool = False) -> Dataset:
     """
     `berkeley-nest/Nectar`.
 
-    Published columns (dataset card): `prompt`, a dialogue in the form `"\\\\n\\\\nHuman: ... \\\\n\\\\nAssistant: "`, and `answers`, a list of `answer`,
+    Published columns (dataset card): `prompt`, a dialogue in the form `"\\n\\nHuman: ... \\n\\nAssistant: "`, and `answers`, a list of `answer`,
     `model` and `rank`, 1 for the best of seven. A score is the rank with its sign changed.
 
     Args:
@@ -139,7 +145,8 @@ def nectar(dataset: Dataset, groups: bool = False) -> Dataset:
         pair = {"chosen": _answer(ranked[0]["answer"]), "rejected": _answer(ranked[-1]["answer"])}
         return {"prompt": prompt, **pair, SCORES[0]: scores[0], SCORES[1]: scores[-1]}
 
-    return _adapted(dataset, ["prompt", "answers"], convert)
+    gives = ("prompt", "completions", "scores") if groups else (*_TEXTS, *SCORES)
+    return _adapted(dataset, ["prompt", "answers"], gives, convert)
 
 
 def hh_rlhf(dataset: Dataset) -> Dataset:
@@ -147,7 +154,7 @@ def hh_rlhf(dataset: Dataset) -> Dataset:
     `Anthropic/hh-rlhf`, its preferences about helpfulness and harmlessness.
 
     Published columns (dataset card; arXiv 2204.05862): `chosen` and `rejected`, whole dialogues in the form
-    `"\\\\n\\\\nHuman: ... \\\\n\\\\nAssistant: ..."`. The turns that both share are the prompt. Rows that are no two dialogues with an answer of the assistant
+    `"\\n\\nHuman: ... \\n\\nAssistant: ..."`. The turns that both share are the prompt. Rows that are no two dialogues with an answer of the assistant
     at the end of each are left out, with a warning that counts them, as the published files have some.
 
     Returns:
@@ -161,7 +168,7 @@ def hh_rlhf(dataset: Dataset) -> Dataset:
         pair = _pair(*sides)
         return pair if pair["prompt"] else None
 
-    return _adapted(dataset, ["chosen", "rejected"], convert)
+    return _adapted(dataset, ["chosen", "rejected"], _TEXTS, convert)
 
 
 def argilla_ultrafeedback(dataset: Dataset) -> Dataset:
@@ -176,19 +183,15 @@ def argilla_ultrafeedback(dataset: Dataset) -> Dataset:
         [`~datasets.Dataset`]: `prompt`, `chosen`, `rejected`, `score_chosen`, `score_rejected`.
     """
     if "instruction" not in dataset.column_names:
-        ratings = ("chosen-rating", "rejected-rating")
-        return _adapted(
-            dataset,
-            ["chosen", "rejected", *ratings],
-            lambda row: _pair(row["chosen"], row["rejected"]) | _scores(row, *ratings),
-        )
+        return _rated_pair(dataset, "chosen-rating", "rejected-rating")
     ratings = ("chosen_avg_rating", "rejected_avg_rating")
 
     def convert(row: dict[str, Any]) -> dict[str, Any]:
         pair = {"chosen": _answer(row["chosen_response"]), "rejected": _answer(row["rejected_response"])}
         return {"prompt": _asked(row["instruction"]), **pair} | _scores(row, *ratings)
 
-    return _adapted(dataset, ["instruction", "chosen_response", "rejected_response", *ratings], convert)
+    published = ["instruction", "chosen_response", "rejected_response", *ratings]
+    return _adapted(dataset, published, (*_TEXTS, *SCORES), convert)
 
 
 def argilla_dpo_mix(dataset: Dataset) -> Dataset:
@@ -201,12 +204,7 @@ def argilla_dpo_mix(dataset: Dataset) -> Dataset:
     Returns:
         [`~datasets.Dataset`]: `prompt`, `chosen`, `rejected`, `score_chosen`, `score_rejected`.
     """
-    ratings = ("chosen_rating", "rejected_rating")
-    return _adapted(
-        dataset,
-        ["chosen", "rejected", *ratings],
-        lambda row: _pair(row["chosen"], row["rejected"]) | _scores(row, *ratings),
-    )
+    return _rated_pair(dataset, "chosen_rating", "rejected_rating")
 
 
 ADAPTERS: dict[str, Callable[[Dataset], Dataset]] = {
@@ -222,9 +220,12 @@ ADAPTERS: dict[str, Callable[[Dataset], Dataset]] = {
 
 
 def _adapted(
-    dataset: Dataset, columns: list[str], convert: Callable[[dict[str, Any]], dict[str, Any] | None]
+    dataset: Dataset,
+    columns: list[str],
+    gives: tuple[str, ...],
+    convert: Callable[[dict[str, Any]], dict[str, Any] | None],
 ) -> Dataset:
-    """Rows as `convert` makes them of the published columns; those of which it makes none are left out and counted."""
+    """Rows that `convert` makes of the published columns, with the columns `gives`; those of which it makes none are counted."""
     require_columns(dataset, columns, f" The published form has {columns}.")
 
     def convert_batch(batch: dict[str, list], rows: list[int]) -> dict[str, list]:
@@ -233,18 +234,31 @@ def _adapted(
             try:
                 made.append(convert({name: batch[name][i] for name in columns}))
             except (ValueError, KeyError, TypeError, IndexError) as error:
-                raise ValueError(f"Row {row} is not of the published form: {error}") from error
-        kept = [row for row in made if row is not None]
-        return {name: [row[name] for row in kept] for name in (kept[0] if kept else ())}
+                raise ValueError(f"Row {row} is not of the published form: {error!r}") from error
+        return {name: [row[name] for row in made if row is not None] for name in gives}
 
     found = dataset.map(
-        convert_batch, batched=True, with_indices=True, remove_columns=dataset.column_names, desc="Adapting"
+        convert_batch,
+        batched=True,
+        with_indices=True,
+        remove_columns=dataset.column_names,
+        features=Features({name: _KINDS[name] for name in gives}),
+        desc="Adapting",
     )
     if not len(found):
         raise ValueError(f"None of the {len(dataset)} rows holds a preference.")
     if len(found) < len(dataset):
         logger.warning(f"{len(dataset) - len(found)} of {len(dataset)} rows hold no preference, and are left out.")
     return found
+
+
+def _rated_pair(dataset: Dataset, chosen: str, rejected: str) -> Dataset:
+    """Of `chosen` and `rejected` as messages with the prompt's, with their ratings in two columns."""
+
+    def convert(row: dict[str, Any]) -> dict[str, Any]:
+        return _pair(row["chosen"], row["rejected"]) | _scores(row, chosen, rejected)
+
+    return _adapted(dataset, ["chosen", "rejected", chosen, rejected], (*_TEXTS, *SCORES), convert)
 
 
 def _pair(chosen: Messages, rejected: Messages) -> dict[str, Messages]:

@@ -6,6 +6,7 @@ world; what a paper or its authors' code begins with is named by its arXiv id.
 """
 
 import dataclasses
+import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -14,8 +15,9 @@ from typing import Any
 from datasets import Dataset
 
 from trl_ext.data.calibration import fit_temperature
-from trl_ext.data.columns import SCORES, list_lengths
+from trl_ext.data.columns import SCORES, checked, list_lengths, used_columns
 from trl_ext.data.groups import BEHAVIOUR_LOGPS, is_grouped
+from trl_ext.losses import get_loss
 
 
 REPORT = "benchmarks/results/quality_toy.md"
@@ -35,6 +37,8 @@ MEASURED = {
 }  # fmt: skip
 # Between the 96 pairs with which `offset` was ahead of DPO and the 640 with which it was behind: their geometric mean
 FEW_PAIRS = 248
+# More different scores are no levels
+MOST_LEVELS = 10
 # The longer answer wins too often from here on, if chance alone would not do it
 LONGER_WINS = 0.55
 
@@ -54,6 +58,14 @@ class Suggestion:
     settings: dict[str, Any]
     sources: list[str]
 
+    def flags(self) -> str:
+        """The suggestion as options of the command line."""
+        loss = {} if self.loss == "any" else {"loss_type": self.loss}
+        return " ".join(
+            f"--{name} " + (f"'{json.dumps(value)}'" if isinstance(value, dict) else str(value))
+            for name, value in {**loss, **self.settings}.items()
+        )
+
 
 @dataclasses.dataclass(frozen=True)
 class Data:
@@ -67,6 +79,7 @@ class Data:
         margins (`Sequence[float]`): Score of the chosen minus that of the rejected completion.
         lengths (`Mapping[str, Sequence[int]]`): Of prompts, chosen and rejected completions.
         unit (`str`): Of lengths, `"tokens"` or `"words"`.
+        levels (`int`): How many different scores there are in groups; 0 for pairs.
     """
 
     pairs: Dataset
@@ -75,6 +88,7 @@ class Data:
     margins: Sequence[float]
     lengths: Mapping[str, Sequence[int]]
     unit: str
+    levels: int = 0
 
 
 def advise(data: Data) -> list[Suggestion]:
@@ -84,7 +98,11 @@ def advise(data: Data) -> list[Suggestion]:
         _length_bias, _many_scored,
     )  # fmt: skip
     found = [suggestion for rule in rules if (suggestion := rule(data)) is not None]
-    return [each for each in found if data.losses.get(each.loss, "") == ""] + [_plain(data), _any(data)]
+    return [each for each in found if _can(data, each)] + [_plain(data), _any(data)]
+
+
+def _can(data: Data, suggestion: Suggestion) -> bool:
+    return not why_not(suggestion.loss, data.pairs, data.columns, suggestion.settings.get("loss_kwargs"))
 
 
 def _measured(name: str) -> str:
@@ -105,13 +123,12 @@ def _groups(data: Data) -> Suggestion | None:
 
 def _levels(data: Data) -> Suggestion | None:
     """Groups whose log-probs under the policy that sampled them are there."""
-    if not is_grouped(data.columns) or BEHAVIOUR_LOGPS not in data.columns:
+    if BEHAVIOUR_LOGPS not in data.columns or not 2 <= data.levels <= MOST_LEVELS:
         return None
-    scores = {value for name in SCORES for value in data.pairs[name]}
-    if len(scores) == 2:
+    if data.levels == 2:
         why = f"Groups with `{BEHAVIOUR_LOGPS}` and two scores: answers are right or wrong, and short right ones count more."
         return Suggestion("drpo", why, {}, ["2510.04474 and its authors' code: the defaults"])
-    why = f"Groups with `{BEHAVIOUR_LOGPS}`: each two levels of scores are told apart, near the policy that sampled."
+    why = f"Groups with `{BEHAVIOUR_LOGPS}` and {data.levels} levels of scores: each two are told apart, near the policy that sampled."
     return Suggestion("trpa", why, {"beta": 0.1}, ["2504.04524 and its authors' code: the defaults, beta 0.1"])
 
 
@@ -164,15 +181,16 @@ def _several_rewards(data: Data) -> Suggestion | None:
 
 
 def _annotators(data: Data) -> Suggestion | None:
-    if "annotator_id" not in data.columns or len(set(data.pairs["annotator_id"])) < 2:
+    ids = data.pairs["annotator_id"] if "annotator_id" in data.columns else []
+    number = len(set(ids))
+    if number < 2 or not all(isinstance(each, int) for each in ids):
         return None
-    number = len(set(data.pairs["annotator_id"]))
     return Suggestion(
         "robust_em",
-        f"{number} annotators, {len(data.pairs) / number:.3g} pairs each in the mean: it says how reliable each is, and trusts their labels "
-        "as far. It ranked annotators well, and its policy was no better than DPO's in short runs.",
-        {"loss_kwargs": {"eta": 0.9, "rate": 0.1}},
-        ["2509.24159: 0.9 and 0.1", _measured("annotators"), _measured("annotators' policy")],
+        f"{number} annotators, {len(ids) / number:.3g} pairs each in the mean: it says how reliable each is, and trusts their labels as "
+        "far. It ranked annotators well, and its policy was no better than DPO's in short runs.",
+        {"loss_kwargs": {"annotators": max(ids) + 1, "eta": 0.9, "rate": 0.1}},
+        ["2509.24159: eta 0.9, rate 0.1", _measured("annotators"), _measured("annotators' policy")],
     )
 
 
@@ -274,3 +292,35 @@ def _any(data: Data) -> Suggestion:
 def _short(value: float) -> float:
     """Two digits: more would say more than a start can."""
     return float(f"{value:.2g}")
+
+
+def why_not(
+    name: str, dataset: Dataset, given: Sequence[str], hyperparameters: Mapping[str, Any] | None = None
+) -> str:
+    """
+    Why a loss cannot train on some data; `""` if it can.
+
+    Args:
+        name (`str`):
+            Of the loss.
+        dataset ([`~datasets.Dataset`]):
+            Pairs; of groups the best against the worst.
+        given (`Sequence[str]`):
+            Columns that the data came with.
+        hyperparameters (`Mapping[str, Any]`, *optional*):
+            Of the loss, its defaults elsewhere.
+    """
+    try:
+        losses = {name: get_loss(name, **(hyperparameters or {}))}
+        needed = [] if losses[name].takes_pairs else ["prompt", "completions", "scores"]
+        needed += [BEHAVIOUR_LOGPS] if "behaviour_logps" in losses[name].reads else []
+        missing = [column for column in needed if column not in given]
+        if missing:
+            return (
+                f"The loss {name!r} learns from whole groups with the columns {needed}, and {missing} are absent. Online training "
+                "samples such groups."
+            )
+        checked(dataset, used_columns(dataset.column_names, losses, "inspected"), losses, "inspected")
+    except (ValueError, TypeError) as error:
+        return str(error)
+    return ""

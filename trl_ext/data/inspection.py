@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset
 
-from trl_ext.data.advice import Data, Suggestion, advise
+from trl_ext.data.advice import Data, Suggestion, advise, why_not
 from trl_ext.data.checks import check_count, is_finite_number, require_columns
-from trl_ext.data.columns import SCORES, checked, columns_of, list_lengths, used_columns
-from trl_ext.data.groups import BEHAVIOUR_LOGPS, check_group, from_groups, is_grouped
+from trl_ext.data.columns import SCORES, columns_of, list_lengths
+from trl_ext.data.groups import check_group, from_groups, is_grouped
 from trl_ext.data.keys import content_key
 from trl_ext.data.plots import plot_preferences
 from trl_ext.data.tokens import pair_lengths, require_chat_template
-from trl_ext.losses import get_loss, list_losses
+from trl_ext.losses import list_losses
 
 
 if TYPE_CHECKING:
@@ -69,13 +69,15 @@ class Inspection:
             for tenth, row in enumerate(zip(*self.deciles.values(), strict=True)):
                 tables[-1].add_row(f"{tenth * 10} %", *(f"{value:.4g}" for value in row))
         if self.advice:
-            tables.append(Table(title="What to try, the most specific first", show_lines=True))
-            for heading in ("loss_type", "why", "begin with", "source"):
-                tables[-1].add_column(heading, overflow="fold")
+            tables.append(Table(title="What to try, the most specific first", show_header=False, show_lines=True))
+            tables[-1].add_column(no_wrap=True)
+            tables[-1].add_column(overflow="fold")
             for each in self.advice:
-                settings = "\n".join(f"{name}={value}" for name, value in each.settings.items()) or "the defaults"
                 # Text, as intervals in square brackets are no markup
-                tables[-1].add_row(each.loss, Text(each.why), Text(settings), Text("\n".join(each.sources)))
+                sources = Text("\n".join(each.sources), style="dim")
+                tables[-1].add_row(
+                    each.loss, Text("\n").join([Text(each.why), Text(each.flags(), style="bold"), sources])
+                )
         return tables
 
     def to_dict(self) -> dict[str, Any]:
@@ -117,9 +119,11 @@ def inspect_preferences(
     check_count("max_length", max_length)
     given = columns_of(dataset, "inspected")
     facts = {"rows": f"{len(dataset):,}", "columns": ", ".join(given)}
+    levels = 0
     if is_grouped(dataset.column_names):
         for row, example in enumerate(dataset):
             check_group(example, row, "inspected")
+        levels = len({score for row in dataset["scores"] for score in row})
         sizes = [len(row) for row in dataset["completions"]]
         facts["completions per group"] = f"{min(sizes)} to {max(sizes)}"
         dataset = from_groups(dataset, "best_worst", "inspected")
@@ -159,13 +163,13 @@ def inspect_preferences(
         facts["margins of the scores"] = _quantiles(margins)
         facts["scores contradict the label"] = _share(sum(margin < 0 for margin in margins), len(margins))
         facts["scores tie"] = _share(sum(margin == 0 for margin in margins), len(margins))
-    losses = {"sigmoid and TRL's others": ""} | {name: _why_not(name, dataset, given) for name in list_losses()}
+    losses = {"sigmoid and TRL's others": ""} | {name: why_not(name, dataset, given) for name in list_losses()}
     deciles = {
         name: [_quantile(values, tenth / 10) for tenth in range(11)]
         for name, values in {"margin": margins, **lengths}.items()
         if values
     }
-    advice = advise(Data(dataset, given, losses, margins, lengths, unit))
+    advice = advise(Data(dataset, given, losses, margins, lengths, unit, levels))
     return Inspection(facts, losses, _remarks(dataset, margins), lengths, margins, unit, deciles, advice)
 
 
@@ -278,21 +282,3 @@ def _remarks(dataset: Dataset, margins: list[float]) -> dict[str, str]:
     elif not margins and not preferred:
         remarks["anchored"] = "There are neither scores nor `preference_prob`: all targets are 1, which is plain DPO."
     return remarks
-
-
-def _why_not(name: str, dataset: Dataset, given: list[str]) -> str:
-    """Why a loss with its default hyper-parameters cannot train on the data, which came with the columns `given`."""
-    try:
-        losses = {name: get_loss(name)}
-        needed = [] if losses[name].takes_pairs else ["prompt", "completions", "scores"]
-        needed += [BEHAVIOUR_LOGPS] if "behaviour_logps" in losses[name].reads else []
-        missing = [column for column in needed if column not in given]
-        if missing:
-            return (
-                f"The loss {name!r} learns from whole groups with the columns {needed}, and {missing} are absent. Online training "
-                "samples such groups."
-            )
-        checked(dataset, used_columns(dataset.column_names, losses, "inspected"), losses, "inspected")
-    except (ValueError, TypeError) as error:
-        return str(error)
-    return ""

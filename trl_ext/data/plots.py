@@ -71,7 +71,8 @@ def _histogram(axes: Any, title: str, label: str, series: Mapping[str, Sequence[
     values = list(series.values()) if len(series) > 1 else next(iter(series.values()))
     _, _, bars = axes.hist(values, bins=BINS, range=(low, high), label=names if len(series) > 1 else names[0])
     for each, drawn in zip(series.values(), bars if len(series) > 1 else [bars], strict=True):
-        axes.axvline(statistics.median(each), color=drawn[0].get_facecolor(), linestyle="--", linewidth=1.5)
+        color = drawn[0].get_facecolor() if len(series) > 1 else "black"
+        axes.axvline(statistics.median(each), color=color, linestyle="--", linewidth=1.5)
     if outside:
         title += f"\n{outside:,} of {len(everything):,} lie outside of the axis, {LEFT_OUT:.1%} at either end"
     axes.set(title=title, xlabel=label, ylabel="pairs")
