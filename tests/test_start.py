@@ -31,9 +31,26 @@ print(json.dumps([code, sorted(sys.modules)]))
 """
 
 
-def imported(*arguments, cwd) -> tuple[int, set[str], subprocess.CompletedProcess]:
+PLUGIN = """
+from dataclasses import dataclass
+from trl_ext import register_loss
+
+@register_loss("plugged", aliases=["pl"])
+@dataclass(frozen=True)
+class Plugged:
+    def __call__(self, batch):
+        return -batch.delta
+"""
+
+
+def imported(*arguments, cwd, path=ROOT) -> tuple[int, set[str], subprocess.CompletedProcess]:
     """The exit status of a command, and all modules that it imported."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_DATASETS_CACHE": str(cwd / "cache"), "COLUMNS": "80"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{path}",
+        "HF_DATASETS_CACHE": str(cwd / "cache"),
+        "COLUMNS": "80",
+    }
     command = [sys.executable, "-c", COUNTED, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=cwd, stdin=subprocess.DEVNULL)
     assert done.returncode == 0, done.stderr
@@ -104,7 +121,7 @@ MISTAKES = {
 def here(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("start")
     texts = {
-        "text.txt": "x", "broken.yaml": "a: [", "typo.yaml": "learning_rat: 1\n", "loss.yaml": "loss_type: [ofset]\n",
+        "text.txt": "x", "empty.jsonl": "", "broken.yaml": "a: [", "typo.yaml": "learning_rat: 1\n", "loss.yaml": "loss_type: [ofset]\n",
         "rounds.yaml": "model: owner/model\nprompts: owner/data\noutput_dir: out\nreward_funcs: owner/reward\n",
         "pairs.jsonl": '{"prompt": "p", "chosen": "a b", "rejected": "c", "score_chosen": 2.5, "score_rejected": 1.0}\n',
     }  # fmt: skip
@@ -231,9 +248,40 @@ def test_settings_of_rounds_read_from_sources_are_those_of_the_class():
         assert set(sources.keyword_arguments(path, function.__name__)) == set(keyword_arguments(function))
 
 
+def test_a_plug_in_is_found(here, tmp_path, tiny_model_dir):
+    """A package beside ours offers a loss, whose alias only loading it says."""
+    (tmp_path / "plugged.py").write_text(PLUGIN)
+    info = tmp_path / "plugged-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: plugged\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[trl_ext.losses]\nplugged = plugged:Plugged\n")
+    for arguments in (["losses", "plugged"], ["losses", "pl"]):
+        code, modules, done = imported(*arguments, cwd=here, path=tmp_path)
+        assert code == 0 and "plugged  (aliases: pl)" in done.stdout, done.stderr
+        assert not modules & {"transformers", "trl", "datasets"}
+    code, _, done = imported("losses", "plu", cwd=here, path=tmp_path)
+    assert code == 2 and "Did you mean" in done.stderr and "'plugged'" in done.stderr
+    data = [
+        "--dataset_name",
+        "empty.jsonl",
+        "--loss_type",
+        "pl",
+        "--output_dir",
+        "out",
+        "--use_cpu",
+        "--bf16",
+        "false",
+    ]
+    code, _, done = imported("run", "dpo", "--model_name_or_path", tiny_model_dir, *data, cwd=here, path=tmp_path)
+    assert code == 2 and "'empty.jsonl' is empty" in done.stderr  # it came as far as the data
+
+
 def test_what_cannot_be_read_is_left_to_the_classes(monkeypatch):
     assert sources.config_fields([("trl", "nowhere.py")]) == {} and sources.stand_in([("nowhere", "a.py")]) is None
     assert sources.keyword_arguments("data/scores.py", "nowhere") is None
+    monkeypatch.setattr("trl_ext.upstream._installed", lambda name: "1.17.0" if name == "trl" else "5.23.1")
+    assert sources.stand_in(sources.DPO_CONFIG) is None  # options may be elsewhere in a version that nobody looked at
+    assert sources.config_fields([("trl_ext", "rounds/config.py")])
 
 
 def test_names_of_rounds_are_loaded_on_first_use():
