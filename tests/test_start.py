@@ -1,6 +1,7 @@
 """What a command imports before it answers: counted in modules, which are the same on every machine, and not in seconds."""
 
 import argparse
+import dataclasses
 import json
 import os
 import subprocess
@@ -11,8 +12,8 @@ import pytest
 from trl.scripts import dpo
 
 from tests.test_cli import ROOT
-from trl_ext import list_losses, sources
-from trl_ext.losses import TRL_LOSS_TYPES, list_aliases, resolve_name
+from trl_ext import get_loss, list_losses, sources
+from trl_ext.losses import TRL_LOSS_TYPES, list_aliases, loss_class, resolve_name
 from trl_ext.rounds import IterativeDPO, RoundsConfig
 from trl_ext.run_dpo import MODEL_CONFIG
 
@@ -65,6 +66,14 @@ MISTAKES = {
     "number": ([*DPO, "--learning_rate", "fast"], "invalid float value: 'fast'"),
     "stray-word": ([*DPO, "offset"], "['offset'] belong to no option"),
     "loss": ([*DPO, "--loss_type", "sigmoid", "ofset"], "Unknown loss 'ofset'. Did you mean 'offset'?"),
+    "hyper-parameter": (
+        [*DPO, "--loss_type", "offset", "--loss_kwargs", '{"alhpa": 1}'],
+        "The loss 'offset' has no hyper-parameter 'alhpa'. Did you mean 'alpha'?",
+    ),
+    "rounds-hyper-parameter": (
+        ["iterate", "rounds.yaml", "--training.loss_type", "offset", "--training.loss_kwargs", "{alhpa: 1}"],
+        "The loss 'offset' has no hyper-parameter 'alhpa'",
+    ),
     "no-data": (DPO[:4], "--dataset_name missing"),
     "model": ([*DPO, "--model_name_or_path", "./nowhere"], "There is no model './nowhere'"),
     "teacher": ([*DPO, "--teacher_model_name_or_path", "./no"], "There is no model --teacher_model_name_or_path './no'"),
@@ -176,11 +185,41 @@ def test_inspect_with_a_tokenizer_imports_no_trainer(here, tiny_model_dir):
 # The first look agrees with the second
 
 
-def test_names_of_losses_are_those_of_the_registry():
-    ours, theirs = sources.loss_names()
-    names = [name for name in list_losses() if resolve_name(name).startswith(name)]
-    assert set(ours) == {*names, *(alias for name in names for alias in list_aliases(name))}
-    assert theirs == TRL_LOSS_TYPES
+def test_losses_read_from_sources_are_those_of_the_registry():
+    ours = [name for name in list_losses() if loss_class(name).__module__.startswith("trl_ext.losses.")]
+    expected = {}
+    for name in ours:
+        fields = tuple(field.name for field in dataclasses.fields(loss_class(name)) if field.init)
+        expected |= dict.fromkeys((name, *list_aliases(name)), (name, fields))
+    assert sources.loss_classes() == expected and len(ours) > 15
+    assert sources.trl_loss_types() == TRL_LOSS_TYPES
+
+
+@pytest.mark.parametrize(
+    ("name", "given"), [("offset", {"alhpa": 1}), ("odpo", {"alpha": 1, "zzz": 2}), ("cpl", {"a": 1})]
+)
+def test_an_unknown_hyperparameter_is_refused_in_the_words_of_the_registry(name, given):
+    said = []
+    for refuse in (
+        lambda: get_loss(name, **given),
+        lambda: sources.refuse_unknown_hyperparameters(["sigmoid", name], given),
+        lambda: sources.refuse_unknown_hyperparameters([name], json.dumps(given)),
+    ):
+        with pytest.raises(ValueError) as error:
+            refuse()
+        said.append(str(error.value))
+    assert said[0] == said[1] == said[2] and "has no hyper-parameter" in said[0]
+
+
+@pytest.mark.parametrize(
+    ("names", "given"),
+    [
+        (["offset"], {"alpha": 1}), (["offset", "anchored"], {"zzz": 1}), (["offset"], {"offset": {"alpha": 1}}), (["offset"], "{alpha"),
+        (["offset"], None), (["sigmoid"], {"zzz": 1}), (["brought_by_a_package"], {"zzz": 1}), (["offset"], "[1]"), ([["offset"]], {"z": 1}),
+    ],
+)  # fmt: skip
+def test_hyperparameters_that_are_left_to_the_config(names, given):
+    sources.refuse_unknown_hyperparameters(names, given)
 
 
 @pytest.mark.parametrize(("name", "also"), [("ofset", ()), ("ofset", TRL_LOSS_TYPES), ("zzz", ()), ("sigmoid", ())])
@@ -234,7 +273,6 @@ def test_options_read_from_sources_are_those_of_the_classes(trl_as_it_was):
 
 
 def test_settings_of_rounds_read_from_sources_are_those_of_the_class():
-    import dataclasses
     import typing
 
     from trl_ext.data.sampling import sample_completions

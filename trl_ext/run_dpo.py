@@ -77,8 +77,9 @@ def check_early(arguments: list[str]) -> None:
     parser = TrlParser((ScriptArguments, *options, DatasetMixtureConfig), prog="trl-ext run dpo")
     parser.error = _refuse
     given = _given(parser, arguments)
-    losses = given.loss_type or ()
-    sources.refuse_unknown_losses([losses] if isinstance(losses, str) else losses, trl=True)
+    losses = [given.loss_type] if isinstance(given.loss_type, str) else given.loss_type or ()
+    sources.refuse_unknown_losses(losses, trl=True)
+    sources.refuse_unknown_hyperparameters(losses, given.loss_kwargs)
     _check(given)
     _read_local_data(given, given, given)
 

@@ -11,6 +11,7 @@ import builtins
 import dataclasses
 import difflib
 import importlib.util
+import json
 import typing
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
@@ -86,20 +87,26 @@ def keyword_arguments(path: str, function: str) -> dict[str, Any] | None:
 
 
 @cache
-def loss_names() -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Names and aliases of this package's losses, and TRL's names, as the files in `losses/` give them."""
-    ours: list[str] = []
-    theirs: list[str] = []
+def loss_classes() -> dict[str, tuple[str, tuple[str, ...]]]:
+    """This package's losses by name and by alias, as the files in `losses/` have them: the name, and the hyper-parameters."""
+    found = {}
     for path in sorted((Path(__file__).parent / "losses").glob("*.py")):
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        for cls in (each for each in tree.body if isinstance(each, ast.ClassDef)):
+        for cls in (each for each in _parsed("trl_ext", f"losses/{path.name}").body if isinstance(each, ast.ClassDef)):
             for call in cls.decorator_list:
                 if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "register_loss":
-                    ours += [each.value for given in (*call.args, *call.keywords) for each in _strings(given)]
-        for assigned in (each for each in tree.body if isinstance(each, ast.Assign)):
-            if getattr(assigned.targets[0], "id", "") == "TRL_LOSS_TYPES":
-                theirs += [each.value for each in _strings(assigned)]
-    return tuple(sorted(ours)), tuple(theirs)
+                    name, *aliases = [each.value for given in (*call.args, *call.keywords) for each in _strings(given)]
+                    fields = [each for each in cls.body if isinstance(each, ast.AnnAssign) and _is_option(each)]
+                    found |= dict.fromkeys((name, *aliases), (name, tuple(each.target.id for each in fields)))
+    return found
+
+
+@cache
+def trl_loss_types() -> tuple[str, ...]:
+    """TRL's loss types, as `losses/registry.py` lists them."""
+    for each in _parsed("trl_ext", "losses/registry.py").body:
+        if isinstance(each, ast.Assign) and getattr(each.targets[0], "id", "") == "TRL_LOSS_TYPES":
+            return ast.literal_eval(each.value)
+    raise AssertionError("losses/registry.py lists no TRL_LOSS_TYPES")
 
 
 def refuse_unknown_losses(names: Iterable[Any], *, trl: bool) -> None:
@@ -112,8 +119,8 @@ def refuse_unknown_losses(names: Iterable[Any], *, trl: bool) -> None:
         trl (`bool`):
             Whether TRL's own loss types are allowed.
     """
-    ours, theirs = loss_names()
-    known = sorted({*ours, *(theirs if trl else ())})
+    theirs = trl_loss_types()
+    known = sorted({*loss_classes(), *(theirs if trl else ())})
     for name in names:
         if not isinstance(name, str) or "," in name or name in known:
             continue
@@ -124,6 +131,32 @@ def refuse_unknown_losses(names: Iterable[Any], *, trl: bool) -> None:
         if name in theirs:
             hint = " It is TRL's own loss type: pass it as `loss_type` to the trainer."
         raise ValueError(f"Unknown loss {name!r}.{hint} Known: {known}.")
+
+
+def refuse_unknown_hyperparameters(names: Iterable[Any], given: Any) -> None:
+    """
+    Raise a `ValueError` for a hyper-parameter that the loss does not have, as the registry would.
+
+    Args:
+        names (`Iterable[Any]`):
+            Loss types of a run. Looked at is a run with one loss of this package.
+        given (`Any`):
+            Its `loss_kwargs`: a mapping, or one as JSON. What is none of these, or has mappings in it, is left to the config.
+    """
+    ours = [loss_classes()[name] for name in names if isinstance(name, str) and name in loss_classes()]
+    if isinstance(given, str):
+        try:
+            given = json.loads(given)
+        except json.JSONDecodeError:
+            return
+    if len(ours) != 1 or not isinstance(given, dict) or any(isinstance(value, dict) for value in given.values()):
+        return
+    ((loss, allowed),) = ours
+    for name in given:
+        if name not in allowed:
+            near = difflib.get_close_matches(str(name), allowed, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"The loss {loss!r} has no hyper-parameter {name!r}.{hint} It has: {list(allowed)}.")
 
 
 def _parsed(package: str, path: str) -> ast.Module | None:

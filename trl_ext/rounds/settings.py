@@ -160,10 +160,12 @@ def check_early(path: str, overrides: Mapping[str, Any]) -> None:
         if hints and isinstance(given, dict):
             refuse_unknown(given, hints, f"`{name}`")
             refuse_wrong_types(given, hints, f"{name}.")
-    losses = (
-        (settings.get("training") or {}).get("loss_type") if isinstance(settings.get("training", {}), dict) else None
-    )
-    sources.refuse_unknown_losses([losses] if isinstance(losses, str) else losses or (), trl=True)
+    given = settings.get("training")
+    if isinstance(given, dict):
+        losses = given.get("loss_type") or ()
+        losses = [losses] if isinstance(losses, str) else losses
+        sources.refuse_unknown_losses(losses, trl=True)
+        sources.refuse_unknown_hyperparameters(losses, given.get("loss_kwargs"))
     for name, what in PATHS:
         refuse_missing_path(settings.get(name), what)
     refuse_unwritable_folder(settings["output_dir"], "output_dir")
