@@ -223,7 +223,8 @@ def test_hyperparameters_that_are_left_to_the_config(names, given):
 
 
 @pytest.mark.parametrize(("name", "also"), [("ofset", ()), ("ofset", TRL_LOSS_TYPES), ("zzz", ()), ("sigmoid", ())])
-def test_an_unknown_loss_is_refused_in_the_words_of_the_registry(name, also):
+def test_an_unknown_loss_is_refused_in_the_words_of_the_registry(name, also, monkeypatch):
+    monkeypatch.delitem(sys.modules, "trl_ext.losses.registry")
     said = []
     for refuse in (
         lambda: resolve_name(name, also=also),
@@ -236,7 +237,11 @@ def test_an_unknown_loss_is_refused_in_the_words_of_the_registry(name, also):
 
 
 def test_with_plug_ins_the_registry_decides(monkeypatch):
-    """A package may bring a name that only loading it says, as an alias."""
+    """A package may bring a name that only loading it says, as an alias; so may what this process has registered."""
+    sources.refuse_unknown_losses(["registered_here"], trl=False)
+    monkeypatch.delitem(sys.modules, "trl_ext.losses.registry")
+    with pytest.raises(ValueError, match="Unknown loss 'registered_here'"):
+        sources.refuse_unknown_losses(["registered_here"], trl=False)
     monkeypatch.setattr(sources, "entry_points", lambda group: [group])
     sources.refuse_unknown_losses(["brought_by_a_package"], trl=False)
 

@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import importlib.util
 import json
+import sys
 import typing
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
@@ -111,7 +112,7 @@ def trl_loss_types() -> tuple[str, ...]:
 
 def refuse_unknown_losses(names: Iterable[Any], *, trl: bool) -> None:
     """
-    Raise a `ValueError` for a name that is no loss, as the registry would.
+    Raise a `ValueError` for a name that is no loss, as the registry would; nothing where that is loaded already.
 
     Args:
         names (`Iterable[Any]`):
@@ -119,6 +120,8 @@ def refuse_unknown_losses(names: Iterable[Any], *, trl: bool) -> None:
         trl (`bool`):
             Whether TRL's own loss types are allowed.
     """
+    if "trl_ext.losses.registry" in sys.modules:  # then it answers at once, and knows what was registered meanwhile
+        return
     theirs = trl_loss_types()
     known = sorted({*loss_classes(), *(theirs if trl else ())})
     for name in names:
