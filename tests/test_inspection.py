@@ -213,6 +213,7 @@ def test_what_is_drawn(margins, tmp_path, monkeypatch):
         assert axes.get_title() == "Margins of the scores" and axes.get_ylabel() == "pairs"
         assert sum(bar.get_height() for bar in axes.patches) == 3 and len(axes.patches) == 40
         assert [line.get_xdata()[0] for line in axes.get_lines()] == [0, 0.5]
+        assert axes.get_lines()[1].get_color() == "black"  # that of the bars would not be seen on them
         assert [text.get_text() for text in axes.get_legend().get_texts()] == ["margin, median 0.5"]
 
 

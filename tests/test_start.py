@@ -112,6 +112,7 @@ MISTAKES = {
     "inspect-data": (["inspect", "no.jsonl"], "There is no dataset 'no.jsonl'"),
     "inspect-kind": (["inspect", "text.txt"], "Cannot read 'text.txt': expected a file that ends in"),
     "inspect-tokenizer": (["inspect", "pairs.jsonl", "--processing_class", "./no"], "There is no tokenizer './no'"),
+    "inspect-columns": (["inspect", "pairs.jsonl", "--columns", "score_chosen"], "expected NAME=COLUMN"),
     "inspect-length": (["inspect", "pairs.jsonl", "--max_length", "0"], "must be at least 1"),
     "demo-loss": (["demo", "--loss_type", "ofset"], "Unknown loss 'ofset'. Did you mean 'offset'?"),
     "demo-steps": (["demo", "--max_steps", "0"], "at least 1 step is needed"),
@@ -146,6 +147,14 @@ def test_a_mistake_is_answered_before_torch_is_imported(name, here):
     assert code == (0 if message is None else 2) and "Traceback" not in done.stderr
     assert message is None or message in done.stderr
     assert not modules & {*HEAVY}, sorted(modules & {*HEAVY})
+
+
+@pytest.mark.parametrize("command", [["inspect", "pairs.jsonl"], ["compare", "nowhere"]])
+def test_a_plot_that_cannot_be_drawn_is_refused_first(command, here):
+    """matplotlib says which formats there are; it brings numpy."""
+    code, modules, done = imported(*command, "--plot", "plot.xyz", cwd=here)
+    assert code == 2 and "its name must end in one of" in done.stderr
+    assert not modules & ({*HEAVY} - {"numpy"})
 
 
 def test_losses_costs_no_more_than_torch(here):
