@@ -228,6 +228,7 @@ def test_json_has_all_that_the_tables_show(tmp_path, capsys):
 
 RENAMED = [
     (["--columns", "score_chosen=a", "score_rejected=b"], None),
+    (["--columns", "score_chosen=a", "--columns", "score_rejected=b"], None),
     (["--columns", "score_chosen=x", "score_rejected=b"], "The dataset lacks ['x']; its columns are ['a', 'b', 'chosen', 'prompt', 'rejected']"),
     (["--columns", "score_choosen=a"], "Nothing reads columns called ['score_choosen']. Names that are read: ['annotator_id',"),
     (["--columns", "chosen=a"], "The dataset already has columns called ['chosen']"),

@@ -89,6 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument(
         "--columns",
         nargs="+",
+        action="extend",
         default=[],
         metavar="NAME=COLUMN",
         help="columns that are called otherwise in the data: --columns score_chosen=my_column",
