@@ -7,7 +7,6 @@ Heavy imports stay inside the commands: `trl-ext --help` answers at once.
 import argparse
 import dataclasses
 import importlib.util
-import json
 import os
 import runpy
 import sys
@@ -74,33 +73,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     iterate.set_defaults(function=_iterate)
 
-    inspect = commands.add_parser(
-        "inspect",
-        help="what a preference dataset holds, before one trains on it",
-        description="Columns, which losses can use them and why others cannot, lengths and their bias, ties, contradictions, "
-        "duplicates and truncation; which losses to try, why, and what to begin with.",
-    )
-    inspect.add_argument("dataset", metavar="DATASET", help="hub name, folder or file (JSON Lines, CSV, Parquet)")
-    inspect.add_argument("--split", default="train", help="of a dataset that has several (default: %(default)s)")
-    inspect.add_argument(
-        "--processing_class", metavar="PATH", help="tokenizer that counts tokens, not words; hub name or folder"
-    )
-    inspect.add_argument("--max_length", type=int, default=1024, help="of training, in tokens (default: %(default)s)")
-    inspect.add_argument(
-        "--columns",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="NAME=COLUMN",
-        help="columns that are called otherwise in the data: --columns score_chosen=my_column",
-    )
-    inspect.add_argument("--plot", metavar="FILE", help="draw lengths and margins here")
-    inspect.add_argument(
-        "--json", action="store_true", help="print all that the tables show as JSON, and nothing else"
-    )
-    inspect.set_defaults(function=_inspect)
+    from trl_ext import compare, demo, inspect_data
 
-    from trl_ext import compare, demo
+    inspect_parser = commands.add_parser(
+        "inspect", help="what a preference dataset holds, and which losses to try on it"
+    )
+    inspect_data.add_arguments(inspect_parser)
+    inspect_parser.set_defaults(function=inspect_data.run)
 
     compare_parser = commands.add_parser("compare", help="trainings side by side, seeds as one: a table and plots")
     compare.add_arguments(compare_parser)
@@ -266,52 +245,6 @@ def _iterate(args: argparse.Namespace) -> int:
     metrics = IterativeDPO(config).run()
     Console().print(table(metrics))
     return 0
-
-
-def _inspect(args: argparse.Namespace) -> int:
-    # What can be refused is, before anything is loaded
-    if args.max_length < 1:
-        raise ValueError(f"`--max_length {args.max_length}` must be at least 1.")
-    from trl_ext.data.paths import refuse_missing_path, refuse_unreadable_data
-    from trl_ext.data.plots import check_plot
-
-    if args.plot:
-        check_plot(args.plot)
-    columns = _renames(args.columns)
-    refuse_missing_path(args.processing_class, "tokenizer")
-    refuse_unreadable_data(args.dataset)
-    from trl_ext.data.adapters import rename
-    from trl_ext.data.inspection import inspect_preferences
-    from trl_ext.data.load import load_preferences, load_tokenizer
-
-    tokenizer = load_tokenizer(args.processing_class) if args.processing_class else None
-    dataset = rename(load_preferences(args.dataset, split=args.split), columns)
-    report = inspect_preferences(dataset, processing_class=tokenizer, max_length=args.max_length)
-    if args.plot:
-        report.plot(args.plot)
-    if args.json:
-        print(json.dumps(report.to_dict() | ({"plot": args.plot} if args.plot else {}), indent=2))
-        return 0
-    from rich.console import Console
-
-    for table in report.tables():
-        Console().print(table)
-    if args.plot:
-        print(f"Plot: {args.plot}")
-    return 0
-
-
-def _renames(given: list[str]) -> dict[str, str]:
-    """Our name for a column and what the data calls it, from `name=column`."""
-    pairs = [each.partition("=")[::2] for each in given]
-    for each, (name, column) in zip(given, pairs, strict=True):
-        if not name or not column:
-            raise ValueError(f"`--columns {each}`: expected NAME=COLUMN, as in score_chosen=my_column.")
-    for place, what in ((0, "name"), (1, "column")):
-        twice = {pair[place] for pair in pairs if [other[place] for other in pairs].count(pair[place]) > 1}
-        if twice:
-            raise ValueError(f"`--columns {' '.join(given)}` has the {what} {sorted(twice)} twice.")
-    return dict(pairs)
 
 
 def _run(args: argparse.Namespace) -> int:
