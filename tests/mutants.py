@@ -63,6 +63,8 @@ TRAINER_TESTS = [
     "tests/online",
 ]
 DATA_TESTS = [
+    "tests/test_adapters.py",
+    "tests/test_advice.py",
     "tests/test_cache.py",
     "tests/test_calibration.py",
     "tests/test_checks.py",

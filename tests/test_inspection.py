@@ -183,25 +183,64 @@ def test_the_tables():
     ]
 
 
-@pytest.mark.parametrize("margins", [[], [1.0, -2.0, 0.5]])
-def test_what_is_drawn(margins, tmp_path, monkeypatch):
+def figure_of(monkeypatch, path, lengths, margins):
+    """The axes that a plot draws into."""
     import matplotlib.pyplot as plt
 
     drawn = []
     monkeypatch.setattr(plt, "close", drawn.append)
+    Inspection({}, {}, {}, lengths, margins, "tokens").plot(path)
+    return drawn[0].axes
+
+
+@pytest.mark.parametrize("margins", [[], [1.0, -2.0, 0.5]])
+def test_what_is_drawn(margins, tmp_path, monkeypatch):
     lengths = {"prompt": [9], "chosen": [1, 2, 3], "rejected": [4, 5]}
-    Inspection({}, {}, {}, lengths, margins, "tokens").plot(tmp_path / "plot.png")
-    (figure,) = drawn
-    first, *more = figure.axes
-    assert first.get_xlabel() == "length of completions (tokens)"
-    assert [text.get_text() for text in first.get_legend().get_texts()] == ["chosen", "rejected"]
+    first, *more = figure_of(monkeypatch, tmp_path / "plot.png", lengths, margins)
+    assert first.get_xlabel() == "length of completions (tokens)" and first.get_ylabel() == "pairs"
+    assert first.get_title() == "Lengths of completions"
+    assert [text.get_text() for text in first.get_legend().get_texts()] == [
+        "chosen, median 2",
+        "rejected, median 4.5",
+    ]
     counts = [sum(bar.get_height() for bar in bars) for bars in first.containers]
     assert counts == [3, 2] and len(first.containers[0]) == 40
+    assert [line.get_xdata()[0] for line in first.get_lines()] == [2, 4.5]
+    assert [line.get_color() for line in first.get_lines()] == [bars[0].get_facecolor() for bars in first.containers]
     assert len(more) == (1 if margins else 0)
     for axes in more:
         assert axes.get_xlabel() == "score of the chosen minus that of the rejected completion"
+        assert axes.get_title() == "Margins of the scores" and axes.get_ylabel() == "pairs"
         assert sum(bar.get_height() for bar in axes.patches) == 3 and len(axes.patches) == 40
-        assert axes.get_lines()[0].get_xdata() == [0, 0]
+        assert [line.get_xdata()[0] for line in axes.get_lines()] == [0, 0.5]
+        assert axes.get_lines()[1].get_color() == "black"  # that of the bars would not be seen on them
+        assert [text.get_text() for text in axes.get_legend().get_texts()] == ["margin, median 0.5"]
+
+
+def test_outliers_do_not_set_the_axis(tmp_path, monkeypatch):
+    """Of 1000 margins five at each end may be left out; of 1000 lengths of both sides together as many."""
+    margins = [-1e6] * 2 + [0.0] * 498 + [1.0] * 497 + [1e6] * 3
+    lengths = {"prompt": [1], "chosen": [10] * 499 + [99999], "rejected": [20] * 500}
+    first, second = figure_of(monkeypatch, tmp_path / "plot.png", lengths, margins)
+    assert second.get_title() == "Margins of the scores\n5 of 1,000 lie outside of the axis, 0.5% at either end"
+    edges = [bar.get_x() for bar in second.patches] + [second.patches[-1].get_x() + second.patches[-1].get_width()]
+    assert [edges[0], edges[-1]] == pytest.approx([0, 1])
+    assert sum(bar.get_height() for bar in second.patches) == 995
+    assert "1 of 1,000 lie outside" in first.get_title() and first.get_xlim()[1] < 30
+    few = figure_of(monkeypatch, tmp_path / "few.png", lengths, [0.0, 1.0, 1e6])[1]
+    assert few.get_title() == "Margins of the scores" and sum(bar.get_height() for bar in few.patches) == 3
+
+
+def test_deciles():
+    """0, 1, ..., 20 in steps of two; lengths beside them."""
+    report = inspect_preferences(scored([n / 4 for n in range(21)]))
+    assert report.deciles["margin"] == [n / 4 for n in range(0, 21, 2)]
+    assert report.deciles["chosen"] == [2] * 11 and list(report.deciles) == ["margin", "prompt", "chosen", "rejected"]
+    table = report.tables()[2]
+    assert [column.header for column in table.columns] == ["share below", "margin", "prompt", "chosen", "rejected"]
+    assert list(table.columns[0].cells)[:2] == ["0 %", "10 %"] and list(table.columns[1].cells)[-1] == "5"
+    assert "words" in table.title
+    assert "margin" not in inspect_preferences(pairs()).deciles
 
 
 def test_all_facts_by_hand(tiny_model_dir):

@@ -130,7 +130,8 @@ del theirs._prepare_dataset, utils.use_adapter  # what is listed is looked up be
 for path in paths:
     assert re.match(r'''{GONE}pip install "trl==1\.16\.\*"$''', said(path) or "nothing"), said(path)
 utils.use_adapter = use_adapter
-for command in (["run", "dpo"], ["run", os.__file__], ["iterate", "nowhere.yaml"], ["demo"]):
+dpo = ["run", "dpo", "--model_name_or_path", "owner/model", "--dataset_name", "owner/data"]
+for command in (dpo, ["run", os.__file__], ["iterate", "examples/rounds/ilr_dpo.yaml"], ["demo"]):
     print("COMMAND", file=sys.stderr)
     assert main(command) == 2
 theirs._prepare_dataset = method
@@ -141,7 +142,7 @@ expected = r"trl_ext needs `trl\.trainer\.utils\.use_adapter`, which trl \S+ doe
 assert re.fullmatch(expected, said(lambda: trl_ext.DPOTrainer)), said(lambda: trl_ext.DPOTrainer)
 assert re.fullmatch(expected, said(lambda: trl_ext.patch_trl()))
 print("COMMAND", file=sys.stderr)
-assert main(["run", "dpo"]) == 2
+assert main(dpo) == 2
 utils.use_adapter = use_adapter
 assert trl.DPOTrainer is theirs and theirs in trl_ext.DPOTrainer.__mro__
 """

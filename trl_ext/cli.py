@@ -73,22 +73,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     iterate.set_defaults(function=_iterate)
 
-    inspect = commands.add_parser(
-        "inspect",
-        help="what a preference dataset holds, before one trains on it",
-        description="Columns, which losses can use them and why others cannot, lengths and their bias, ties, contradictions, "
-        "duplicates and truncation.",
-    )
-    inspect.add_argument("dataset", metavar="DATASET", help="hub name, folder or file (JSON Lines, CSV, Parquet)")
-    inspect.add_argument("--split", default="train", help="of a dataset that has several (default: %(default)s)")
-    inspect.add_argument(
-        "--processing_class", metavar="PATH", help="tokenizer that counts tokens, not words; hub name or folder"
-    )
-    inspect.add_argument("--max_length", type=int, default=1024, help="of training, in tokens (default: %(default)s)")
-    inspect.add_argument("--plot", metavar="FILE", help="draw lengths and margins here")
-    inspect.set_defaults(function=_inspect)
+    from trl_ext import compare, demo, inspect_data
 
-    from trl_ext import compare, demo
+    inspect_parser = commands.add_parser(
+        "inspect", help="what a preference dataset holds, and which losses to try on it"
+    )
+    inspect_data.add_arguments(inspect_parser)
+    inspect_parser.set_defaults(function=inspect_data.run)
 
     compare_parser = commands.add_parser("compare", help="trainings side by side, seeds as one: a table and plots")
     compare.add_arguments(compare_parser)
@@ -111,6 +102,10 @@ def _is_about_input(error: BaseException) -> bool:
 
 
 def _losses(args: argparse.Namespace) -> int:
+    if args.name:
+        from trl_ext.sources import refuse_unknown_losses
+
+        refuse_unknown_losses([args.name], trl=False)
     from rich.console import Console
 
     from trl_ext.losses import plugin_errors
@@ -236,45 +231,19 @@ def _optional(cls: type) -> tuple[str, ...]:
 
 
 def _iterate(args: argparse.Namespace) -> int:
+    from trl_ext.rounds.settings import check_early, given_overrides
+
+    overrides = given_overrides(args.overrides)
+    check_early(args.config, overrides)
     from rich.console import Console
 
     from trl_ext.rounds import IterativeDPO, RoundsConfig
-    from trl_ext.rounds.checks import read_yaml
     from trl_ext.rounds.report import table
 
-    given = [part for each in args.overrides for part in (each.split("=", 1) if each.startswith("--") else [each])]
-    names, values = given[::2], given[1::2]
-    if len(names) != len(values) or not all(name.startswith("--") for name in names):
-        raise ValueError(f"Settings are given as --name value; got {args.overrides}.")
-    overrides = {name[2:]: read_yaml(value, name) for name, value in zip(names, values, strict=True)}
-    if not Path(args.config).is_file():
-        raise ValueError(f"There is no file {args.config!r}. Recipes lie in examples/rounds.")
     sys.path.insert(0, os.getcwd())  # reward functions and judges of the user's own
     config = RoundsConfig.from_yaml(args.config, overrides)
     metrics = IterativeDPO(config).run()
     Console().print(table(metrics))
-    return 0
-
-
-def _inspect(args: argparse.Namespace) -> int:
-    # What can be refused is, before anything is loaded
-    if args.max_length < 1:
-        raise ValueError(f"`--max_length {args.max_length}` must be at least 1.")
-    from rich.console import Console
-
-    from trl_ext.data.inspection import check_plot, inspect_preferences
-    from trl_ext.data.load import load_preferences, load_tokenizer
-
-    if args.plot:
-        check_plot(args.plot)
-    tokenizer = load_tokenizer(args.processing_class) if args.processing_class else None
-    dataset = load_preferences(args.dataset, split=args.split)
-    report = inspect_preferences(dataset, processing_class=tokenizer, max_length=args.max_length)
-    for table in report.tables():
-        Console().print(table)
-    if args.plot:
-        report.plot(args.plot)
-        print(f"Plot: {args.plot}")
     return 0
 
 
@@ -284,10 +253,10 @@ def _run(args: argparse.Namespace) -> int:
         raise ValueError(
             f"There is no script {args.script!r}. Give the path of a Python file, or `dpo` for TRL's command."
         )
-    from trl_ext.trainers.patch import patch_trl
-
-    patch_trl()
     if path.is_file():
+        from trl_ext.trainers.patch import patch_trl
+
+        patch_trl()
         sys.argv = [args.script, *args.script_args]
         sys.path.insert(0, str(path.resolve().parent))  # as Python would have it
         runpy.run_path(args.script, run_name="__main__")

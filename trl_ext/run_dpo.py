@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
-from datasets.exceptions import DatasetsError
 from trl.scripts import dpo
-from trl.scripts.utils import DatasetConfig
+from trl.scripts.utils import DatasetConfig, DatasetMixtureConfig, ScriptArguments, TrlParser
 
-from trl_ext.data.load import BUILDERS
-from trl_ext.data.paths import refuse_missing_path, refuse_unwritable_folder
-from trl_ext.trainers.arguments import explained, refuse_liger_without_gpu, refuse_missing_trackers
-from trl_ext.trainers.model_card import DATASET_NAME
+from trl_ext import sources
+from trl_ext.data.paths import BUILDERS, refuse_missing_path, refuse_unwritable_folder
+
+
+# Nothing above imports torch; what does is imported where the arguments have been looked at
+MODEL_CONFIG = (("trl", "trainer/model_config.py"),)
 
 
 def run(arguments: list[str]) -> None:
@@ -33,11 +34,20 @@ def run(arguments: list[str]) -> None:
     Raises:
         `ValueError`: For arguments, models and data that cannot be used.
     """
-    parser = dpo.make_parser(prog="trl-ext run dpo")
-    parser.error = _refuse  # argparse would print two hundred options first
     arguments = [
         part for each in arguments for part in (each.split("=", 1) if each.startswith("--config=") else [each])
     ]
+    check_early(arguments)
+    # From here on torch is imported
+    from datasets.exceptions import DatasetsError
+
+    from trl_ext.trainers.arguments import explained
+    from trl_ext.trainers.model_card import DATASET_NAME
+    from trl_ext.trainers.patch import patch_trl
+
+    patch_trl()
+    parser = dpo.make_parser(prog="trl-ext run dpo")
+    parser.error = _refuse  # argparse would print two hundred options first
     _check(_given(parser, arguments))
     try:
         script, training, model, data = parser.parse_args_and_config(arguments)
@@ -54,9 +64,29 @@ def run(arguments: list[str]) -> None:
             raise  # not about what was given: training has begun
         if isinstance(error, KeyError) and error.args[0] not in splits:
             raise
+        if isinstance(error, DatasetsError):
+            raise ValueError(f"The dataset {name!r} cannot be read: {error.__cause__ or error}") from error
         raise ValueError(_said(error, name, splits, model.model_name_or_path)) from error
     finally:
         DATASET_NAME.reset(token)
+
+
+def check_early(arguments: list[str]) -> None:
+    """
+    Raise a `ValueError` for what the arguments alone show to be wrong, before torch is imported: options, settings of the config
+    file, paths, losses. Options are read from the sources of their classes; all is looked at again with the classes themselves.
+    """
+    options = [sources.stand_in(files) for files in (sources.DPO_CONFIG, MODEL_CONFIG)]
+    if None in options or {"-h", "--help"} & set(arguments):
+        return
+    parser = TrlParser((ScriptArguments, *options, DatasetMixtureConfig), prog="trl-ext run dpo")
+    parser.error = _refuse
+    given = _given(parser, arguments)
+    losses = [given.loss_type] if isinstance(given.loss_type, str) else given.loss_type or ()
+    sources.refuse_unknown_losses(losses, trl=True)
+    sources.refuse_unknown_hyperparameters(losses, given.loss_kwargs)
+    _check(given)
+    _read_local_data(given, given, given)
 
 
 def _said(error: Exception, dataset: str | None, splits: tuple[str, str], model: str) -> str:
@@ -72,8 +102,6 @@ def _said(error: Exception, dataset: str | None, splits: tuple[str, str], model:
         )
     if isinstance(error, StopIteration):
         return f"The dataset {dataset!r} is empty."
-    if isinstance(error, DatasetsError):
-        return f"The dataset {dataset!r} cannot be read: {error.__cause__ or error}"
     return str(error)
 
 
@@ -139,6 +167,8 @@ def _check(given: argparse.Namespace) -> None:
         raise ValueError(f"The folder {str(folder)!r} holds no model: it has no config.json.")
     if folder.is_file():
         raise ValueError(f"The model {str(folder)!r} is a file; give the folder that `save_pretrained` wrote.")
+    for name in ("teacher_model_name_or_path", "reverse_model_name_or_path"):
+        refuse_missing_path(getattr(given, name, None), f"model --{name}")  # options that TRL lacks
     names = [each.get("path") for each in given.datasets if isinstance(each, dict)] or [given.dataset_name]
     for name in names:
         refuse_missing_path(name, "dataset")
@@ -146,8 +176,13 @@ def _check(given: argparse.Namespace) -> None:
         refuse_unwritable_folder(given.output_dir, "output_dir")
     if given.max_length is not None and given.max_length < 2:
         raise ValueError(f"--max_length {given.max_length} leaves no room for a prompt and a completion.")
-    refuse_missing_trackers(given.report_to)
+    if given.report_to not in (None, "none", ["none"]):
+        from trl_ext.trainers.arguments import refuse_missing_trackers
+
+        refuse_missing_trackers(given.report_to)
     if given.use_liger_kernel:
+        from trl_ext.trainers.arguments import refuse_liger_without_gpu
+
         refuse_liger_without_gpu(given.use_cpu)
 
 

@@ -20,9 +20,14 @@ TESTED = {"datasets": "5.2", "transformers": "5.23", "trl": "1.16"}
 CLOSE = ("trl", "transformers")
 
 
+def untested() -> list[str]:
+    """Those of the two closest libraries whose installed versions the tests have not seen."""
+    return [name for name in CLOSE if not f"{_installed(name)}.".startswith(f"{TESTED[name]}.")]
+
+
 def warn_of_untested_versions() -> None:
     """Says once which installed versions the tests have not seen. Call it where it runs once per process."""
-    others = [name for name in CLOSE if not f"{_installed(name)}.".startswith(f"{TESTED[name]}.")]
+    others = untested()
     if others:
         found = " and ".join(f"{name} {_installed(name)}" for name in others)
         tested = " and ".join(f"{name} {TESTED[name]}" for name in CLOSE)

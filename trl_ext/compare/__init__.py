@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     if args.plot:
-        from trl_ext.data.inspection import check_plot
+        from trl_ext.data.plots import check_plot
 
         check_plot(args.plot)
     runs = [read_run(path) for path in args.runs]

@@ -1,5 +1,6 @@
 """
-From a user's data to a batch: columns, groups and pairs, scores and their calibration, sampling, reasoning traces, recipes.
+From a user's data to a batch: columns, groups and pairs, scores and their calibration, sampling, reasoning traces, recipes, and
+adapters for data that many use (`trl_ext.data.adapters`).
 """
 
 import importlib

@@ -1,6 +1,5 @@
 """Work that survives a killed process: results on disk by what they were computed from."""
 
-import hashlib
 import json
 import os
 import uuid
@@ -14,6 +13,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from trl.trainer.utils import hash_module
 
+from trl_ext.data.keys import content_key
+
 
 # Of a configuration: what changes nothing of what a model computes
 _NAMES = ("_name_or_path", "architectures", "transformers_version", "use_cache")
@@ -25,16 +26,6 @@ _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 def default_folder() -> Path:
     """`$TRL_EXT_CACHE`, else `~/.cache/trl_ext`."""
     return Path(os.environ.get("TRL_EXT_CACHE") or Path.home() / ".cache" / "trl_ext")
-
-
-def content_key(*parts: Any) -> str:
-    """A short hash of anything that JSON can write, and of sets."""
-
-    def plain(value: Any) -> Any:
-        return sorted(value, key=str) if isinstance(value, (set, frozenset)) else str(value)
-
-    text = json.dumps(parts, sort_keys=True, default=plain, ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
 def content_seed(*parts: Any) -> int:

@@ -1,20 +1,24 @@
 """What a preference dataset holds, before one trains on it."""
 
 import dataclasses
-import os
 import statistics
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
 
-from trl_ext.data.cache import content_key
+from trl_ext.data.advice import Data, Suggestion, advise, why_not
 from trl_ext.data.checks import check_count, is_finite_number, require_columns
-from trl_ext.data.columns import SCORES, checked, columns_of, list_lengths, used_columns
-from trl_ext.data.groups import BEHAVIOUR_LOGPS, check_group, from_groups, is_grouped
+from trl_ext.data.columns import SCORES, columns_of, list_lengths
+from trl_ext.data.groups import check_group, from_groups, is_grouped
+from trl_ext.data.keys import content_key
+from trl_ext.data.plots import plot_preferences
 from trl_ext.data.tokens import pair_lengths, require_chat_template
-from trl_ext.losses import get_loss, list_losses
+from trl_ext.losses import list_losses
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 SIDES = ("prompt", "chosen", "rejected")
@@ -31,6 +35,9 @@ class Inspection:
         margins (`list[float]`): Score of the chosen minus that of the rejected completion, where there are scores; of lists of
             them, the mean over reward models.
         unit (`str`): Of lengths: `"tokens"`, as training counts them, or `"words"`.
+        deciles (`dict[str, list[float]]`): Of the margins, where there are scores, and of the lengths: the least value, those below which
+            10, 20, ... % lie, and the largest.
+        advice (`list[Suggestion]`): Which losses to try, why, and what to begin with.
     """
 
     facts: dict[str, str]
@@ -39,10 +46,13 @@ class Inspection:
     lengths: dict[str, list[int]]
     margins: list[float]
     unit: str
+    deciles: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+    advice: list[Suggestion] = dataclasses.field(default_factory=list)
 
     def tables(self) -> list:
-        """As rich tables: facts, and losses."""
+        """As rich tables: facts, losses, deciles, and what to try."""
         from rich.table import Table
+        from rich.text import Text
 
         facts = Table(title="The data", show_header=False)
         for name, value in self.facts.items():
@@ -53,31 +63,39 @@ class Inspection:
         losses.add_column("why not, or what to mind", overflow="fold")
         for name, reason in self.losses.items():
             losses.add_row(name, "no" if reason else "yes", reason or self.remarks.get(name, ""))
-        return [facts, losses]
+        tables = [facts, losses]
+        if self.deciles:
+            tables.append(Table("share below", *self.deciles, title=f"Deciles (lengths in {self.unit})"))
+            for tenth, row in enumerate(zip(*self.deciles.values(), strict=True)):
+                tables[-1].add_row(f"{tenth * 10} %", *(f"{value:.4g}" for value in row))
+        if self.advice:
+            tables.append(Table(title="What to try, the most specific first", show_header=False, show_lines=True))
+            tables[-1].add_column(no_wrap=True)
+            tables[-1].add_column(overflow="fold")
+            for each in self.advice:
+                # Text, as intervals in square brackets are no markup
+                sources = Text("\n".join(each.sources), style="dim")
+                tables[-1].add_row(
+                    each.loss, Text("\n").join([Text(each.why), Text(each.flags(), style="bold"), sources])
+                )
+        return tables
+
+    def to_dict(self) -> dict[str, Any]:
+        """All that the tables show, for JSON: `facts`, `losses`, `deciles`, `unit` and `advice`."""
+        losses = {
+            name: {"can": not reason, "why_not": reason, "remark": self.remarks.get(name, "")}
+            for name, reason in self.losses.items()
+        }
+        advice = [dataclasses.asdict(each) for each in self.advice]
+        return {"facts": self.facts, "unit": self.unit, "losses": losses, "deciles": self.deciles, "advice": advice}
 
     def plot(self, path: str | Path) -> None:
         """Lengths of chosen and rejected completions, and the margins of the scores."""
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-
-        panels = 2 if self.margins else 1
-        figure, axes = plt.subplots(1, panels, figsize=(5.5 * panels, 3.5), layout="constrained", squeeze=False)
-        sides = [self.lengths["chosen"], self.lengths["rejected"]]
-        axes[0, 0].hist(sides, bins=40, label=["chosen", "rejected"])
-        axes[0, 0].set_xlabel(f"length of completions ({self.unit})")
-        axes[0, 0].legend()
-        if self.margins:
-            axes[0, 1].hist(self.margins, bins=40)
-            axes[0, 1].axvline(0, color="black", linewidth=1)
-            axes[0, 1].set_xlabel("score of the chosen minus that of the rejected completion")
-        figure.savefig(path, dpi=120)
-        plt.close(figure)
+        plot_preferences(self.lengths, self.margins, self.unit, path)
 
 
 def inspect_preferences(
-    dataset: Dataset, *, processing_class: PreTrainedTokenizerBase | None = None, max_length: int = 1024
+    dataset: Dataset, *, processing_class: "PreTrainedTokenizerBase | None" = None, max_length: int = 1024
 ) -> Inspection:
     """
     Look at a dataset as training would.
@@ -101,9 +119,11 @@ def inspect_preferences(
     check_count("max_length", max_length)
     given = columns_of(dataset, "inspected")
     facts = {"rows": f"{len(dataset):,}", "columns": ", ".join(given)}
+    levels = 0
     if is_grouped(dataset.column_names):
         for row, example in enumerate(dataset):
             check_group(example, row, "inspected")
+        levels = len({score for row in dataset["scores"] for score in row})
         sizes = [len(row) for row in dataset["completions"]]
         facts["completions per group"] = f"{min(sizes)} to {max(sizes)}"
         dataset = from_groups(dataset, "best_worst", "inspected")
@@ -143,23 +163,14 @@ def inspect_preferences(
         facts["margins of the scores"] = _quantiles(margins)
         facts["scores contradict the label"] = _share(sum(margin < 0 for margin in margins), len(margins))
         facts["scores tie"] = _share(sum(margin == 0 for margin in margins), len(margins))
-    losses = {"sigmoid and TRL's others": ""} | {name: _why_not(name, dataset, given) for name in list_losses()}
-    return Inspection(facts, losses, _remarks(dataset, margins), lengths, margins, unit)
-
-
-def check_plot(path: str | Path) -> None:
-    """Raise a `ValueError` where a plot could not be written: no matplotlib, no such folder, or an unknown format."""
-    try:
-        from matplotlib.backend_bases import FigureCanvasBase
-    except ImportError as error:
-        raise ValueError("A plot needs matplotlib: pip install matplotlib.") from error
-    path, formats = Path(path), sorted(FigureCanvasBase.get_supported_filetypes())
-    if path.suffix.lower()[1:] not in formats:
-        raise ValueError(f"Cannot draw {str(path)!r}: its name must end in one of {['.' + each for each in formats]}.")
-    if not path.parent.is_dir():
-        raise ValueError(f"Cannot draw {str(path)!r}: there is no folder {str(path.parent)!r}.")
-    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise ValueError(f"Cannot draw {str(path)!r}: it cannot be written there.")
+    losses = {"sigmoid and TRL's others": ""} | {name: why_not(name, dataset, given) for name in list_losses()}
+    deciles = {
+        name: [_quantile(values, tenth / 10) for tenth in range(11)]
+        for name, values in {"margin": margins, **lengths}.items()
+        if values
+    }
+    advice = advise(Data(dataset, given, losses, margins, lengths, unit, levels))
+    return Inspection(facts, losses, _remarks(dataset, margins), lengths, margins, unit, deciles, advice)
 
 
 def _pairs(dataset: Dataset) -> list[dict[str, Any]]:
@@ -271,21 +282,3 @@ def _remarks(dataset: Dataset, margins: list[float]) -> dict[str, str]:
     elif not margins and not preferred:
         remarks["anchored"] = "There are neither scores nor `preference_prob`: all targets are 1, which is plain DPO."
     return remarks
-
-
-def _why_not(name: str, dataset: Dataset, given: list[str]) -> str:
-    """Why a loss with its default hyper-parameters cannot train on the data, which came with the columns `given`."""
-    try:
-        losses = {name: get_loss(name)}
-        needed = [] if losses[name].takes_pairs else ["prompt", "completions", "scores"]
-        needed += [BEHAVIOUR_LOGPS] if "behaviour_logps" in losses[name].reads else []
-        missing = [column for column in needed if column not in given]
-        if missing:
-            return (
-                f"The loss {name!r} learns from whole groups with the columns {needed}, and {missing} are absent. Online training "
-                "samples such groups."
-            )
-        checked(dataset, used_columns(dataset.column_names, losses, "inspected"), losses, "inspected")
-    except (ValueError, TypeError) as error:
-        return str(error)
-    return ""

@@ -2,18 +2,17 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow.parquet
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from datasets.utils import logging
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from trl_ext.data.paths import refuse_missing_path
+from trl_ext.data.paths import BUILDERS, refuse_missing_path, refuse_unreadable_data
 
 
-# How `load_dataset` reads a file, by its suffix
-BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def load_preferences(name_or_path: str, split: str = "train") -> Dataset:
@@ -31,10 +30,8 @@ def load_preferences(name_or_path: str, split: str = "train") -> Dataset:
         `ValueError`: For a file of another kind, for what cannot be read, with the file and the line, and where there is no
             such dataset or split.
     """
-    refuse_missing_path(name_or_path, "dataset")
+    refuse_unreadable_data(name_or_path)
     path = Path(name_or_path).expanduser()
-    if path.is_file() and path.suffix.lower() not in BUILDERS:
-        raise ValueError(f"Cannot read {name_or_path!r}: expected a file that ends in {sorted(BUILDERS)}.")
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)  # what it would say of an error is in ours
     try:
@@ -50,8 +47,10 @@ def load_preferences(name_or_path: str, split: str = "train") -> Dataset:
     return dataset
 
 
-def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(name_or_path: str) -> "PreTrainedTokenizerBase":
     """A tokenizer by hub name or folder; a `ValueError` in one sentence where there is none."""
+    from transformers import AutoTokenizer  # which nobody needs who counts words
+
     refuse_missing_path(name_or_path, "tokenizer")
     try:
         return AutoTokenizer.from_pretrained(name_or_path)

@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Any
 
 
-DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".arrow", ".txt", ".yaml", ".yml")
+# How `load_dataset` reads a file, by its suffix
+BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+DATA_SUFFIXES = (*BUILDERS, ".arrow", ".txt", ".yaml", ".yml")
 
 
 def refuse_missing_path(name: Any, what: str) -> None:
@@ -36,6 +38,15 @@ def refuse_missing_path(name: Any, what: str) -> None:
             f"There is no {what} {name!r}: it looks like a path on this machine, and nothing is there. The working folder "
             f"is {str(Path.cwd())!r}; a hub name has the form 'owner/name'."
         )
+
+
+def refuse_unreadable_data(name: Any, what: str = "dataset") -> None:
+    """Raise as [`refuse_missing_path`] does, and for a file of a kind that is not read as data."""
+    refuse_missing_path(name, what)
+    if isinstance(name, str):
+        path = Path(name).expanduser()
+        if path.is_file() and path.suffix.lower() not in BUILDERS:
+            raise ValueError(f"Cannot read {name!r}: expected a file that ends in {sorted(BUILDERS)}.")
 
 
 def refuse_unwritable_folder(folder: str | Path, what: str) -> None:

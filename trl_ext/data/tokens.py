@@ -6,23 +6,25 @@ end-of-sequence token; a chat template writes its own special tokens, and nothin
 """
 
 import json
-from typing import Any
+import os
+from typing import TYPE_CHECKING, Any
 
-from transformers import PreTrainedTokenizerBase
-from trl.data_utils import common_prefix_length
+from trl_ext.data.keys import content_key
 
-from trl_ext.data.cache import content_key
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 Text = Any  # a string, or a list of messages
 
 
-def padding_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
+def padding_id(tokenizer: "PreTrainedTokenizerBase") -> int | None:
     """The token that fills rows up: the tokenizer's padding token, else its end-of-sequence token, as in TRL."""
     return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
-def require_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
+def require_chat_template(tokenizer: "PreTrainedTokenizerBase") -> None:
     """Raise a `ValueError` if the tokenizer cannot render conversations."""
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError(
@@ -31,7 +33,7 @@ def require_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
         )
 
 
-def prompt_ids(text: str, tokenizer: PreTrainedTokenizerBase, conversational: bool) -> list[int]:
+def prompt_ids(text: str, tokenizer: "PreTrainedTokenizerBase", conversational: bool) -> list[int]:
     """
     Token ids that a completion is sampled after.
 
@@ -58,7 +60,7 @@ def prompt_ids(text: str, tokenizer: PreTrainedTokenizerBase, conversational: bo
 def reward_ids(
     prompt: Text,
     completion: Text,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: "PreTrainedTokenizerBase",
     *,
     max_length: int | None = None,
     tools: list | None = None,
@@ -105,7 +107,7 @@ def reward_ids(
     return first + ids[len(ids) - max_length + len(first) :]
 
 
-def pair_lengths(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+def pair_lengths(row: dict[str, Any], tokenizer: "PreTrainedTokenizerBase") -> dict[str, int]:
     """
     Tokens of a preference pair as training counts them.
 
@@ -130,7 +132,7 @@ def pair_lengths(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dic
         first = tokenizer.apply_chat_template(start, add_generation_prompt=True, return_dict=True, **arguments)[
             "input_ids"
         ]
-    length = min(common_prefix_length(first, ids) for ids in whole.values())
+    length = min(len(os.path.commonprefix([first, ids])) for ids in whole.values())
     return {"prompt": length} | {side: len(ids) - length for side, ids in whole.items()}
 
 
@@ -142,7 +144,7 @@ def template_arguments(row: dict[str, Any]) -> dict[str, Any]:
     return given
 
 
-def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
+def tokenizer_key(tokenizer: "PreTrainedTokenizerBase") -> str:
     """A hash of all that decides which ids a text becomes: vocabulary, rules, special tokens, chat template."""
     rules: Any = [type(tokenizer).__name__, tokenizer.get_vocab()]
     if tokenizer.is_fast:

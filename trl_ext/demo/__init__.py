@@ -74,6 +74,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the demonstration; returns the exit status."""
+    from trl_ext.demo import checks
+
+    checks.early(args)
     from trl_ext.demo.demonstration import demonstrate
 
     return demonstrate(args)

@@ -6,16 +6,26 @@ from pathlib import Path
 
 from trl_ext.data.paths import refuse_missing_path, refuse_unwritable_folder
 from trl_ext.demo import BASELINE, COMPARED, IN_ROUNDS, ONLINE_STEPS, PROCESSES, STEPS
-from trl_ext.losses import TRL_LOSS_TYPES, loss_class, resolve_name
-from trl_ext.trainers.online.config import ONLINE_TRL_LOSSES
+from trl_ext.sources import refuse_unknown_losses
 
 
 # Columns that the world's pairs have, beside prompt, chosen and rejected
 WORLD_COLUMNS = {"score_chosen", "score_rejected", "chosen_empty_trace", "rejected_empty_trace"}
 
 
+def early(args: argparse.Namespace) -> None:
+    """Raise a `ValueError` for what the arguments alone show to be wrong; imports no torch."""
+    refuse_unknown_losses(args.loss_type or (), trl=True)
+    for check in (steps, seeds, num_processes, data):
+        check(args)
+    refuse_unwritable_folder(args.output_dir, "output_dir")
+
+
 def losses(args: argparse.Namespace) -> list[str]:
     """Canonical names of the losses to train; one that cannot be trained on what the arguments say is a `ValueError`."""
+    from trl_ext.losses import TRL_LOSS_TYPES, loss_class, resolve_name
+    from trl_ext.trainers.online.config import ONLINE_TRL_LOSSES
+
     if args.loss_type is None:
         return [BASELINE, *COMPARED]
     names = list(dict.fromkeys(resolve_name(name, also=TRL_LOSS_TYPES) for name in args.loss_type))

@@ -12,8 +12,9 @@ from trl_ext.data.paths import refuse_missing_path, refuse_unwritable_folder
 from trl_ext.data.rewards import refuse_lists_of_groups
 from trl_ext.data.sampling import sample_completions
 from trl_ext.data.scores import check_temperature, score_preferences
-from trl_ext.rounds.checks import keyword_arguments, read_yaml, refuse_unknown, refuse_wrong_types
+from trl_ext.rounds.checks import keyword_arguments
 from trl_ext.rounds.rewards import IMPLICIT, build_scorer
+from trl_ext.rounds.settings import PATHS, merged, refuse_unknown, refuse_wrong_types
 from trl_ext.trainers.dpo_config import DPOConfig
 
 
@@ -133,12 +134,7 @@ class RoundsConfig:
             raise ValueError('`replay` and `min_margin` are of pairs; they have no meaning with `pairing="group"`.')
         self._check_dictionaries()
         self._check_scorer()
-        for name, what in (
-            ("model", "model"),
-            ("prompts", "dataset of prompts"),
-            ("replay", "dataset to replay"),
-            ("implicit_reference", "implicit reference"),
-        ):
+        for name, what in PATHS:
             refuse_missing_path(getattr(self, name), what)
         refuse_unwritable_folder(self.output_dir, "output_dir")
 
@@ -182,26 +178,5 @@ class RoundsConfig:
         """
         Read settings from a file; `overrides` replace them, with dots into `sampling`, `scoring` and `training`.
         """
-        settings = read_yaml(Path(path).read_text(), str(path))
-        if not isinstance(settings, dict):
-            raise ValueError(
-                f"{path} holds no settings; expected YAML with model, prompts, output_dir, and reward_funcs or judge."
-            )
-        for key, value in (overrides or {}).items():
-            *outer, inner = key.split(".")
-            where = settings
-            for name in outer:
-                if where.get(name) is None:
-                    where[name] = {}
-                where = where[name]
-                if not isinstance(where, dict):
-                    raise ValueError(f"--{key}: {name!r} is {where!r} and holds no settings of its own.")
-            where[inner] = value
-        fields = dataclasses.fields(cls)
-        refuse_unknown(settings, [field.name for field in fields], str(path))
-        # An empty entry of the file, or --name null, is the default
-        settings = {name: value for name, value in settings.items() if value is not None}
-        required = [name for name in ("model", "prompts", "output_dir") if name not in settings]
-        if required:
-            raise ValueError(f"{path}: {required} missing. Add them, or give them as --{required[0]} VALUE.")
+        settings = merged(path, overrides or {}, [field.name for field in dataclasses.fields(cls)])
         return cls(**settings)
