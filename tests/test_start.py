@@ -74,6 +74,10 @@ MISTAKES = {
         ["iterate", "rounds.yaml", "--training.loss_type", "offset", "--training.loss_kwargs", "{alhpa: 1}"],
         "The loss 'offset' has no hyper-parameter 'alhpa'",
     ),
+    "hyper-parameters": (
+        [*DPO, "--loss_type", "offset", "--loss_kwargs", "{alpha: 1}"],
+        "`loss_kwargs='{alpha: 1}'` is not JSON",
+    ),
     "no-data": (DPO[:4], "--dataset_name missing"),
     "model": ([*DPO, "--model_name_or_path", "./nowhere"], "There is no model './nowhere'"),
     "teacher": ([*DPO, "--teacher_model_name_or_path", "./no"], "There is no model --teacher_model_name_or_path './no'"),

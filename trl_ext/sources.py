@@ -136,6 +136,19 @@ def refuse_unknown_losses(names: Iterable[Any], *, trl: bool) -> None:
         raise ValueError(f"Unknown loss {name!r}.{hint} Known: {known}.")
 
 
+def read_hyperparameters(given: Any) -> Any:
+    """`loss_kwargs` as Python has them: text is read as JSON, and a `ValueError` where it is none; all else stays as it is."""
+    if not isinstance(given, str):
+        return given
+    try:
+        # Parsed here and not by transformers, which turns strings such as "0.5" into numbers
+        return json.loads(given)
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"`loss_kwargs={given!r}` is not JSON ({error}). Quote it for the shell: --loss_kwargs '{{\"alpha\": 0.5}}'."
+        ) from error
+
+
 def refuse_unknown_hyperparameters(names: Iterable[Any], given: Any) -> None:
     """
     Raise a `ValueError` for a hyper-parameter that the loss does not have, as the registry would.
@@ -144,14 +157,10 @@ def refuse_unknown_hyperparameters(names: Iterable[Any], given: Any) -> None:
         names (`Iterable[Any]`):
             Loss types of a run. Looked at is a run with one loss of this package.
         given (`Any`):
-            Its `loss_kwargs`: a mapping, or one as JSON. What is none of these, or has mappings in it, is left to the config.
+            Its `loss_kwargs`: a mapping, or one as JSON. What has mappings in it is left to the config.
     """
     ours = [loss_classes()[name] for name in names if isinstance(name, str) and name in loss_classes()]
-    if isinstance(given, str):
-        try:
-            given = json.loads(given)
-        except json.JSONDecodeError:
-            return
+    given = read_hyperparameters(given)
     if len(ours) != 1 or not isinstance(given, dict) or any(isinstance(value, dict) for value in given.values()):
         return
     ((loss, allowed),) = ours

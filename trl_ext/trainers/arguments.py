@@ -1,7 +1,6 @@
 """Options that offline and online training share: losses and token log-probabilities."""
 
 import importlib.util
-import json
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,6 +8,7 @@ import torch
 from accelerate.utils import is_xpu_available
 from transformers.integrations import integration_utils
 
+from trl_ext.sources import read_hyperparameters
 from trl_ext.trainers.scoring import LOGPROB_BACKENDS
 
 
@@ -93,15 +93,7 @@ class LossArguments:
 
     def check_shared_arguments(self) -> None:
         """Bring the fields into their own types; a `ValueError` for one that cannot be used."""
-        if isinstance(self.loss_kwargs, str):
-            # Parsed here and not by transformers, which turns strings such as "0.5" into numbers
-            try:
-                self.loss_kwargs = json.loads(self.loss_kwargs)
-            except json.JSONDecodeError as error:
-                raise ValueError(
-                    f"`loss_kwargs={self.loss_kwargs!r}` is not JSON ({error}). Quote it for the shell: "
-                    "--loss_kwargs '{\"alpha\": 0.5}'."
-                ) from error
+        self.loss_kwargs = read_hyperparameters(self.loss_kwargs)
         if self.logprob_backend not in LOGPROB_BACKENDS:
             raise ValueError(
                 f"`logprob_backend={self.logprob_backend!r}` is unknown; choose one of {list(LOGPROB_BACKENDS)}."
