@@ -61,10 +61,22 @@ def script(tmp_path) -> Path:
     return path
 
 
-def test_losses_table(capsys):
+def test_losses_table(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     assert main(["losses"]) == 0
-    shown = capsys.readouterr().out
-    assert all(name in shown for name in list_losses())
+    lines = capsys.readouterr().out.splitlines()
+    assert all(len(line) <= 80 for line in lines)
+    words = {word for line in lines for word in line.split()}
+    # Each on a line of its own, and whole
+    assert {*list_losses()} <= words
+    assert {
+        "odpo",
+        "length_temperature=0.1",
+        "gamma_beta_ratio=0.6",
+        "initial_rejected_logps",
+        "(preference_prob)",
+        "2403.19159",
+    } <= words
 
 
 @pytest.mark.parametrize("name", ["offset", "odpo", *list_losses()])

@@ -1,11 +1,18 @@
-"""The pages of docs/: messages that they quote are in the code, commands are understood, snippets fit, links lead somewhere."""
+"""
+The pages of docs/ and the READMEs: messages that they quote are in the code, commands are understood, snippets fit, links lead
+somewhere.
+"""
 
+import argparse
 import ast
 import dataclasses
 import functools
 import importlib.util
 import re
+import runpy
 import shlex
+import shutil
+import sys
 import tomllib
 from pathlib import Path
 
@@ -25,6 +32,9 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 # Those of papers.md are held by tests/test_papers.py
 PAGES = sorted(set(DOCS.glob("*.md")) - {DOCS / "papers.md"})
+# Those of examples/training by tests/test_training_recipes.py
+READMES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "benchmarks" / "README.md", *(ROOT / "examples").glob("README.md"),
+           *sorted((ROOT / "examples" / "rounds").glob("*.md"))]  # fmt: skip
 ACCELERATE = sorted((ROOT / "examples" / "accelerate").glob("*.yaml"))
 
 
@@ -76,17 +86,38 @@ def test_every_line_of_the_tables_is_read():
 
 def lines_of(page: Path) -> list[str]:
     blocks = re.findall(r"```bash\n(.*?)```", page.read_text(), flags=re.DOTALL)
-    lines = [line.split("   #")[0].strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    lines = [
+        re.split(r" +# ", line)[0].strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()
+    ]
     return [line for line in lines if line and not line.startswith(("#", "run="))]
 
 
 # A loss that has to be installed first: tests/test_docs_plugin.py
-COMMANDS = list(dict.fromkeys(line for page in PAGES for line in lines_of(page) if " capped" not in line))
+COMMANDS = list(dict.fromkeys(line for page in [*PAGES, *READMES] for line in lines_of(page) if " capped" not in line))
+
+
+class Parsed(Exception):
+    """Raised where a script has read its arguments, and would begin."""
+
+
+def read_arguments(script: str, words: list[str], monkeypatch) -> None:
+    """Run a script until it has parsed what it was given."""
+    parse = argparse.ArgumentParser.parse_args
+
+    def parsed(self, *args, **kwargs):
+        parse(self, *args, **kwargs)
+        raise Parsed
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parsed)
+    monkeypatch.setattr(sys, "argv", [script, *words])
+    monkeypatch.setattr(sys, "path", [str((ROOT / script).parent), *sys.path])
+    with pytest.raises(Parsed):
+        runpy.run_path(str(ROOT / script), run_name="__main__")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_command_is_understood(command, here, monkeypatch, trl_as_it_was):  # noqa: F811
-    words = shlex.split(command.replace("$run", test_papers.RUN))
+    words = [word for word in shlex.split(command.replace("$run", test_papers.RUN)) if word != "PYTHONPATH=/tmp/site"]
     if words[:2] == ["accelerate", "launch"]:
         args = launch_command_parser().parse_args(words[2:])
         if args.config_file:
@@ -97,7 +128,12 @@ def test_command_is_understood(command, here, monkeypatch, trl_as_it_was):  # no
         ]  # fmt: skip
         command = shlex.join(words)
     if words[0] == "make":
-        assert f"\n{words[1]}:" in (ROOT / "Makefile").read_text()
+        targets = [word for word in words[1:] if "=" not in word]
+        assert targets and all(f"\n{target}:" in (ROOT / "Makefile").read_text() for target in targets)
+    elif words[0] == "python" and words[1].startswith("benchmarks/"):
+        read_arguments(words[1], words[2:], monkeypatch)
+    elif words[0] in ("tensorboard", ".venv/bin/pre-commit") or words[:4] == ["python", "-m", "pip", "install"]:
+        assert shutil.which(Path(words[0]).name) or words[0] == "tensorboard"
     elif words[:2] == ["pip", "install"]:
         extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
         for name in words[2:]:
@@ -158,12 +194,18 @@ def test_names_are_of_the_code(page):
 # Snippets
 
 
-BLOCKS = [(page, block) for page in PAGES for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)]
+BLOCKS = [
+    (page, block)
+    for page in [*PAGES, *READMES]
+    for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+]
 BLOCKS = [(page, block) for page, block in BLOCKS if not block.startswith("{")]  # rows of data
 
 
 @pytest.mark.parametrize(
-    ("page", "block"), BLOCKS, ids=[f"{page.stem}-{number}" for number, (page, _) in enumerate(BLOCKS)]
+    ("page", "block"),
+    BLOCKS,
+    ids=[f"{page.parent.name}-{page.stem}-{number}" for number, (page, _) in enumerate(BLOCKS)],
 )
 def test_snippet_fits_the_code(page, block):
     """Imports and calls, with what the blocks above it on the page have imported."""
@@ -205,7 +247,9 @@ def anchors(path: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in plain}
 
 
-@pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.stem)
+@pytest.mark.parametrize(
+    "page", [*sorted(DOCS.glob("*.md")), *READMES], ids=lambda page: str(page.relative_to(ROOT).with_suffix(""))
+)
 def test_links_lead_somewhere(page):
     text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
     for target, _, anchor in re.findall(r"\]\((?!https?:)([^)#]*)(#?)([^)]*)\)", text):

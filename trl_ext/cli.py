@@ -131,7 +131,8 @@ def _all_losses():
     from trl_ext.losses import list_aliases, list_losses, loss_class, plugin_errors
 
     plugin_errors()  # loads the plug-ins, which may register further names
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
+    # So narrow that no name is broken in a terminal of 80 characters
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     for heading in ("loss_type", "hyper-parameters", "columns", "paper"):
         table.add_column(heading, overflow="fold")
     for name in list_losses():
