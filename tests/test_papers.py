@@ -42,7 +42,13 @@ class Parsed(Exception):
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     """A working folder in which everything lies that the commands name."""
-    for name in ("path/to/reward-model", "path/to/dpo-model", "path/to/sft-model", "path/to/preference-model"):
+    for name in (
+        "path/to/reward-model",
+        "path/to/dpo-model",
+        "path/to/sft-model",
+        "path/to/preference-model",
+        "path/to/gpm",
+    ):
         (tmp_path / name).mkdir(parents=True)
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     for name in ("pairs", "problems", "answers"):

@@ -33,13 +33,6 @@ DPO_CONFIG = (
 )
 
 
-class _Types(dict):
-    """Names in annotations: builtins and those of `typing`; any other stands for what is given as text, as enums are."""
-
-    def __missing__(self, name: str) -> Any:
-        return getattr(builtins, name, getattr(typing, name, str))
-
-
 def config_fields(files: Sequence[tuple[str, str]]) -> dict[str, dataclasses.Field]:
     """
     Fields of the dataclasses in some files, as their source has them.
@@ -220,11 +213,27 @@ def _literal(value: ast.expr | None) -> Any:
 
 
 def _type(annotation: ast.expr | None) -> Any:
-    """The type that an annotation writes; `Any` where it writes none that can be read."""
-    try:
-        return Any if annotation is None else eval(ast.unparse(annotation), {"__builtins__": {}}, _Types())
-    except (TypeError, AttributeError, SyntaxError):
-        return Any
+    """
+    The type that an annotation writes. Names are those of builtins and of `typing`; any other stands for what is given as text, as
+    enums are. `Any` for what is written in another way.
+    """
+    match annotation:
+        case ast.Constant(value=None):
+            return None
+        case ast.Constant(value=str() as text):
+            return _type(ast.parse(text, mode="eval").body)
+        case ast.Name(id=name):
+            return getattr(builtins, name, getattr(typing, name, str))
+        case ast.BinOp(op=ast.BitOr(), left=left, right=right):
+            return _type(left) | _type(right)
+        case ast.Subscript(value=ast.Name(id="Literal"), slice=values):
+            return typing.Literal[ast.literal_eval(values)]
+        case ast.Subscript(value=outer, slice=ast.Tuple(elts=inner)):
+            return _type(outer)[tuple(map(_type, inner))]
+        case ast.Subscript(value=outer, slice=inner):
+            return _type(outer)[_type(inner)]
+        case _:
+            return Any
 
 
 def _strings(tree: ast.AST) -> Iterator[ast.Constant]:
