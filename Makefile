@@ -6,7 +6,7 @@ PYTHON ?= $(shell for name in python3 python3.14 python3.13 python3.12 python3.1
 BIN := .venv/bin
 WORKERS ?= 2
 
-.PHONY: help demo test test-gpu bench-gpu wheels mutants docs lint format build smoke notes clean
+.PHONY: help demo test test-gpu bench-gpu wheels mutants docs lint format build smoke notes upstream test-upstream test-distributed clean
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -24,6 +24,28 @@ demo: .venv/ready  ## train DPO and our losses in a small world, nothing to down
 
 test: .venv/ready  ## run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+
+test-distributed: .venv/ready  ## run the tests of several processes alone: DDP, FSDP2 and, where deepspeed is installed, ZeRO
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/distributed tests/test_many_processes.py $(ARGS)
+
+# What leans on other libraries: the seam, parity with TRL, trainers, losses, the head, the command line
+CORE := tests/test_trl_seam.py tests/test_trl_seam_parts.py tests/test_parity.py tests/test_dpo_trainer.py tests/test_cli.py \
+	tests/losses tests/logprobs tests/online
+
+test-upstream:  ## run the tests that lean on other libraries with other versions. VERSIONS="trl==1.16.0 transformers==5.22.0"
+	@test -n "$(VERSIONS)" || { echo 'Which? make test-upstream VERSIONS="transformers==5.22.0 torch==2.14.0"' >&2; exit 1; }
+	rm -rf build/upstream
+	$(PYTHON) -m venv build/upstream
+	grep -v $(foreach version,$(VERSIONS),-e '^$(firstword $(subst =, ,$(version)))==') constraints.txt > build/upstream/constraints.txt
+	for version in $(VERSIONS); do echo $$version; done >> build/upstream/constraints.txt
+	build/upstream/bin/pip install --quiet --disable-pip-version-check -c build/upstream/constraints.txt torch
+	build/upstream/bin/pip install --quiet --disable-pip-version-check -c build/upstream/constraints.txt -e '.[test]'
+	build/upstream/bin/pip check
+	OMP_NUM_THREADS=1 build/upstream/bin/python -m pytest -n $(WORKERS) $(CORE) $(ARGS)
+
+upstream: .venv/ready  ## what has changed between two versions where private names are used. OLD=1.15.0 NEW=1.16.0 PACKAGE=trl
+	@test -n "$(OLD)" -a -n "$(NEW)" || { echo 'Which? make upstream OLD=1.15.0 NEW=1.16.0' >&2; exit 1; }
+	$(BIN)/python -m tests.upstream $(OLD) $(NEW) $(if $(PACKAGE),--package $(PACKAGE))
 
 test-gpu: .venv/ready  ## run the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu $(ARGS)

@@ -1,8 +1,8 @@
 """
 What has changed between two versions of a library, in the places whose private names this package uses.
 
-    python tests/upstream.py 1.15.0 1.16.0
-    python tests/upstream.py 5.22.0 5.23.0 --package transformers
+    make upstream OLD=1.15.0 NEW=1.16.0
+    make upstream OLD=5.22.0 NEW=5.23.0 PACKAGE=transformers
 
 Reads source files alone: the versions are downloaded as wheels and unpacked, and nothing of them is imported. Names are those of
 `trl_ext/trainers/trl_seam/names.py`. Ends with 1 where a name has gone, with 0 elsewhere.
