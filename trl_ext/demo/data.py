@@ -63,7 +63,7 @@ def world_tasks(
     prompts = rng.choices(shuffled[HELD_OUT_PROMPTS:], k=PAIRS + HELD_OUT_PAIRS)
 
     def sampled(prompts: list[str]) -> list[str]:
-        completions = lm.sample(model, tokenizer, prompts, lm.MAX_NEW_TOKENS)
+        completions = lm.sample(model, tokenizer, lm.encode(tokenizer, prompts), lm.MAX_NEW_TOKENS)
         return [world.clean(tokenizer.decode(ids, skip_special_tokens=True)) for ids in completions]
 
     def labelled(prompts: list[str]) -> list[tuple[str, str]]:
@@ -133,11 +133,12 @@ def measure(
     True reward, KL to the start and length of fresh completions of held-out prompts, the first two with standard errors. The random
     numbers of whoever calls stay as they are.
     """
+    prompts = lm.encode(tokenizer, task.prompts)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(task.seed)  # the same draws for every loss: differences come from the models
-        completions = lm.sample(policy, tokenizer, task.prompts, lm.MAX_NEW_TOKENS)
+        completions = lm.sample(policy, tokenizer, prompts, lm.MAX_NEW_TOKENS)
     rewards = [world.reward(tokenizer.decode(ids, skip_special_tokens=False)) for ids in completions]
-    kls = lm.kl_to_reference(policy, start, tokenizer, task.prompts, completions)
+    kls = lm.kl_to_reference(policy, start, prompts, completions)
     found = {"reward": torch.tensor(rewards)} if task.reward_known else {}
     found |= {"kl": kls}
     values: dict[str, float | None] = {"reward": None}
