@@ -172,8 +172,9 @@ def test_own_dataset(tiny, shared_data, tmp_path, capsys):
     ],
 )
 def test_mistakes_are_refused_at_once(arguments, message, tmp_path, monkeypatch, capsys):
-    """Before a model is built, and before the hub is asked."""
+    """Before a process is started or a model built, and before the hub is asked."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("trl_ext.demo.demonstration.processes", None)
     monkeypatch.setattr("trl_ext.demo.lm.build_model", None)
     (tmp_path / "notes.txt").write_text("")
     assert main(["demo", *arguments]) == 2

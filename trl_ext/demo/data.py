@@ -9,6 +9,7 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
+from trl_ext.data import load_preferences
 from trl_ext.data.checks import require_columns
 from trl_ext.demo import lm, world
 from trl_ext.metrics.intervals import mean_interval
@@ -93,8 +94,9 @@ def scored(prompt: str, pair: tuple[str, str]) -> dict[str, Any]:
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected, **scores}
 
 
-def check_own(dataset: Dataset) -> None:
-    """Raise a `ValueError` for data that the demonstration cannot use."""
+def own_dataset(name: str) -> Dataset:
+    """A dataset of the user's; a `ValueError` for one that the demonstration cannot use."""
+    dataset = load_preferences(name)
     require_columns(dataset, ["prompt", "chosen", "rejected"])
     if len(dataset) < 20:
         raise ValueError(
@@ -102,6 +104,7 @@ def check_own(dataset: Dataset) -> None:
         )
     if not isinstance(dataset[0]["prompt"], str):
         raise ValueError("The demonstration's model has no chat template: give prompt, chosen and rejected as text.")
+    return dataset
 
 
 def own_start(
