@@ -132,8 +132,8 @@ def test_in_the_small_world(tiny, tmp_path, capsys):
 
 def test_own_dataset(tiny, shared_data, tmp_path, capsys):
     data = tmp_path / "pairs.jsonl"
-    texts = (shared_data / "imdb_sentiment" / "pairs_train.jsonl").read_text().splitlines(keepends=True)
-    data.write_text("".join(texts[:40]))
+    lines = (shared_data / "imdb_sentiment" / "pairs_train.jsonl").read_text().split("\n")
+    data.write_text("\n".join(lines[:40]))
     losses = ("sigmoid", "odpo", "bias_variance")
     assert run(*TINY, "--dataset_name", data, "--loss_type", *losses, "--output_dir", tmp_path) == 0
     rows = results(tmp_path)
