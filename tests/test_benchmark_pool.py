@@ -1,22 +1,18 @@
 """The processes in which benchmarks train: results, errors and deaths are kept, time runs out, progress is told."""
 
 import concurrent.futures
-import importlib
 import math
 from concurrent.futures.process import BrokenProcessPool
-from pathlib import Path
 
 import pytest
 
-
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+from tests.benchmark_modules import module
 
 
 @pytest.fixture
 def pool(monkeypatch):
     """The module, with threads in place of processes."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    found = importlib.import_module("pool")
+    found = module("pool")
     monkeypatch.setattr(found, "make_pool", lambda folder, workers: Threads(workers))
     return found
 

@@ -2,32 +2,20 @@
 
 import concurrent.futures
 import csv
-import importlib
 import math
 import random
 import statistics
-from pathlib import Path
 
 import pytest
 
+from tests.benchmark_modules import BENCHMARKS, module
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+
 NAMES = ["robust_em", "offset", "anchored", "length_regularized", "bias_variance", "cyclic", "margin_adaptive"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def path():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(BENCHMARKS))
-        yield
-
-
-def module(name):
-    return importlib.import_module(name)
-
-
 @pytest.fixture(scope="module")
-def scale(path):
+def scale():
     return module("claims.frame").Scale("tiny", seeds=2, settings=1, work=0.02, samples=6, fine_tuning=2)
 
 

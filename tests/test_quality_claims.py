@@ -1,27 +1,15 @@
 """The claims of papers as experiments: their data, their world, and each claim's runs at the tiniest size. No claim is judged here."""
 
-import importlib
 import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
 
+from tests.benchmark_modules import module
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+
 NAMES = ["robust_em", "offset", "anchored", "length_regularized", "bias_variance", "cyclic", "margin_adaptive"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def path():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(BENCHMARKS))
-        yield
-
-
-def module(name):
-    return importlib.import_module(name)
 
 
 def path_of(*points):
@@ -29,7 +17,7 @@ def path_of(*points):
 
 
 @pytest.fixture(scope="module")
-def scale(path):
+def scale():
     return module("claims.frame").Scale("tiny", seeds=2, settings=1, work=0.02, samples=6, fine_tuning=2)
 
 
