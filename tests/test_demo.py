@@ -4,12 +4,15 @@ import argparse
 import json
 import math
 import random
+import statistics
 
 import pytest
+import torch
 
 from trl_ext import demo
 from trl_ext.cli import main
-from trl_ext.demo import COMPARED, world
+from trl_ext.demo import COMPARED, lm, world
+from trl_ext.demo.data import EXAMPLES, Task, measure
 
 
 def run(*arguments):
@@ -51,10 +54,6 @@ def test_kl_to_reference_equals_the_mean_log_ratio():
     """In expectation; and it is 0 for the same model."""
     import copy
 
-    import torch
-
-    from trl_ext.demo import lm
-
     torch.manual_seed(0)
     tokenizer = lm.word_tokenizer(world.vocabulary())
     reference = lm.build_model(tokenizer, 64).eval()
@@ -85,6 +84,25 @@ def test_kl_to_reference_equals_the_mean_log_ratio():
     assert each.mean().item() == pytest.approx(sum(ratios) / len(ratios), abs=4 * deviation)
 
 
+def test_each_model_is_asked_the_same_with_the_same_random_numbers():
+    """The first token by hand: where a point of the seed's lies in the distribution."""
+    torch.manual_seed(0)
+    tokenizer = lm.word_tokenizer(world.vocabulary())
+    model = lm.build_model(tokenizer, 128).eval()
+    task = Task("plain", 7, None, None, world.PROMPTS[:3], 128)
+    before = torch.get_rng_state()
+    values, texts = measure(model, model, tokenizer, task)
+    assert torch.equal(torch.get_rng_state(), before) and len(texts) == EXAMPLES == 2
+    torch.manual_seed(7)
+    points = torch.rand(3, 1, dtype=torch.float64)
+    for prompt, point, text in zip(task.prompts, points, texts, strict=False):
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([tokenizer(prompt)["input_ids"]])).logits[0, -1]
+        token = int(torch.searchsorted(logits.double().softmax(-1).cumsum(-1), point))
+        assert text.split()[0] == tokenizer.convert_ids_to_tokens(token)
+    assert measure(model, model, tokenizer, task) == (values, texts)
+
+
 TINY = ("--seeds", 2, "--num_processes", 1, "--max_steps", 2)
 
 
@@ -95,8 +113,9 @@ def tiny(monkeypatch):
     monkeypatch.setattr("trl_ext.demo.lm.MAX_NEW_TOKENS", 8)
 
 
-def test_in_the_small_world(tiny, tmp_path, capsys):
+def test_in_the_small_world(tiny, tmp_path, capsys, monkeypatch):
     """Every loss with every seed, each from the start of its seed; progress in lines; all files."""
+    monkeypatch.setattr("trl_ext.demo.data.EXAMPLES", 16)  # all that is sampled
     assert run(*TINY, "--loss_type", "odpo", "bias_variance", "--seed", 3, "--output_dir", tmp_path) == 0
     found = json.loads((tmp_path / "results.json").read_text())
     assert found["settings"]["seeds"] == [3, 4]
@@ -108,6 +127,10 @@ def test_in_the_small_world(tiny, tmp_path, capsys):
         assert first["step"] == first["kl"] == 0 and [point["step"] for point in rest] == [1, 2]
         assert rest[-1]["kl"] > 0 and rest[-1]["kl_standard_error"] > 0  # the first step warms up from 0
         assert math.isfinite(each["accuracy"]) and -3 <= rest[-1]["reward"] <= 3
+        # What is shown is what was measured
+        for when, point in (("before", first), ("after", rest[-1])):
+            rewards = [world.reward(example[when]) for example in each["examples"]]
+            assert len(rewards) == 16 and statistics.fmean(rewards) == pytest.approx(point["reward"], abs=1e-6)
     starts = {(each["data"], each["seed"]): [] for each in found["runs"]}
     for each in found["runs"]:
         starts[each["data"], each["seed"]].append(each["points"][0])
@@ -120,6 +143,9 @@ def test_in_the_small_world(tiny, tmp_path, capsys):
     shown = capsys.readouterr().out
     for line in ("s] training ...", "s] training: 6 of 6", "s] fine-tuning the start: 4 of 4"):
         assert line in shown
+    for each in found["runs"]:
+        if each["seed"] == 3:
+            assert f"{each['loss']} │ {world.reward(each['examples'][0]['after']):.2f} │" in " ".join(shown.split())
     assert set(found["summary"]) == {"plain", "traced"}
     for text in found["summary"].values():
         assert text in " ".join(shown.split())
@@ -197,8 +223,6 @@ def test_a_loss_without_its_columns_is_refused_at_once(monkeypatch, tmp_path, ca
 @pytest.mark.parametrize(("environment", "expected"), [({}, 1), ({"OMP_NUM_THREADS": "2"}, 3)])
 def test_threads(environment, expected, monkeypatch):
     """One, for models this small, unless the environment says how many; what was there before comes back."""
-    import torch
-
     from trl_ext.demo.training import one_thread
 
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):

@@ -19,6 +19,8 @@ FINE_TUNING_STEPS = 200
 PAIRS, HELD_OUT_PAIRS = 400, 96
 # Prompts that no pair has, and completions for each point that is measured
 HELD_OUT_PROMPTS, SAMPLES = 64, 192
+# Of these, what is shown as text
+EXAMPLES = 2
 # Positions that a prompt, a trace and a review of the world need at most, and those of the model for data of the user's
 WORLD_LENGTH, OWN_LENGTH = 128, 256
 
@@ -35,6 +37,7 @@ class Task:
     max_length: int
     reward_known: bool = True
     start: dict[str, float | None] = field(default_factory=dict)  # the start as a point of every path
+    before: list[str] = field(default_factory=list)  # what it writes for the first prompts
 
 
 def world_start(seed: int, advance: Callable[[], None]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -131,21 +134,20 @@ def own_task(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, seed: int) ->
 
 def measure(
     policy: PreTrainedModel, start: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task
-) -> dict[str, float | None]:
+) -> tuple[dict[str, float | None], list[str]]:
     """
-    True reward, KL to the start and length of fresh completions of held-out prompts, the first two with standard errors. The random
-    numbers of whoever calls stay as they are.
+    True reward, KL to the start and length of fresh completions of held-out prompts, the first two with standard errors; and the
+    first completions as text. The random numbers of whoever calls stay as they are.
     """
     prompts = lm.encode(tokenizer, task.prompts)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(task.seed)  # the same draws for every loss: differences come from the models
         completions = lm.sample(policy, tokenizer, prompts, lm.MAX_NEW_TOKENS)
-    rewards = [world.reward(tokenizer.decode(ids, skip_special_tokens=False)) for ids in completions]
-    kls = lm.kl_to_reference(policy, start, prompts, completions)
-    found = {"reward": torch.tensor(rewards)} if task.reward_known else {}
-    found |= {"kl": kls}
+    texts = [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in completions]
+    found = {"reward": torch.tensor([world.reward(text) for text in texts])} if task.reward_known else {}
+    found |= {"kl": lm.kl_to_reference(policy, start, prompts, completions)}
     values: dict[str, float | None] = {"reward": None}
     for name, each in found.items():
         values[name] = each.mean().item()
         values[f"{name}_standard_error"] = mean_interval(each)[0]
-    return {**values, "length": sum(map(len, completions)) / len(completions)}
+    return {**values, "length": sum(map(len, completions)) / len(completions)}, texts[:EXAMPLES]

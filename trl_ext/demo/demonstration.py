@@ -6,7 +6,7 @@ from typing import Any
 from datasets import Dataset
 from rich.console import Console
 
-from trl_ext.demo import BASELINE, checks, data, report
+from trl_ext.demo import BASELINE, checks, data, examples, report
 from trl_ext.demo.data import own_dataset, own_start, own_task, world_start
 from trl_ext.demo.judging import judge, sentence
 from trl_ext.demo.processes import measured_start, prepare, processes, run_once, start_in
@@ -40,6 +40,7 @@ def demonstrate(args: argparse.Namespace) -> int:
     for each in judged:
         console.print(report.table(each, [row for row in rows if row["data"] == each.data], title(args, each.data)))
         console.print(f"{summary[each.data]}\n", markup=False, highlight=False)
+        console.print(examples.table(each, runs))
     try:
         report.plot(judged, runs, plan.folder / "reward_kl.png")
         console.print(f"Plot: {plan.folder / 'reward_kl.png'}", soft_wrap=True)
