@@ -6,6 +6,7 @@ from concurrent.futures.process import BrokenProcessPool
 
 import pytest
 
+from tests import dying
 from tests.benchmark_modules import module
 
 
@@ -85,6 +86,14 @@ def test_a_process_that_dies_does_not_take_the_others_along(pool, tmp_path):
     results, left = run(pool, ["a", "killed", "b", "c"], tmp_path)
     assert left == 0 and results["killed"] == {"error": "its process died twice"}
     assert [results[name]["answer"] for name in "abc"] == ["A", "B", "C"]
+
+
+def test_processes_of_their_own(tmp_path):
+    """One takes its pool along twice; what flew beside it is done in the next."""
+    results, left = run(module("pool"), ["killed", "a", "b"], tmp_path, call=dying.job)
+    assert left == 0 and results["killed"] == {"error": "its process died twice"}
+    assert [results[name]["answer"] for name in "ab"] == ["A", "B"]
+    assert (tmp_path / "log.txt").exists()
 
 
 def test_who_dies_beside_another_is_not_to_blame(pool, tmp_path, monkeypatch):

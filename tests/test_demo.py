@@ -156,7 +156,8 @@ def test_in_the_small_world(tiny, tmp_path, capsys, monkeypatch):
     assert saved == {"start", "offset", "sigmoid-traced", "bias_variance-traced"}
 
 
-def test_own_dataset(tiny, shared_data, tmp_path, capsys):
+def test_own_dataset(tiny, shared_data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("trl_ext.demo.data.OWN_LENGTH", 64)
     data = tmp_path / "pairs.jsonl"
     lines = (shared_data / "imdb_sentiment" / "pairs_train.jsonl").read_text().split("\n")
     data.write_text("\n".join(lines[:40]))

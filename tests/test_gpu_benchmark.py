@@ -49,8 +49,15 @@ def test_a_dry_run(tmp_path):
             ]
         )
     )
+    of_gpu = tmp_path / "test_of_gpu.py"
+    of_gpu.write_text(
+        "import pytest\n"
+        "@pytest.mark.gpu\n"
+        "def test_marked(): pytest.skip('no GPU')\n"
+        "def test_other(): raise AssertionError('not marked')\n"
+    )
     out = tmp_path / "out"
-    flags = ["--matrix", cases, "--tests", "tests/logprobs/test_varlen.py"]
+    flags = ["--matrix", cases, "--tests", of_gpu]
 
     nothing = call(out, *flags, "--minutes", "0")
     assert nothing.returncode == 0, nothing.stderr[-2000:]
@@ -60,10 +67,9 @@ def test_a_dry_run(tmp_path):
     )
     assert not (out / "throughput_dry_run.csv").exists()
 
-    first = call(out, *flags, "--parts", "tests", "throughput")
+    first = call(out, *flags, "--parts", "throughput", "logprobs")
     assert first.returncode == 0, first.stderr[-2000:]
-    (tests,) = rows(out, "tests")
-    assert (tests["passed"], tests["failed"]) == ("0", "0") and int(tests["skipped"]) > 0
+    assert {row["case"] for row in rows(out, "logprobs")} == {"head"}
     failed, *tiny = rows(out, "throughput")
     assert failed["case"] == "no tokens to draw" and failed["error"].startswith("ValueError: empty range")
     assert [(row["case"], row["path"]) for row in tiny] == [("tiny", "trl"), ("tiny", "ours")]
@@ -73,7 +79,8 @@ def test_a_dry_run(tmp_path):
     second = call(out, *flags)
     assert second.returncode == 0, second.stderr[-2000:]
     assert (out / "throughput_dry_run.csv").read_bytes() == before  # not run again
-    assert {row["case"] for row in rows(out, "logprobs")} == {"head"}
+    (tests,) = rows(out, "tests")
+    assert (tests["passed"], tests["failed"], tests["skipped"]) == ("0", "0", "1")
     files = "logprobs_dry_run.csv, logprobs_dry_run.png, table_dry_run.md, tests_dry_run.csv, throughput_dry_run.csv"
     assert second.stdout.strip().splitlines()[-1].startswith(f"In {out}: {files}")
 

@@ -3,6 +3,7 @@
 import concurrent.futures
 import csv
 import math
+import pickle
 import random
 import re
 import statistics
@@ -313,16 +314,12 @@ def test_each_claim_has_equal_search_and_fits_into_an_hour(scale):
     assert statistics.fmean(full.values()) > 20
 
 
-@pytest.mark.slow  # two processes that load the libraries, and two more
-def test_a_process_that_dies_takes_no_other_run_along(tmp_path):
-    runner, frame = module("claims.runner"), module("claims.frame")
-    from tests.dying_claim import Dying
-
-    place = runner.Place(tmp_path, frame.Scale("tiny", fine_tuning=2))
-    claim = Dying(place.scale)
-    assert runner.run_all([claim], place, workers=2, minutes=9, again=False) == 0
-    errors = {each["setting"]: each.get("error") for each in place.results(claim)}
-    assert errors == {0: None, 1: "its process died twice", 2: None}
+def test_runs_can_be_sent_to_processes(scale, tmp_path):
+    runner = module("claims.runner")
+    place = runner.Place(tmp_path, scale)
+    for kind in module("claims").CLAIMS.values():
+        sent = runner.work, place, kind, kind(scale).runs()[-1]
+        assert pickle.loads(pickle.dumps(sent)) == sent
 
 
 # What is said of the figures
