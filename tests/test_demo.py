@@ -63,19 +63,22 @@ def test_kl_to_reference_equals_the_mean_log_ratio():
     prompts = lm.encode(tokenizer, world.PROMPTS[:4] * 150)
     completions = lm.sample(policy, tokenizer, prompts, max_new_tokens=6)
     assert lm.kl_to_reference(policy, policy, prompts, completions).tolist() == [0] * len(prompts)
-    ratios = []
+    alike = {}  # rows of the same lengths, which need no padding
     for prompt, completion in zip(prompts, completions, strict=True):
-        ids = torch.cat([prompt, completion])[None]
+        alike.setdefault((len(prompt), len(completion)), []).append(torch.cat([prompt, completion]))
+    ratios = []
+    for (_, length), rows in alike.items():
+        ids = torch.stack(rows)
         with torch.no_grad():
-            logps = [
+            ours, theirs = (
                 model(input_ids=ids)
-                .logits[0, :-1]
+                .logits[:, :-1]
                 .log_softmax(-1)
-                .gather(-1, ids[0, 1:, None])[-len(completion) :]
-                .sum()
+                .gather(-1, ids[:, 1:, None])[:, -length:]
+                .sum((1, 2))
                 for model in (policy, reference)
-            ]
-        ratios.append((logps[0] - logps[1]).item())
+            )
+        ratios += (ours - theirs).tolist()
     each = lm.kl_to_reference(policy, reference, prompts, completions)
     # One per completion: of the first alone it is the same
     first = lm.kl_to_reference(policy, reference, prompts[:1], completions[:1])
@@ -278,8 +281,12 @@ def test_the_demonstration(tmp_path, capsys):
     trained = [row for row in rows if row["loss"] != "start"]
     assert {row["loss"] for row in trained} == {"sigmoid", *COMPARED}
     for row in trained:
-        assert row["reward"] > start[row["data"]]["reward"] + 0.2, row
-        assert row["accuracy"] > 0.5, row  # of 192 pairs, with labels that are drawn: a standard error is 0.036
+        assert row["reward"] > start[row["data"]]["reward"] + 0.3, row
+        # Of 384 pairs whose labels are drawn: a standard error is 0.025. What learns to rank plain pairs ranks 0.6 and more of them right.
+        # Traces tell nothing, and a price on length is paid in ranking: over several runs 0.55 of thousands of pairs are right (sigmoid),
+        # 0.60 (bias_variance) and 0.59 (length_regularized), each within two standard errors of 0.55
+        ranks = row["data"] == "plain" and row["loss"] != "length_regularized"
+        assert row["accuracy"] > (0.55 if ranks else 0.5), row
         assert 0 < row["kl"] < 50, row
         name = row["loss"] if row["data"] == "plain" else f"{row['loss']}-traced"
         AutoModelForCausalLM.from_pretrained(tmp_path / name)

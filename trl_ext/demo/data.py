@@ -16,7 +16,7 @@ from trl_ext.metrics.intervals import mean_interval
 
 
 FINE_TUNING_STEPS = 200
-PAIRS, HELD_OUT_PAIRS = 400, 96
+PAIRS, HELD_OUT_PAIRS = 400, 192
 # Prompts that no pair has, and completions for each point that is measured
 HELD_OUT_PROMPTS, SAMPLES = 64, 192
 # Of these, what is shown as text

@@ -41,6 +41,7 @@ def demonstrate(args: argparse.Namespace) -> int:
         console.print(report.table(each, [row for row in rows if row["data"] == each.data], title(args, each.data)))
         console.print(f"{summary[each.data]}\n", markup=False, highlight=False)
         console.print(examples.table(each, runs))
+        console.print()
     try:
         report.plot(judged, runs, plan.folder / "reward_kl.png")
         console.print(f"Plot: {plan.folder / 'reward_kl.png'}", soft_wrap=True)
