@@ -1,22 +1,19 @@
 """The processes in which benchmarks train: results, errors and deaths are kept, time runs out, progress is told."""
 
 import concurrent.futures
-import importlib
 import math
 from concurrent.futures.process import BrokenProcessPool
-from pathlib import Path
 
 import pytest
 
-
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+from tests import dying
+from tests.benchmark_modules import module
 
 
 @pytest.fixture
 def pool(monkeypatch):
     """The module, with threads in place of processes."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    found = importlib.import_module("pool")
+    found = module("pool")
     monkeypatch.setattr(found, "make_pool", lambda folder, workers: Threads(workers))
     return found
 
@@ -89,6 +86,14 @@ def test_a_process_that_dies_does_not_take_the_others_along(pool, tmp_path):
     results, left = run(pool, ["a", "killed", "b", "c"], tmp_path)
     assert left == 0 and results["killed"] == {"error": "its process died twice"}
     assert [results[name]["answer"] for name in "abc"] == ["A", "B", "C"]
+
+
+def test_processes_of_their_own(tmp_path):
+    """One takes its pool along twice; what flew beside it is done in the next."""
+    results, left = run(module("pool"), ["killed", "a", "b"], tmp_path, call=dying.job)
+    assert left == 0 and results["killed"] == {"error": "its process died twice"}
+    assert [results[name]["answer"] for name in "ab"] == ["A", "B"]
+    assert (tmp_path / "log.txt").exists()
 
 
 def test_who_dies_beside_another_is_not_to_blame(pool, tmp_path, monkeypatch):

@@ -4,12 +4,15 @@ import argparse
 import json
 import math
 import random
+import statistics
 
 import pytest
+import torch
 
 from trl_ext import demo
 from trl_ext.cli import main
-from trl_ext.demo import COMPARED, world
+from trl_ext.demo import COMPARED, lm, world
+from trl_ext.demo.data import EXAMPLES, Task, measure
 
 
 def run(*arguments):
@@ -47,13 +50,9 @@ def test_preferences_are_bradley_terry():
     assert wins / 20_000 == pytest.approx(1 / (1 + math.exp(-1.5)), abs=0.01)
 
 
-def test_kl_to_reference_equals_the_mean_log_ratio(tmp_path):
+def test_kl_to_reference_equals_the_mean_log_ratio():
     """In expectation; and it is 0 for the same model."""
     import copy
-
-    import torch
-
-    from trl_ext.demo import lm
 
     torch.manual_seed(0)
     tokenizer = lm.word_tokenizer(world.vocabulary())
@@ -61,31 +60,50 @@ def test_kl_to_reference_equals_the_mean_log_ratio(tmp_path):
     policy = copy.deepcopy(reference)
     for parameter in policy.parameters():
         parameter.data += 0.03 * torch.randn_like(parameter)
-    prompts = world.PROMPTS[:4] * 150
+    prompts = lm.encode(tokenizer, world.PROMPTS[:4] * 150)
     completions = lm.sample(policy, tokenizer, prompts, max_new_tokens=6)
-    itself = lm.kl_to_reference(policy, policy, tokenizer, prompts, completions)
-    assert itself.tolist() == pytest.approx([0] * len(prompts), abs=1e-5)
-    ratios = []
+    assert lm.kl_to_reference(policy, policy, prompts, completions).tolist() == [0] * len(prompts)
+    alike = {}  # rows of the same lengths, which need no padding
     for prompt, completion in zip(prompts, completions, strict=True):
-        ids = torch.cat([torch.tensor(tokenizer(prompt)["input_ids"]), completion])[None]
+        alike.setdefault((len(prompt), len(completion)), []).append(torch.cat([prompt, completion]))
+    ratios = []
+    for (_, length), rows in alike.items():
+        ids = torch.stack(rows)
         with torch.no_grad():
-            logps = [
+            ours, theirs = (
                 model(input_ids=ids)
-                .logits[0, :-1]
+                .logits[:, :-1]
                 .log_softmax(-1)
-                .gather(-1, ids[0, 1:, None])[-len(completion) :]
-                .sum()
+                .gather(-1, ids[:, 1:, None])[:, -length:]
+                .sum((1, 2))
                 for model in (policy, reference)
-            ]
-        ratios.append((logps[0] - logps[1]).item())
-    each = lm.kl_to_reference(policy, reference, tokenizer, prompts, completions)
-    kl = each.mean().item()
+            )
+        ratios += (ours - theirs).tolist()
+    each = lm.kl_to_reference(policy, reference, prompts, completions)
     # One per completion: of the first alone it is the same
-    assert lm.kl_to_reference(policy, reference, tokenizer, prompts[:1], completions[:1]).tolist() == pytest.approx(
-        each[:1].tolist(), abs=1e-4
-    )
+    first = lm.kl_to_reference(policy, reference, prompts[:1], completions[:1])
+    assert first.tolist() == pytest.approx(each[:1].tolist(), abs=1e-4)
     deviation = torch.tensor(ratios).std().item() / math.sqrt(len(ratios))
-    assert kl == pytest.approx(sum(ratios) / len(ratios), abs=4 * deviation)
+    assert each.mean().item() == pytest.approx(sum(ratios) / len(ratios), abs=4 * deviation)
+
+
+def test_each_model_is_asked_the_same_with_the_same_random_numbers():
+    """The first token by hand: where a point of the seed's lies in the distribution."""
+    torch.manual_seed(0)
+    tokenizer = lm.word_tokenizer(world.vocabulary())
+    model = lm.build_model(tokenizer, 128).eval()
+    task = Task("plain", 7, None, None, world.PROMPTS[:3], 128)
+    before = torch.get_rng_state()
+    values, texts = measure(model, model, tokenizer, task)
+    assert torch.equal(torch.get_rng_state(), before) and len(texts) == EXAMPLES == 2
+    torch.manual_seed(7)
+    points = torch.rand(3, 1, dtype=torch.float64)
+    for prompt, point, text in zip(task.prompts, points, texts, strict=False):
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([tokenizer(prompt)["input_ids"]])).logits[0, -1]
+        token = int(torch.searchsorted(logits.double().softmax(-1).cumsum(-1), point))
+        assert text.split()[0] == tokenizer.convert_ids_to_tokens(token)
+    assert measure(model, model, tokenizer, task) == (values, texts)
 
 
 TINY = ("--seeds", 2, "--num_processes", 1, "--max_steps", 2)
@@ -98,8 +116,9 @@ def tiny(monkeypatch):
     monkeypatch.setattr("trl_ext.demo.lm.MAX_NEW_TOKENS", 8)
 
 
-def test_in_the_small_world(tiny, tmp_path, capsys):
+def test_in_the_small_world(tiny, tmp_path, capsys, monkeypatch):
     """Every loss with every seed, each from the start of its seed; progress in lines; all files."""
+    monkeypatch.setattr("trl_ext.demo.data.EXAMPLES", 16)  # all that is sampled
     assert run(*TINY, "--loss_type", "odpo", "bias_variance", "--seed", 3, "--output_dir", tmp_path) == 0
     found = json.loads((tmp_path / "results.json").read_text())
     assert found["settings"]["seeds"] == [3, 4]
@@ -111,6 +130,10 @@ def test_in_the_small_world(tiny, tmp_path, capsys):
         assert first["step"] == first["kl"] == 0 and [point["step"] for point in rest] == [1, 2]
         assert rest[-1]["kl"] > 0 and rest[-1]["kl_standard_error"] > 0  # the first step warms up from 0
         assert math.isfinite(each["accuracy"]) and -3 <= rest[-1]["reward"] <= 3
+        # What is shown is what was measured
+        for when, point in (("before", first), ("after", rest[-1])):
+            rewards = [world.reward(example[when]) for example in each["examples"]]
+            assert len(rewards) == 16 and statistics.fmean(rewards) == pytest.approx(point["reward"], abs=1e-6)
     starts = {(each["data"], each["seed"]): [] for each in found["runs"]}
     for each in found["runs"]:
         starts[each["data"], each["seed"]].append(each["points"][0])
@@ -123,6 +146,9 @@ def test_in_the_small_world(tiny, tmp_path, capsys):
     shown = capsys.readouterr().out
     for line in ("s] training ...", "s] training: 6 of 6", "s] fine-tuning the start: 4 of 4"):
         assert line in shown
+    for each in found["runs"]:
+        if each["seed"] == 3:
+            assert f"{each['loss']} │ {world.reward(each['examples'][0]['after']):.2f} │" in " ".join(shown.split())
     assert set(found["summary"]) == {"plain", "traced"}
     for text in found["summary"].values():
         assert text in " ".join(shown.split())
@@ -133,10 +159,11 @@ def test_in_the_small_world(tiny, tmp_path, capsys):
     assert saved == {"start", "offset", "sigmoid-traced", "bias_variance-traced"}
 
 
-def test_own_dataset(tiny, shared_data, tmp_path, capsys):
+def test_own_dataset(tiny, shared_data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("trl_ext.demo.data.OWN_LENGTH", 64)
     data = tmp_path / "pairs.jsonl"
-    texts = (shared_data / "imdb_sentiment" / "pairs_train.jsonl").read_text().splitlines(keepends=True)
-    data.write_text("".join(texts[:40]))
+    lines = (shared_data / "imdb_sentiment" / "pairs_train.jsonl").read_text().split("\n")
+    data.write_text("\n".join(lines[:40]))
     losses = ("sigmoid", "odpo", "bias_variance")
     assert run(*TINY, "--dataset_name", data, "--loss_type", *losses, "--output_dir", tmp_path) == 0
     rows = results(tmp_path)
@@ -175,8 +202,9 @@ def test_own_dataset(tiny, shared_data, tmp_path, capsys):
     ],
 )
 def test_mistakes_are_refused_at_once(arguments, message, tmp_path, monkeypatch, capsys):
-    """Before a model is built, and before the hub is asked."""
+    """Before a process is started or a model built, and before the hub is asked."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("trl_ext.demo.demonstration.processes", None)
     monkeypatch.setattr("trl_ext.demo.lm.build_model", None)
     (tmp_path / "notes.txt").write_text("")
     assert main(["demo", *arguments]) == 2
@@ -199,8 +227,6 @@ def test_a_loss_without_its_columns_is_refused_at_once(monkeypatch, tmp_path, ca
 @pytest.mark.parametrize(("environment", "expected"), [({}, 1), ({"OMP_NUM_THREADS": "2"}, 3)])
 def test_threads(environment, expected, monkeypatch):
     """One, for models this small, unless the environment says how many; what was there before comes back."""
-    import torch
-
     from trl_ext.demo.training import one_thread
 
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
@@ -255,8 +281,12 @@ def test_the_demonstration(tmp_path, capsys):
     trained = [row for row in rows if row["loss"] != "start"]
     assert {row["loss"] for row in trained} == {"sigmoid", *COMPARED}
     for row in trained:
-        assert row["reward"] > start[row["data"]]["reward"] + 0.2, row
-        assert row["accuracy"] > 0.5, row  # of 192 pairs, with labels that are drawn: a standard error is 0.036
+        assert row["reward"] > start[row["data"]]["reward"] + 0.3, row
+        # Of 384 pairs whose labels are drawn: a standard error is 0.025. What learns to rank plain pairs ranks 0.6 and more of them right.
+        # Traces tell nothing, and a price on length is paid in ranking: over several runs 0.55 of thousands of pairs are right (sigmoid),
+        # 0.60 (bias_variance) and 0.59 (length_regularized), each within two standard errors of 0.55
+        ranks = row["data"] == "plain" and row["loss"] != "length_regularized"
+        assert row["accuracy"] > (0.55 if ranks else 0.5), row
         assert 0 < row["kl"] < 50, row
         name = row["loss"] if row["data"] == "plain" else f"{row['loss']}-traced"
         AutoModelForCausalLM.from_pretrained(tmp_path / name)

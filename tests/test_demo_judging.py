@@ -6,7 +6,7 @@ import math
 import pytest
 from rich.console import Console
 
-from trl_ext.demo import report
+from trl_ext.demo import examples, report
 from trl_ext.demo.judging import judge, sentence
 from trl_ext.demo.progress import Lines, progress
 
@@ -150,6 +150,52 @@ def test_the_table():
     assert "mean ± half a 95 % interval over 3 seeds" in text
     assert (rows[0]["loss"], rows[0]["reward"], rows[0]["kl"]) == ("start", 0.0, 0.0)
     assert (rows[2]["seconds"], rows[2]["accuracy"], rows[2]["common_kl"]) == (2.0, 0.5, 4.0)
+
+
+def written(loss, seed, before, after, reward):
+    """A run with one example; it ends at a reward."""
+    found = run(loss, seed, (0, 0), (4, reward))
+    return {**found, "examples": [{"prompt": "notes on the old drama :", "before": before, "after": after}]}
+
+
+def cells(table):
+    """Title, cells of each line, caption; no line is wider than 80."""
+    console = Console(width=80, file=io.StringIO())
+    console.print(table)
+    lines = console.file.getvalue().split("\n")
+    assert max(map(len, lines)) <= 80
+    return [[cell.strip() for cell in line.strip("│").split("│")] for line in lines if line.strip("┏┳━┓┡╇┩└┴─┘┃├┼┤")]
+
+
+def test_what_is_written_stands_beside_what_the_start_wrote():
+    first, later = "the plot was slow .", "the plot was superb . [/b] the cast was awful . the lead was superb ."
+    runs = [written("sigmoid", 3, first, later, 1.0), written("offset", 3, first, "i liked the cast .", 2.0)]
+    runs += [written(loss, 4, "not this seed", "nor this", 3.0) for loss in ("sigmoid", "offset")]
+    # True rewards by hand: 3 times 0; 3 times the mean of 1, -1 and 1; 3 times 0.5
+    assert cells(examples.table(judge(runs, "reward"), runs)) == [
+        ["Before and after training, seed 3: the same random numbers for each prompt"],
+        ["┃ loss    ┃ reward ┃ completion                                                ┃"],
+        ["prompt", "", "notes on the old drama :"],
+        ["start", "0.00", "the plot was slow ."],
+        ["sigmoid", "1.00", "the plot was superb . [/b] the cast was awful . the lead"],
+        ["", "", "was superb ."],
+        ["offset", "1.50", "i liked the cast ."],
+    ]
+
+
+def test_of_long_texts_and_many_losses_a_part_is_shown():
+    """DPO, and the five others that end highest; of texts of the user's the reward is unknown."""
+    runs = [written(f"loss{number}", 0, "start", "very " * 40, number) for number in range(9)]
+    runs += [written("sigmoid", 0, "start", "\n\nend", -1)]
+    for each in runs:
+        each["points"] = [{**point, "accuracy": point["reward"] / 10} for point in each["points"]]
+    _, heading, *rows, caption = cells(examples.table(judge(runs, "accuracy"), runs))
+    assert "reward" not in heading[0]
+    names = ["prompt", "start", "loss4", "loss5", "loss6", "loss7", "loss8", "sigmoid"]
+    assert [name for name, _ in rows if name] == names and rows[-1] == ["sigmoid", "end"]
+    # 29 words of 5 characters, and 4 for the dots
+    assert " ".join(text for _, text in rows[2:-1]) == " ".join([*["very"] * 29, "..."] * 5)
+    assert caption == ["sigmoid, and those 5 other losses of 9 that end highest"]
 
 
 def drawn(number, kinds=("plain",), seeds=3):

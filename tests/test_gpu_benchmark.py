@@ -2,7 +2,6 @@
 
 import csv
 import gc
-import importlib
 import json
 import os
 import subprocess
@@ -14,16 +13,11 @@ import pytest
 import torch
 from transformers import Qwen3ForCausalLM
 
+from tests.benchmark_modules import BENCHMARKS, module
+
 
 ROOT = Path(__file__).resolve().parents[1]
-BENCHMARKS = ROOT / "benchmarks"
 SOURCE = ("device", "driver", "torch", "triton", "transformers", "trl", "liger-kernel", "trl-ext")
-
-
-@pytest.fixture
-def module(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    return importlib.import_module
 
 
 def call(out, *flags):
@@ -55,8 +49,15 @@ def test_a_dry_run(tmp_path):
             ]
         )
     )
+    of_gpu = tmp_path / "test_of_gpu.py"
+    of_gpu.write_text(
+        "import pytest\n"
+        "@pytest.mark.gpu\n"
+        "def test_marked(): pytest.skip('no GPU')\n"
+        "def test_other(): raise AssertionError('not marked')\n"
+    )
     out = tmp_path / "out"
-    flags = ["--matrix", cases, "--tests", "tests/logprobs/test_varlen.py"]
+    flags = ["--matrix", cases, "--tests", of_gpu]
 
     nothing = call(out, *flags, "--minutes", "0")
     assert nothing.returncode == 0, nothing.stderr[-2000:]
@@ -66,10 +67,9 @@ def test_a_dry_run(tmp_path):
     )
     assert not (out / "throughput_dry_run.csv").exists()
 
-    first = call(out, *flags, "--parts", "tests", "throughput")
+    first = call(out, *flags, "--parts", "throughput", "logprobs")
     assert first.returncode == 0, first.stderr[-2000:]
-    (tests,) = rows(out, "tests")
-    assert (tests["passed"], tests["failed"]) == ("0", "0") and int(tests["skipped"]) > 0
+    assert {row["case"] for row in rows(out, "logprobs")} == {"head"}
     failed, *tiny = rows(out, "throughput")
     assert failed["case"] == "no tokens to draw" and failed["error"].startswith("ValueError: empty range")
     assert [(row["case"], row["path"]) for row in tiny] == [("tiny", "trl"), ("tiny", "ours")]
@@ -79,7 +79,8 @@ def test_a_dry_run(tmp_path):
     second = call(out, *flags)
     assert second.returncode == 0, second.stderr[-2000:]
     assert (out / "throughput_dry_run.csv").read_bytes() == before  # not run again
-    assert {row["case"] for row in rows(out, "logprobs")} == {"head"}
+    (tests,) = rows(out, "tests")
+    assert (tests["passed"], tests["failed"], tests["skipped"]) == ("0", "0", "1")
     files = "logprobs_dry_run.csv, logprobs_dry_run.png, table_dry_run.md, tests_dry_run.csv, throughput_dry_run.csv"
     assert second.stdout.strip().splitlines()[-1].startswith(f"In {out}: {files}")
 
@@ -94,7 +95,7 @@ def test_a_dry_run(tmp_path):
         assert all(row["torch"] == torch.__version__ and row["case_seconds"] for row in rows(out, part))
 
 
-def test_rows_of_another_machine_are_not_mixed_in(module, tmp_path):
+def test_rows_of_another_machine_are_not_mixed_in(tmp_path):
     gpu, matrix = module("gpu"), module("matrix")
     results = gpu.Results(tmp_path, "gpu")
     results.add(
@@ -109,7 +110,7 @@ def test_rows_of_another_machine_are_not_mixed_in(module, tmp_path):
     assert not again.finished(matrix.Case("logprobs", "head"))
 
 
-def test_a_worker_that_dies_or_hangs_is_replaced(module, tmp_path, monkeypatch):
+def test_a_worker_that_dies_or_hangs_is_replaced(tmp_path, monkeypatch):
     (tmp_path / "some_script.py").write_text(
         "import os, time\n"
         "def parse(flags): return flags[0]\n"
@@ -135,7 +136,7 @@ def test_a_worker_that_dies_or_hangs_is_replaced(module, tmp_path, monkeypatch):
         worker.stop()
 
 
-def test_every_case_of_the_matrix_is_understood(module):
+def test_every_case_of_the_matrix_is_understood():
     """Flags that a script does not know would be found on the day the GPU is there."""
     cases = module("matrix").gpu()
     for case in cases:
@@ -159,13 +160,13 @@ def test_every_case_of_the_matrix_is_understood(module):
         ('[{"part": "online", "name": "a"}, {"part": "online", "name": "a"}]', "cases of one name"),
     ],
 )
-def test_cases_of_ones_own_are_checked(text, match, module, tmp_path):
+def test_cases_of_ones_own_are_checked(text, match, tmp_path):
     (tmp_path / "cases.json").write_text(text)
     with pytest.raises(ValueError, match=match):
         module("matrix").read(str(tmp_path / "cases.json"))
 
 
-def test_a_step_that_compiled_is_not_timed(module, monkeypatch):
+def test_a_step_that_compiled_is_not_timed(monkeypatch):
     paths = module("paths")
     path = paths.Path.__new__(paths.Path)
     path.device, path.recompilations, path.peak_mb, path.turn = "cpu", 0, 0.0, 4
@@ -182,7 +183,7 @@ def test_a_step_that_compiled_is_not_timed(module, monkeypatch):
     assert (taken, path.turn, path.recompilations) == ([4, 4], 5, 2)  # on the same batch
 
 
-def test_waits_of_the_host_are_counted(module, monkeypatch):
+def test_waits_of_the_host_are_counted(monkeypatch):
     common, modes = module("common"), []
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
 
@@ -203,7 +204,7 @@ def test_make_calls_them():
     assert ".wheels/" in (ROOT / ".gitignore").read_text().splitlines()
 
 
-def test_wheels_are_those_of_the_constraints(module, tmp_path, monkeypatch, capsys):
+def test_wheels_are_those_of_the_constraints(tmp_path, monkeypatch, capsys):
     wheels = module("wheels")
     (tmp_path / "old-1.whl").write_bytes(b"0")
 
@@ -229,7 +230,7 @@ def test_wheels_are_those_of_the_constraints(module, tmp_path, monkeypatch, caps
 
 
 @pytest.mark.parametrize("more", [[], ["--lora", "--num_generations", "4"]])
-def test_a_case_leaves_no_model_behind(more, module):
+def test_a_case_leaves_no_model_behind(more):
     """The next one runs in the same process, and two models of 8 billion do not fit."""
     throughput = module("throughput")
     flags = [*STEP, "--vocab", "50", *more]
@@ -239,7 +240,7 @@ def test_a_case_leaves_no_model_behind(more, module):
     assert not [each for each in gc.get_objects() if isinstance(each, Qwen3ForCausalLM)]
 
 
-def test_blocks_have_their_own_peak(module, monkeypatch):
+def test_blocks_have_their_own_peak(monkeypatch):
     """Ours asks the allocator what a run has needed before: what another path has needed is not to count."""
     common = module("common")
     peak, log = [0.0], []

@@ -1,29 +1,27 @@
 """The benchmark of online steps: what its paths do in a step, that they agree, and its arithmetic. Nothing is timed here."""
 
 import csv
-import importlib
 import json
 import math
 import re
 import sys
 from collections import Counter
 from itertools import chain
-from pathlib import Path
 
 import pytest
 import torch
 
+from tests.benchmark_modules import module
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+
 TINY = ["--size", "tiny", "--vocab", "500", "--prompts", "2", "--prompt", "5", "9", "--new-tokens", "6", "--steps", "1",
         "--memory", "none"]  # fmt: skip
 
 
 @pytest.fixture
 def online(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
     monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
-    return importlib.import_module("online")
+    return module("online")
 
 
 def rows_of(online, *flags):
@@ -47,7 +45,7 @@ def test_all_paths_take_the_same_step(online):
 def test_prompts_of_a_step(online):
     """The second step has the third and fourth micro-batch in each path; TRL's best has them in one."""
     args = online.parse([*TINY, "--accumulation", "2"])
-    texts = importlib.import_module("online_paths").prompt_texts(args)
+    texts = module("online_paths").prompt_texts(args)
     assert len(texts) == len(set(texts)) == 4 * 2 * 2
     for name, sizes in {"trl": [2, 2], "trl-best": [4], "ours": [2, 2]}.items():
         path = online.Path(name, args)
@@ -70,7 +68,7 @@ def test_prompts_of_a_step(online):
 def test_four_completions_of_a_prompt(online):
     """TRL's trainer gets each prompt twice: as many completions in all, and the same ones where they are given."""
     args = online.parse([*TINY, "--num-generations", "4"])
-    given = importlib.import_module("online_paths").given_completions(args)
+    given = module("online_paths").given_completions(args)
     theirs, ours = online.Path("trl", args), online.Path("ours", args)
     prompts = list(given)
     _, mask, ids, completion_mask, _ = theirs._given_theirs(None, [each for each in prompts for _ in range(2)])
@@ -119,7 +117,7 @@ def test_each_axis_reaches_the_run(online, axis, value, expected, monkeypatch):
 
 def test_ragged(online):
     """Three in `new_tokens` at each token, the same in both; given completions have drawn lengths too."""
-    paths = importlib.import_module("online_paths")
+    paths = module("online_paths")
     logits = torch.zeros(500)
     logits[1] = paths.eos_bias(500, 6)
     assert (logits / 0.9).softmax(0)[1] == pytest.approx(0.5)

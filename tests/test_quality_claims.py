@@ -1,29 +1,15 @@
 """The claims of papers as experiments: their data, their world, and each claim's runs at the tiniest size. No claim is judged here."""
 
-import importlib
 import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
 
-from trl_ext.demo import lm
+from tests.benchmark_modules import module
 
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 NAMES = ["robust_em", "offset", "anchored", "length_regularized", "bias_variance", "cyclic", "margin_adaptive"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def path():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(BENCHMARKS))
-        yield
-
-
-def module(name):
-    return importlib.import_module(name)
 
 
 def path_of(*points):
@@ -31,7 +17,7 @@ def path_of(*points):
 
 
 @pytest.fixture(scope="module")
-def scale(path):
+def scale():
     return module("claims.frame").Scale("tiny", seeds=2, settings=1, work=0.02, samples=6, fine_tuning=2)
 
 
@@ -156,18 +142,26 @@ def test_offset_has_no_ties_and_few_pairs(world):
 # The world
 
 
-def test_kl_is_that_of_the_demonstration(world):
+def test_kl_is_the_sum_over_tokens_of_that_between_next_tokens(world):
     other = world.clone(world.start)
     with torch.no_grad():
         for weight in other.parameters():
             weight += 0.02 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
-    prompts = world.held_out[:5]
-    drawn = world.sample(other, prompts, seed=1)
+    other.train()
+    drawn = world.sample(other, [*world.held_out[:2], f"think it over , then {world.held_out[2]}"], seed=1)
     assert world.kl(world.start, drawn) == 0
-    completions = [row[start:] for row, start in zip(drawn.rows, drawn.starts, strict=True)]
-    expected = lm.kl_to_reference(other, world.start, world.tokenizer, prompts, completions).mean().item()
+    expected = 0.0
+    for prompt, completion in zip(drawn.prompt_ids, drawn.ids, strict=True):
+        ids = torch.cat([prompt, completion])[None]
+        with torch.no_grad():
+            ours, theirs = (
+                model(input_ids=ids).logits[0, len(prompt) - 1 : -1].double().softmax(-1)
+                for model in (other, world.start)
+            )
+        assert len(ours) == len(completion) <= world.max_new_tokens
+        expected += (ours * (ours / theirs).log()).sum().item() / 3
     assert expected > 0.01 and world.kl(other, drawn) == pytest.approx(expected, rel=1e-4)
-    assert drawn.lengths == [len(completion) for completion in completions]
+    assert other.training
 
 
 def test_sampling_has_random_numbers_of_its_own(world):

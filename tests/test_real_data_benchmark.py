@@ -2,29 +2,15 @@
 
 import concurrent.futures
 import csv
-import importlib
 import json
 import math
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
 
-
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def path():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(BENCHMARKS))
-        yield
-
-
-def module(name):
-    return importlib.import_module(name)
+from tests.benchmark_modules import module
 
 
 TEXTS = (" good", " bad", " a great film", " a dull film", " liked it", " hated it")
@@ -58,7 +44,7 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def size(path):
+def size():
     data = module("real.data")
     return data.Size("tiny", hidden=16, layers=1, vocabulary=280, prompt_tokens=4, completion_tokens=8, pretraining=2,
                      steps=2, batch=2, seeds=2)  # fmt: skip

@@ -18,6 +18,7 @@ import trl_ext.data.generators as generators
 from tests.conftest import preference_rows
 from trl_ext.data import pair_traces, sample_completions, score_preferences
 from trl_ext.data.reasoning import completion_text
+from trl_ext.generation import sampling
 
 
 PROMPTS = Dataset.from_list([{"prompt": row["prompt"], "topic": i} for i, row in enumerate(preference_rows(5))])
@@ -39,7 +40,7 @@ def test_samples(tiny_model_dir, tmp_path):
 @pytest.mark.parametrize("killed_at", [0, 1, 2])
 def test_killed_and_started_again(killed_at, tiny_model_dir, tmp_path, monkeypatch):
     whole = draw(tiny_model_dir, tmp_path / "whole")
-    calls, real = [], generators.sample
+    calls, real = [], sampling.sample
 
     def fails(*args):
         if len(calls) == killed_at:
@@ -47,11 +48,11 @@ def test_killed_and_started_again(killed_at, tiny_model_dir, tmp_path, monkeypat
         calls.append(1)
         return real(*args)
 
-    monkeypatch.setattr(generators, "sample", fails)
+    monkeypatch.setattr(sampling, "sample", fails)
     with pytest.raises(KeyboardInterrupt):
         draw(tiny_model_dir, tmp_path / "killed")
     again = []
-    monkeypatch.setattr(generators, "sample", lambda *args: again.append(1) or real(*args))
+    monkeypatch.setattr(sampling, "sample", lambda *args: again.append(1) or real(*args))
     assert draw(tiny_model_dir, tmp_path / "killed").to_list() == whole.to_list()
     assert len(again) == 3 - killed_at
 
@@ -61,11 +62,11 @@ def test_what_transformers_are_asked(temperature, monkeypatch):
     """Two prompts of different lengths, two completions each; the first of both come first, as `generate` gives them."""
     asked = []
 
-    def fake(model, inputs, mask, config, n):
+    def fake(model, inputs, mask, config, n, *none):
         asked.append((inputs.tolist(), mask.tolist(), config, n, torch.initial_seed(), model.training))
         return torch.tensor([[10], [20], [11], [21]])
 
-    monkeypatch.setattr(generators, "sample", fake)
+    monkeypatch.setattr(sampling, "sample", fake)
     options = generators.Sampling(2, temperature=temperature, top_p=0.8, max_new_tokens=5, seed=3)
     model, tokenizer = torch.nn.Linear(1, 1), SimpleNamespace(pad_token_id=7)
     model.generation_config = GenerationConfig()
@@ -90,12 +91,12 @@ def test_what_transformers_are_asked(temperature, monkeypatch):
 @pytest.mark.parametrize(("pad", "stops", "expected"), [(None, [8, 9], 8), (None, [], 0), (0, [8], 0)])
 def test_which_token_fills_rows_up(pad, stops, expected, monkeypatch):
     asked = []
-    monkeypatch.setattr(generators, "sample", lambda model, *args: asked.append(args) or torch.tensor([[1], [1]]))
+    monkeypatch.setattr(sampling, "sample", lambda model, *args: asked.append(args) or torch.tensor([[1], [1]]))
     model = torch.nn.Linear(1, 1)
     model.generation_config = GenerationConfig()
     options = generators.Sampling(1, temperature=1.0, top_p=1.0, max_new_tokens=1, seed=0)
     generators.with_transformers(model, SimpleNamespace(pad_token_id=pad), stops, options)([[1, 2], [3]], 0)
-    inputs, _, config, _ = asked[0]
+    inputs, _, config, *_ = asked[0]
     assert inputs.tolist() == [[1, 2], [expected, 3]]
     assert config.pad_token_id == expected and config.eos_token_id == (stops or None)
 
@@ -297,7 +298,7 @@ def test_chunks_are_kept_in_the_cache_by_default(tiny_model_dir, tmp_path, monke
     options = {"processing_class": AutoTokenizer.from_pretrained(tiny_model_dir), "max_new_tokens": 2, "batch_size": 2}
     first = sample_completions(PROMPTS, model, 1, **options)
     assert sorted(path.name for path in tmp_path.glob("samples/*/*")) == ["0.json", "2.json", "4.json"]
-    monkeypatch.setattr(generators, "sample", None)
+    monkeypatch.setattr(sampling, "sample", None)
     assert sample_completions(PROMPTS, model, 1, **options).to_list() == first.to_list()
 
 

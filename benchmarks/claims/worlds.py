@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from datasets import Dataset
 from filelock import FileLock
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
@@ -19,8 +18,9 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from trl_ext import DPOConfig, DPOTrainer
 from trl_ext.data.cache import write_atomically
 from trl_ext.data.tokens import prompt_ids
+from trl_ext.demo.lm import kl_to_reference
 from trl_ext.demo.training import quiet
-from trl_ext.generation import sample
+from trl_ext.generation import evaluating, sample_rows
 
 
 SILENT = {"save_strategy": "no", "logging_strategy": "no", "report_to": "none", "disable_tqdm": True}
@@ -28,16 +28,12 @@ SILENT = {"save_strategy": "no", "logging_strategy": "no", "report_to": "none", 
 
 @dataclass
 class Sampled:
-    """Completions of a policy: texts as the dataset has them, rows of prompt and completion ids, where completions begin."""
+    """Completions of a policy: prompts and texts as the dataset has them, and the token ids of both."""
 
     prompts: list[Any]
     texts: list[Any]
-    rows: list[torch.Tensor]
-    starts: list[int]
-
-    @property
-    def lengths(self) -> list[int]:
-        return [len(row) - start for row, start in zip(self.rows, self.starts, strict=True)]
+    prompt_ids: list[torch.Tensor]
+    ids: list[torch.Tensor]
 
 
 @dataclass
@@ -99,53 +95,30 @@ class World:
         text = completion if isinstance(completion, str) else completion[0]["content"]
         return len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    @torch.no_grad()
     def sample(self, model: PreTrainedModel, prompts: list, seed: int) -> Sampled:
         """One completion of each prompt, at temperature 1; the random numbers of whoever calls stay as they are."""
-        eos, pad = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
         config = GenerationConfig(
-            do_sample=True, top_k=0, max_new_tokens=self.max_new_tokens, eos_token_id=eos, pad_token_id=pad
+            do_sample=True,
+            top_k=0,
+            max_new_tokens=self.max_new_tokens,
+            eos_token_id=self.tokenizer.eos_token_id,
+            pad_token_id=self.tokenizer.pad_token_id,
         )
-        found = Sampled(prompts, [], [], [])
-        with torch.random.fork_rng(), evaluating(model):
+        prompt_ids = [torch.tensor(self.tokens(prompt)) for prompt in prompts]
+        ids: list[torch.Tensor] = []
+        with torch.random.fork_rng(), evaluating(model, None):
             torch.manual_seed(seed)
             for first in range(0, len(prompts), self.rows_at_once):
-                part = prompts[first : first + self.rows_at_once]
-                ids = [self.tokens(prompt) for prompt in part]
-                width = max(map(len, ids))
-                rows = torch.tensor([[pad] * (width - len(each)) + each for each in ids], device=self.device)
-                mask = torch.tensor([[0] * (width - len(each)) + [1] * len(each) for each in ids], device=self.device)
-                output = sample(model, rows, mask, config, 1).cpu()
-                for prompt, own, drawn in zip(part, ids, output, strict=True):
-                    ends = (drawn == eos).nonzero()
-                    drawn = drawn[: int(ends[0]) + 1] if len(ends) else drawn
-                    found.texts.append(self.completion(prompt, drawn))
-                    found.rows.append(torch.cat([torch.tensor(own), drawn]))
-                    found.starts.append(len(own))
-        return found
+                part = prompt_ids[first : first + self.rows_at_once]
+                ids += [drawn.cpu() for drawn in sample_rows(model, part, config, 1, self.device)]
+        texts = [self.completion(prompt, drawn) for prompt, drawn in zip(prompts, ids, strict=True)]
+        return Sampled(prompts, texts, prompt_ids, ids)
 
-    @torch.no_grad()
     def kl(self, model: PreTrainedModel, drawn: Sampled) -> float:
-        """
-        KL to the start in nats per completion, on completions that the model has drawn: the sum over their tokens of the KL between
-        next-token distributions, which has the expectation of the mean log-ratio and less noise.
-        """
-        total, at_once = 0.0, max(1, self.rows_at_once // 4)
-        with evaluating(model):
-            for first in range(0, len(drawn.rows), at_once):
-                rows = drawn.rows[first : first + at_once]
-                ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=0).to(self.device)
-                place = torch.arange(ids.size(1), device=self.device)
-                ends = torch.tensor([[len(row)] for row in rows], device=self.device)
-                starts = torch.tensor([[start] for start in drawn.starts[first : first + at_once]], device=self.device)
-                mask = (place < ends).long()
-                ours, theirs = (
-                    F.log_softmax(lm(input_ids=ids, attention_mask=mask).logits.float(), dim=-1)
-                    for lm in (model, self.start)
-                )
-                each = F.kl_div(theirs, ours, reduction="none", log_target=True).sum(-1)
-                total += (each * ((place >= starts - 1) & (place < ends - 1))).sum().item()
-        return total / len(drawn.rows)
+        """KL to the start in nats per completion, on completions that the model has drawn: see [`kl_to_reference`]."""
+        with evaluating(model, None):
+            each = kl_to_reference(model, self.start, drawn.prompt_ids, drawn.ids, max(1, self.rows_at_once // 4))
+        return each.mean().item()
 
     # Measuring
 
@@ -157,7 +130,7 @@ class World:
         return {
             "kl": self.kl(model, drawn),
             "reward": sum(rewards) / len(rewards),
-            "length": sum(drawn.lengths) / len(rewards),
+            "length": sum(map(len, drawn.ids)) / len(rewards),
             **{name: measure(asked, drawn.texts) for name, measure in self.extra.items()},
         }
 
@@ -283,17 +256,6 @@ class _At(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step in self.steps:
             self.call(state.global_step)
-
-
-@contextlib.contextmanager
-def evaluating(model: PreTrainedModel):
-    """Evaluation mode, and after it the mode that was."""
-    mode = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(mode)
 
 
 def prefer(rng: random.Random, gap: float) -> bool:

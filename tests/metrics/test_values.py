@@ -6,8 +6,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from trl_ext.metrics import (
     calibration_error,
@@ -31,21 +29,6 @@ def test_accuracy_and_margin():
     # Standard deviation of 2, -1, 0, 1 with 3 in the denominator: sqrt(5 / 3); 1.959964 standard errors
     reach = 1.959963984540054 * math.sqrt(5 / 3) / 2
     assert found["margin_low"] == approx(0.5 - reach) and found["margin_high"] == approx(0.5 + reach)
-
-
-def test_wilsons_interval():
-    # Textbook values (Newcombe 1998, table I): 81 of 263 and 0 of 20
-    assert wilson(81 / 263, 263) == (approx(0.2553, 5e-5), approx(0.3662, 5e-5))
-    assert wilson(0.0, 20) == (approx(0.0), approx(0.1611, 5e-5))
-    low, high = wilson(1.0, 20)
-    assert (low, high) == (approx(1 - 0.1611, 5e-5), approx(1.0))
-
-
-@settings(deadline=None, max_examples=50)
-@given(st.integers(1, 200), st.floats(0, 1), st.floats(0.5, 0.999))
-def test_wilsons_interval_holds_the_share(count, share, confidence):
-    low, high = wilson(share, count, confidence)
-    assert 0 <= low <= share + 1e-12 and share - 1e-12 <= high <= 1
 
 
 def test_win_rate():

@@ -11,11 +11,10 @@ import torch
 from huggingface_hub import snapshot_download
 from torch import nn
 from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
-from trl.trainer.utils import pad
 
 from trl_ext.data.cache import content_key, content_seed
 from trl_ext.data.checks import check_count
-from trl_ext.generation import evaluating, sample
+from trl_ext.generation import evaluating, sample_rows
 
 
 @dataclass(frozen=True)
@@ -90,14 +89,13 @@ def with_transformers(
 
     def generate(ids: list[list[int]], start: int) -> list[list[list[int]]]:
         device = next(model.parameters()).device
-        rows = [torch.tensor(row, device=device) for row in ids]
-        inputs = pad(rows, padding_value=pad_id, padding_side="left")
-        mask = pad([torch.ones_like(row) for row in rows], padding_value=0, padding_side="left")
+        rows = [torch.tensor(row) for row in ids]
         devices = [device] if device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices), evaluating(model, None):
             torch.manual_seed(content_seed(options.seed, start))
-            output = sample(model, inputs, mask, config, options.num_generations).tolist()
-        return [output[row :: len(ids)] for row in range(len(ids))]
+            output = sample_rows(model, rows, config, options.num_generations, device)
+        completions = [row.tolist() for row in output]
+        return [completions[row :: len(ids)] for row in range(len(ids))]
 
     return generate
 

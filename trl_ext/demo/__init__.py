@@ -3,8 +3,8 @@
 
 `world.py` is the world and its true reward, `lm.py` the small language model, `data.py` what is sampled from it and measured,
 `training.py` one run, `online.py` the settings of those that sample while they train, `processes.py` several at a time,
-`judging.py` what they say together, `report.py` the table, the plot and the files. `demonstration.py` puts it together, after
-`checks.py` has refused what cannot be.
+`equal_kl.py` how their paths are read, `judging.py` what they say together, `report.py` the table, the plot and the files,
+`examples.py` the table of what policies write. `demonstration.py` puts it together, after `checks.py` has refused what cannot be.
 """
 
 import argparse

@@ -9,15 +9,18 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
+from trl_ext.data import load_preferences
 from trl_ext.data.checks import require_columns
 from trl_ext.demo import lm, world
 from trl_ext.metrics.intervals import mean_interval
 
 
 FINE_TUNING_STEPS = 200
-PAIRS, HELD_OUT_PAIRS = 400, 96
+PAIRS, HELD_OUT_PAIRS = 400, 192
 # Prompts that no pair has, and completions for each point that is measured
 HELD_OUT_PROMPTS, SAMPLES = 64, 192
+# Of these, what is shown as text
+EXAMPLES = 2
 # Positions that a prompt, a trace and a review of the world need at most, and those of the model for data of the user's
 WORLD_LENGTH, OWN_LENGTH = 128, 256
 
@@ -34,6 +37,7 @@ class Task:
     max_length: int
     reward_known: bool = True
     start: dict[str, float | None] = field(default_factory=dict)  # the start as a point of every path
+    before: list[str] = field(default_factory=list)  # what it writes for the first prompts
 
 
 def world_start(seed: int, advance: Callable[[], None]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -63,7 +67,7 @@ def world_tasks(
     prompts = rng.choices(shuffled[HELD_OUT_PROMPTS:], k=PAIRS + HELD_OUT_PAIRS)
 
     def sampled(prompts: list[str]) -> list[str]:
-        completions = lm.sample(model, tokenizer, prompts, lm.MAX_NEW_TOKENS)
+        completions = lm.sample(model, tokenizer, lm.encode(tokenizer, prompts), lm.MAX_NEW_TOKENS)
         return [world.clean(tokenizer.decode(ids, skip_special_tokens=True)) for ids in completions]
 
     def labelled(prompts: list[str]) -> list[tuple[str, str]]:
@@ -93,8 +97,9 @@ def scored(prompt: str, pair: tuple[str, str]) -> dict[str, Any]:
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected, **scores}
 
 
-def check_own(dataset: Dataset) -> None:
-    """Raise a `ValueError` for data that the demonstration cannot use."""
+def own_dataset(name: str) -> Dataset:
+    """A dataset of the user's; a `ValueError` for one that the demonstration cannot use."""
+    dataset = load_preferences(name)
     require_columns(dataset, ["prompt", "chosen", "rejected"])
     if len(dataset) < 20:
         raise ValueError(
@@ -102,6 +107,7 @@ def check_own(dataset: Dataset) -> None:
         )
     if not isinstance(dataset[0]["prompt"], str):
         raise ValueError("The demonstration's model has no chat template: give prompt, chosen and rejected as text.")
+    return dataset
 
 
 def own_start(
@@ -128,20 +134,20 @@ def own_task(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, seed: int) ->
 
 def measure(
     policy: PreTrainedModel, start: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task
-) -> dict[str, float | None]:
+) -> tuple[dict[str, float | None], list[str]]:
     """
-    True reward, KL to the start and length of fresh completions of held-out prompts, the first two with standard errors. The random
-    numbers of whoever calls stay as they are.
+    True reward, KL to the start and length of fresh completions of held-out prompts, the first two with standard errors; and the
+    first completions as text. The random numbers of whoever calls stay as they are.
     """
+    prompts = lm.encode(tokenizer, task.prompts)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(task.seed)  # the same draws for every loss: differences come from the models
-        completions = lm.sample(policy, tokenizer, task.prompts, lm.MAX_NEW_TOKENS)
-    rewards = [world.reward(tokenizer.decode(ids, skip_special_tokens=False)) for ids in completions]
-    kls = lm.kl_to_reference(policy, start, tokenizer, task.prompts, completions)
-    found = {"reward": torch.tensor(rewards)} if task.reward_known else {}
-    found |= {"kl": kls}
+        completions = lm.sample(policy, tokenizer, prompts, lm.MAX_NEW_TOKENS)
+    texts = [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in completions]
+    found = {"reward": torch.tensor([world.reward(text) for text in texts])} if task.reward_known else {}
+    found |= {"kl": lm.kl_to_reference(policy, start, prompts, completions)}
     values: dict[str, float | None] = {"reward": None}
     for name, each in found.items():
         values[name] = each.mean().item()
         values[f"{name}_standard_error"] = mean_interval(each)[0]
-    return {**values, "length": sum(map(len, completions)) / len(completions)}
+    return {**values, "length": sum(map(len, completions)) / len(completions)}, texts[:EXAMPLES]

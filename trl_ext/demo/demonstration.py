@@ -3,11 +3,11 @@
 import argparse
 from typing import Any
 
+from datasets import Dataset
 from rich.console import Console
 
-from trl_ext.data import load_preferences
-from trl_ext.demo import BASELINE, checks, data, report
-from trl_ext.demo.data import check_own, own_start, own_task, world_start
+from trl_ext.demo import BASELINE, checks, data, examples, report
+from trl_ext.demo.data import own_dataset, own_start, own_task, world_start
 from trl_ext.demo.judging import judge, sentence
 from trl_ext.demo.processes import measured_start, prepare, processes, run_once, start_in
 from trl_ext.demo.progress import progress
@@ -22,7 +22,8 @@ def demonstrate(args: argparse.Namespace) -> int:
     checks.data(args)
     plan = Plan(checks.output_folder(args), steps, args.online, args.seed)
     with quiet(), one_thread():
-        runs, skipped = trained(args.dataset_name, names, seeds, plan, number, console)
+        dataset = own_dataset(args.dataset_name) if args.dataset_name else None
+        runs, skipped = trained(dataset, names, seeds, plan, number, console)
 
     for name, reason in skipped.items():
         console.print(f"{name} was skipped: {reason}", style="yellow", markup=False)
@@ -39,6 +40,8 @@ def demonstrate(args: argparse.Namespace) -> int:
     for each in judged:
         console.print(report.table(each, [row for row in rows if row["data"] == each.data], title(args, each.data)))
         console.print(f"{summary[each.data]}\n", markup=False, highlight=False)
+        console.print(examples.table(each, runs))
+        console.print()
     try:
         report.plot(judged, runs, plan.folder / "reward_kl.png")
         console.print(f"Plot: {plan.folder / 'reward_kl.png'}", soft_wrap=True)
@@ -61,17 +64,14 @@ def title(args: argparse.Namespace, kind: str) -> str:
 
 
 def trained(
-    dataset_name: str | None, names: list[str], seeds: list[int], plan: Plan, number: int, console: Console
+    dataset: Dataset | None, names: list[str], seeds: list[int], plan: Plan, number: int, console: Console
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """All runs in the order of losses and seeds, and why losses were skipped."""
-    kinds = ["plain", "traced"] if "bias_variance" in names and not dataset_name else ["plain"]
+    kinds = ["plain", "traced"] if "bias_variance" in names and dataset is None else ["plain"]
     wanted = [(kind, name) for kind in kinds for name in of_kind(names, kind, len(kinds) > 1)]
     with processes(min(number, len(wanted) * len(seeds))) as each, progress(console) as shown:
         bar = shown.add_task("fine-tuning the start", total=data.FINE_TUNING_STEPS)
-        dataset = None
-        if dataset_name:
-            dataset = load_preferences(dataset_name)
-            check_own(dataset)
+        if dataset is not None:
             model, tokenizer = own_start(dataset, seeds[0], lambda: shown.advance(bar))
         else:
             model, tokenizer = world_start(seeds[0], lambda: shown.advance(bar))
@@ -79,9 +79,11 @@ def trained(
             part.save_pretrained(plan.folder / "start")
         start_in.cache_clear()  # another start may have lain there
 
-        bar = shown.add_task("sampling held-out answers" if dataset else "sampling preferences", total=len(seeds))
+        bar = shown.add_task(
+            "sampling preferences" if dataset is None else "sampling held-out answers", total=len(seeds)
+        )
         tasks = {}
-        if dataset:
+        if dataset is not None:
             given = each(measured_start, [(plan, own_task(dataset, tokenizer, seed)) for seed in seeds])
             given = ([task] for task in given)
         else:

@@ -7,7 +7,7 @@ from statistics import fmean
 from typing import Any
 
 from trl_ext.demo import BASELINE
-from trl_ext.metrics.equal_kl import SHARES, at_equal_kl, common_kl
+from trl_ext.demo.equal_kl import SHARES, at_equal_kl, common_kl
 from trl_ext.metrics.intervals import student_interval
 
 

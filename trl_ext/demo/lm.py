@@ -5,13 +5,17 @@ from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 from transformers import (
+    GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+
+from trl_ext.generation import sample_rows
 
 
 MAX_NEW_TOKENS = 64
@@ -98,48 +102,52 @@ def fine_tune(
     return loss.item()
 
 
+def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[torch.Tensor]:
+    """Token ids of each text."""
+    return [torch.tensor(ids) for ids in tokenizer(texts)["input_ids"]]
+
+
 @torch.no_grad()
 def sample(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: list[str],
-    max_new_tokens: int,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[torch.Tensor], max_new_tokens: int
 ) -> list[torch.Tensor]:
-    """One completion per prompt at temperature 1: token ids up to and with the end of sequence."""
-    completions = []
-    for start in range(0, len(prompts), 256):
-        inputs = tokenizer(
-            prompts[start : start + 256], return_tensors="pt", padding=True, return_token_type_ids=False
-        )
-        output = model.generate(**inputs, do_sample=True, top_k=0, max_new_tokens=max_new_tokens)
-        for row in output[:, inputs["input_ids"].size(1) :]:
-            ends = (row == tokenizer.eos_token_id).nonzero()
-            completions.append(row[: int(ends[0]) + 1] if len(ends) else row)
-    return completions
+    """One completion of each prompt at temperature 1: token ids up to and with the end of sequence."""
+    config = GenerationConfig(
+        do_sample=True,
+        top_k=0,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return sample_rows(model, prompts, config, 1, model.device, completions_at_once=256)
 
 
 @torch.no_grad()
 def kl_to_reference(
     model: PreTrainedModel,
     reference: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: list[str],
+    prompts: list[torch.Tensor],
     completions: list[torch.Tensor],
+    at_once: int = 64,
 ) -> torch.Tensor:
     """
     KL of the policy to the reference, in nats per completion: of each completion, shape `(N,)`, and in the mean the KL.
 
     The sum, over the tokens of the policy's own completions, of the KL between the two next-token distributions: the
     same expectation as the log-ratio, with less noise.
+
+    Args:
+        prompts (`list[torch.Tensor]`): Token ids.
+        completions (`list[torch.Tensor]`): Those of one completion of each prompt.
+        at_once (`int`, *optional*, defaults to `64`): Completions that the models run over together.
     """
     found = []
-    for start in range(0, len(prompts), 64):
-        texts = [tokenizer(prompt)["input_ids"] for prompt in prompts[start : start + 64]]
-        rows = [torch.cat([torch.tensor(a), b]) for a, b in zip(texts, completions[start : start + 64], strict=True)]
-        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
-        position = torch.arange(ids.size(1))
-        lengths = torch.tensor([len(row) for row in rows])[:, None]
-        first = torch.tensor([len(text) for text in texts])[:, None]
+    for start in range(0, len(prompts), at_once):
+        pairs = list(zip(prompts, completions, strict=True))[start : start + at_once]
+        ids = pad_sequence([torch.cat(pair) for pair in pairs], batch_first=True).to(model.device)
+        position = torch.arange(ids.size(1), device=model.device)
+        first = torch.tensor([[len(prompt)] for prompt, _ in pairs], device=model.device)
+        lengths = torch.tensor([[len(prompt) + len(own)] for prompt, own in pairs], device=model.device)
         logps = [
             F.log_softmax(lm(input_ids=ids, attention_mask=(position < lengths).long()).logits.float(), dim=-1)
             for lm in (model, reference)

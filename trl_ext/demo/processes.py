@@ -87,7 +87,7 @@ def prepare(plan: Plan, seed: int, kinds: list[str]) -> list[Task]:
 def measured_start(plan: Plan, task: Task) -> Task:
     """The task with the start as a point: it is the reference, and the KL to itself is 0."""
     model, tokenizer = start_in(plan.folder)
-    task.start = measure(model, model, tokenizer, task)
+    task.start, task.before = measure(model, model, tokenizer, task)
     if not task.reward_known:
         task.start["accuracy"] = 0.5  # all implicit rewards are 0: ties
     return task

@@ -7,8 +7,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from trl_ext.demo.equal_kl import at_kl, common_kl
 from trl_ext.demo.judging import SMALLEST_KL, Estimate, Judged, estimate
-from trl_ext.metrics.equal_kl import at_kl, common_kl
 
 
 SHOWN = {"reward": "reward", "accuracy": "right"}

@@ -63,6 +63,7 @@ class Measured(TrainerCallback):
     def __init__(self, steps: set[int], task: Task, start: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
         self.steps, self.task, self.start, self.tokenizer = steps, task, start, tokenizer
         self.points = [{"step": 0, **task.start}]
+        self.texts = task.before
         self.trainer: Any = None
         self.seconds = 0.0
 
@@ -71,7 +72,8 @@ class Measured(TrainerCallback):
             return
         began = time.perf_counter()
         model.eval()
-        point = {"step": state.global_step, **measure(model, self.start, self.tokenizer, self.task)}
+        values, self.texts = measure(model, self.start, self.tokenizer, self.task)
+        point = {"step": state.global_step, **values}
         if not self.task.reward_known:
             point["accuracy"] = accuracy(self.trainer)
         self.points.append(point)
@@ -130,6 +132,8 @@ def train(
     trainer.train()
     seconds = time.perf_counter() - began - measured.seconds
     found = {"loss": name, "data": task.name, "seed": task.seed, "points": measured.points, "seconds": seconds}
+    told = zip(task.prompts[: len(task.before)], task.before, measured.texts, strict=True)
+    found["examples"] = [{"prompt": prompt, "before": before, "after": after} for prompt, before, after in told]
     if not plan.online:
         found["accuracy"] = accuracy(trainer) if task.reward_known else measured.points[-1]["accuracy"]
     if task.seed == plan.kept_seed:

@@ -17,7 +17,7 @@ from trl_ext.data.collator import RowsCollator
 from trl_ext.data.generators import stop_tokens
 from trl_ext.data.reasoning import completion_text
 from trl_ext.data.tokens import padding_id
-from trl_ext.generation import sample
+from trl_ext.generation import sample_rows
 from trl_ext.rows import Rows, Scored, from_batch
 from trl_ext.trainers.online.generate import eager
 from trl_ext.trainers.reference import reference_forward
@@ -97,10 +97,7 @@ def sample_answers(
             Whether the reference answers in place of the policy.
     """
     tokenizer, device = trainer._tokenizer, trainer.accelerator.device
-    rows = [torch.tensor(row, device=device) for row in prompt_ids]
-    pad_id = padding_id(tokenizer)
-    ids = pad(rows, padding_value=pad_id, padding_side="left")
-    mask = pad([torch.ones_like(row) for row in rows], padding_value=0, padding_side="left")
+    rows = [torch.tensor(row) for row in prompt_ids]
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
         torch.manual_seed(seed)
         with _to_sample_from(trainer, reference) as model:
@@ -108,12 +105,12 @@ def sample_answers(
             config = GenerationConfig(
                 max_new_tokens=max_new_tokens,
                 do_sample=True,
-                pad_token_id=pad_id,
+                pad_token_id=padding_id(tokenizer),
                 eos_token_id=stops or None,
                 use_cache=True,
             )
-            output = sample(model, ids, mask, config, num_generations=1).cpu()
-    return [_answer(row, prompt, stops, tokenizer) for row, prompt in zip(output, prompts, strict=True)]
+            output = sample_rows(model, rows, config, 1, device)
+    return [_answer(row.cpu(), prompt, stops, tokenizer) for row, prompt in zip(output, prompts, strict=True)]
 
 
 @contextlib.contextmanager
@@ -138,13 +135,10 @@ def _to_sample_from(trainer: Trainer, reference: bool) -> Iterator[torch.nn.Modu
 
 
 def _answer(ids: torch.Tensor, prompt: Any, stops: list[int], tokenizer: Any) -> Answer:
-    ends = torch.isin(ids, torch.tensor(stops, dtype=ids.dtype)).nonzero().flatten().tolist()
-    length = ends[0] if ends else len(ids)
-    text = completion_text(ids[:length].tolist(), tokenizer)
+    ended = int(ids[-1]) in stops
+    text = completion_text(ids[: len(ids) - ended].tolist(), tokenizer)
     return Answer(
-        ids=ids[: length + bool(ends)],
-        text=text if isinstance(prompt, str) else [{"role": "assistant", "content": text}],
-        ended=bool(ends),
+        ids=ids, text=text if isinstance(prompt, str) else [{"role": "assistant", "content": text}], ended=ended
     )
 
 

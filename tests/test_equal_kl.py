@@ -1,11 +1,10 @@
-"""Paths of trainings read at equal KL, and intervals of a few values."""
+"""Paths of trainings read at equal KL."""
 
 import math
 
 import pytest
 
-from trl_ext.metrics.equal_kl import at_equal_kl, at_kl, common_kl
-from trl_ext.metrics.intervals import student_interval, student_quantile
+from trl_ext.demo.equal_kl import at_equal_kl, at_kl, common_kl
 
 
 def path(*points):
@@ -34,25 +33,3 @@ def test_the_common_kl_is_the_largest_that_every_path_reaches():
 def test_at_equal_kl_is_the_mean_of_a_quarter_a_half_and_all():
     # Of 4: root 1, root 1.4142 and root 2, on a line of slope 3
     assert at_equal_kl(path((0, 0), (9, 9)), 4) == pytest.approx(3 * (1 + math.sqrt(2) + 2) / 3)
-
-
-@pytest.mark.parametrize(
-    ("confidence", "freedom", "expected"),
-    # Tables of Student's t, two-sided
-    [
-        (0.95, 1, 12.706), (0.95, 2, 4.303), (0.95, 3, 3.182), (0.95, 4, 2.776), (0.95, 5, 2.571), (0.95, 9, 2.262),
-        (0.95, 10, 2.228), (0.95, 30, 2.042), (0.95, 100, 1.984), (0.99, 3, 5.841), (0.9, 4, 2.132),
-    ],
-)  # fmt: skip
-def test_quantiles_of_student(confidence, freedom, expected):
-    assert student_quantile(confidence, freedom) == pytest.approx(expected, abs=5e-4)
-
-
-def test_an_interval_is_that_of_student():
-    mean, low, high = student_interval([1.0, 2.0, 3.0])
-    # The standard deviation is 1, and t for two degrees of freedom 4.303
-    assert mean == 2.0
-    assert (low, high) == pytest.approx((2 - 4.3027 / math.sqrt(3), 2 + 4.3027 / math.sqrt(3)), abs=1e-4)
-    assert student_interval([1.0]) == (1.0, -math.inf, math.inf)
-    with pytest.raises(ValueError, match="must lie between 0 and 1"):
-        student_interval([1.0, 2.0], confidence=95)
