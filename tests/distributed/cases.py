@@ -330,10 +330,17 @@ def blocks_online(model_dir: Path, folder: Path, current: list[bool], **options)
     assert [abs(value) < 1e-5 for value in kl] == current
     if STRATEGY == "fsdp":  # torch does not load the state of an optimizer that has none
         return whole
-    resumed = scripted(model_dir, folder / "resumed", resume=str(folder / "whole" / "checkpoint-1"), **given)
-    assert (folder / "whole" / "checkpoint-1" / f"block_{RANK}.json").exists()
+    checkpoint = folder / "whole" / "checkpoint-1"
+    resumed = scripted(model_dir, folder / "resumed", resume=str(checkpoint), **given)
     for name, value in whole["weights"].items():
         torch.testing.assert_close(resumed["weights"][name], value)
+    part = checkpoint / f"block_{RANK}.json"
+    assert part.exists()
+    if RANK:  # without one process's part all refuse
+        part.unlink()
+    expected = pytest.raises(ValueError, match=r"of 2 processes, of which \['block_1.json'\] are missing")
+    with expected if WORLD > 1 else nullcontext():
+        scripted(model_dir, folder / "missing", resume=str(checkpoint), **given)
     return whole
 
 

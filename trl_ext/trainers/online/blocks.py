@@ -156,9 +156,10 @@ class Blocks(TrainerCallback):
 
     def state(self) -> dict[str, Any] | None:
         """What a resumed run needs beside its data, for JSON; `None` where the next optimizer step begins a block."""
-        if self.block is None or (self.use == self.uses and not self.ready):
+        left = len(self.ready) + self.resumed
+        if self.block is None or (self.use == self.uses and not left):
             return None
-        return {"use": self.use, "left": len(self.ready), "sampled": [packed(each) for each in self.block.sampled]}
+        return {"use": self.use, "left": left, "sampled": [packed(each) for each in self.block.sampled]}
 
     def load(self, state: dict[str, Any]) -> None:
         """Go on as the run did that `state` is of."""
