@@ -214,7 +214,7 @@ def test_what_is_saved_is_what_was_there():
     values = torch.tensor([[0.1, float("nan")]])
     scores = Scores(values, torch.tensor([[True, False]]), per_function={"f": values.double() / 3})
     groups = torch.empty(0, 2, dtype=torch.long)
-    known = Known(torch.randn(2, 3), 7, torch.randn(2, dtype=torch.bfloat16))
+    known = Known(torch.randn(2, 3), 7, torch.randn(2, dtype=torch.bfloat16), table=object())
     given = Sampled([Selection(completions, scores, torch.tensor([[0, 1]]), groups)], known)
     found = unpacked(json.loads(json.dumps(packed(given))))
     (selection,) = found.selections
@@ -233,7 +233,7 @@ def test_what_is_saved_is_what_was_there():
             mine.nan_to_num(9.0) if mine.is_floating_point() else mine,
             theirs.nan_to_num(9.0) if mine.is_floating_point() else theirs,
         )
-    assert found.known.ref_step == 7
+    assert found.known.ref_step == 7 and found.known.table is None
 
 
 # Runs
@@ -385,6 +385,28 @@ def test_a_reference_that_stands_is_asked_once(tiny_model_dir, tmp_path):
 
     run(tiny_model_dir, tmp_path, cls=Watched, num_iterations=2, max_steps=4, share_prefix=False)
     assert calls == [0, 2]
+
+
+@pytest.mark.parametrize("given", [{}, {"steps_per_generation": 1}, {"num_iterations": 2}], ids=str)
+def test_a_table_is_made_once(given, tiny_model_dir, tmp_path):
+    """For the reference of a block, and for each time that it is learnt from; a resumed run makes it anew."""
+    made = []
+
+    class Watched(Scripted):
+        def _table(self, inputs, selections):
+            made.append(list(inputs["prompt"]))
+            return super()._table(inputs, selections)
+
+    given = {"save_strategy": "steps", "save_steps": 1, **given}
+    run(tiny_model_dir, tmp_path / "whole", cls=Watched, **given)
+    uses = given.get("num_iterations", 1)
+    assert len(made) == 8 // uses == len({tuple(each) for each in made})
+    if uses == 2:
+        first = made.copy()
+        made.clear()
+        resumed = online(tiny_model_dir, tmp_path / "resumed", cls=Watched, **{**FOUR, **given})
+        resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-1"))
+        assert made == first
 
 
 def test_an_epoch_that_is_stopped_leaves_nothing(tiny_model_dir, tmp_path):

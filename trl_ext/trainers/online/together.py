@@ -104,7 +104,9 @@ class Together:
 
     def _ask_ahead(self, model: torch.nn.Module, batches: list[dict[str, Any]], sampled: list[Sampled]) -> None:
         """What the reference says of all tables of a block, and the policy, where it will have changed before some are learnt from."""
-        tables = [self._table(batch, each.selections).rows for batch, each in zip(batches, sampled, strict=True)]
+        for batch, each in zip(batches, sampled, strict=True):
+            each.known.table = self._table(batch, each.selections)
+        tables = [each.known.table.rows for each in sampled]
         for part in self._parts(batches):
             if self._needs_reference:
                 with torch.no_grad(), self._reference() as reference, self.accelerator.autocast():
