@@ -19,20 +19,6 @@ GREEDY = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": PAD, "eos_to
 SAMPLED = {**GREEDY, "do_sample": True, "temperature": 0.8}
 
 
-@pytest.fixture
-def model(tiny_model_dir):
-    return AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32).eval()
-
-
-@pytest.fixture
-def batch():
-    torch.manual_seed(0)
-    ids, mask = torch.randint(10, 300, (6, 9)), torch.ones(6, 9, dtype=torch.long)
-    for row, padding in enumerate((4, 2, 0, 8, 0, 1)):
-        mask[row, :padding] = 0
-    return ids, mask
-
-
 @pytest.fixture(params=[1e-9, 0.4], ids=["at once", "in groups"])
 def share(request, monkeypatch):
     monkeypatch.setattr(decoding, "SHARE", request.param)
