@@ -1,5 +1,6 @@
 """Small models and tokenizers, made here: nothing is downloaded."""
 
+import gc
 import os
 import sys
 import tempfile
@@ -29,6 +30,11 @@ def pytest_configure(config):
     folder = tempfile.TemporaryDirectory(prefix="modules-")
     config.add_cleanup(folder.cleanup)
     os.environ["HF_MODULES_CACHE"] = folder.name
+
+
+def pytest_collection_finish():
+    """Each training collects garbage. What has been imported until now is none, and need not be looked through each time."""
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items):

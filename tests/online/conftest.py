@@ -5,17 +5,25 @@ import torch
 from transformers import AutoModelForCausalLM
 
 
-@pytest.fixture
-def model(tiny_model_dir):
-    """The tiny model as it was saved, to be changed at will."""
-    return AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32).eval()
+def saved_model(folder):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-@pytest.fixture
-def batch():
+def padded_prompts():
     """Six prompts and their mask, padded on the left."""
     torch.manual_seed(0)
     ids, mask = torch.randint(10, 300, (6, 9)), torch.ones(6, 9, dtype=torch.long)
     for row, padding in enumerate((4, 2, 0, 8, 0, 1)):
         mask[row, :padding] = 0
     return ids, mask
+
+
+@pytest.fixture
+def model(tiny_model_dir):
+    """The tiny model, to be changed at will."""
+    return saved_model(tiny_model_dir)
+
+
+@pytest.fixture
+def batch():
+    return padded_prompts()
