@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 
 
-# Before transformers is imported: no network, no telemetry, one thread a process (tests run side by side)
+# Before transformers is imported: no network, no telemetry, one thread per process (tests run side by side)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
