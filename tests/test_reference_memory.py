@@ -156,6 +156,9 @@ def test_evaluations_and_further_trainings(tiny_model_dir, tmp_path):
         tiny_model_dir, tmp_path, num_train_epochs=1,
         trainer_kwargs={"eval_dataset": Dataset.from_list(preference_rows(8, seed=9))},
     )  # fmt: skip
+    memory, readings = trainer._memory, []
+    fingerprint = memory._fingerprint
+    memory._fingerprint = lambda *given: readings.append(len(forwards)) or fingerprint(*given)
     without, _ = make(tiny_model_dir, tmp_path / "without", ref_logps_memory_mb=0,
                       trainer_kwargs={"eval_dataset": trainer.eval_dataset})  # fmt: skip
     metrics = [{name: value for name, value in each.evaluate().items() if "per_second" not in name and "time" not in name}
@@ -166,6 +169,7 @@ def test_evaluations_and_further_trainings(tiny_model_dir, tmp_path):
     trainer.evaluate()
     trainer.train()
     assert len(forwards) == 5
+    assert readings == [0, 2, 2, 5, 5]  # the weights, once per evaluation and training
 
 
 def test_a_stream_and_workers(tiny_model_dir, tmp_path):

@@ -79,7 +79,7 @@ def trainer(
 def outcome(trained: Any) -> dict[str, Any]:
     """Weights, which the first process has, and what was logged."""
     weights = trained.accelerator.get_state_dict(trained.model_wrapped) or {}
-    return {"weights": {name: value.cpu() for name, value in weights.items()}, "history": history(trained)}
+    return {"weights": {name: value.cpu().clone() for name, value in weights.items()}, "history": history(trained)}
 
 
 def train(model_dir: Path, folder: Path, evaluate: bool = False, **options) -> dict[str, Any]:
@@ -258,15 +258,21 @@ def moved_reference(model_dir: Path, folder: Path) -> dict[str, Any]:
 
 
 def known_reference(model_dir: Path, folder: Path, **options) -> dict[str, Any]:
-    """Rows come to the other process in later epochs, and are known there; in a resumed run too."""
+    """
+    Rows come to the other process in later epochs, and are known there; in a resumed run too. All weights of the reference are read
+    once per training and evaluation, however often they are gathered for a forward, and again when they are written to.
+    """
     options = {
         "rows": preference_rows(2 * ROWS), "max_steps": -1, "num_train_epochs": 3, "save_strategy": "steps", "save_steps": 3,
         "optim": "adamw_torch", "learning_rate": 1e-3, **options,
     }  # fmt: skip
     whole = trainer(model_dir, folder / "run", **options)
-    forwards = count_forwards(whole)
+    memory, forwards, readings = whole._memory, count_forwards(whole), []
+    fingerprint = memory._fingerprint
+    memory._fingerprint = lambda *given: readings.append(whole.state.global_step) or fingerprint(*given)
     whole.train()
     assert len(forwards) == 2, "the reference has run again"
+    assert readings == [0]
     resumed = trainer(model_dir, folder / "resumed", **options)
     again = count_forwards(resumed)
     resumed.train(resume_from_checkpoint=str(folder / "run" / "checkpoint-3"))
@@ -275,10 +281,18 @@ def known_reference(model_dir: Path, folder: Path, **options) -> dict[str, Any]:
     for name, value in first["weights"].items():
         torch.testing.assert_close(second["weights"][name], value, rtol=1e-4, atol=1e-5)
     if STRATEGY != "ddp" and RANK == 1:
-        whole._memory._forget(whole._memory._reference)  # what one process has to ask, all have to
+        memory._forget(memory._reference)  # what one process has to ask, all have to
     whole.evaluate()
     known = STRATEGY == "ddp" or WORLD == 1
     assert len(forwards) == (2 if known else 4)
+    whole.evaluate()
+    assert len(forwards) == (2 if known else 4) and len(readings) == 3
+    reference = memory._model
+    head = whole.accelerator.unwrap_model(reference).get_output_embeddings().weight
+    with torch.no_grad(), _gathered(head, written=True):
+        head.mul_(0.9)
+    for _ in range(2):
+        assert memory._stands_still(reference) and len(readings) == 4 and not memory.store.rows
     return first
 
 
@@ -330,10 +344,17 @@ def blocks_online(model_dir: Path, folder: Path, current: list[bool], **options)
     assert [abs(value) < 1e-5 for value in kl] == current
     if STRATEGY == "fsdp":  # torch does not load the state of an optimizer that has none
         return whole
-    resumed = scripted(model_dir, folder / "resumed", resume=str(folder / "whole" / "checkpoint-1"), **given)
-    assert (folder / "whole" / "checkpoint-1" / f"block_{RANK}.json").exists()
+    checkpoint = folder / "whole" / "checkpoint-1"
+    resumed = scripted(model_dir, folder / "resumed", resume=str(checkpoint), **given)
     for name, value in whole["weights"].items():
         torch.testing.assert_close(resumed["weights"][name], value)
+    part = checkpoint / f"block_{RANK}.json"
+    assert part.exists()
+    if RANK:  # without one process's part all refuse
+        part.unlink()
+    expected = pytest.raises(ValueError, match=r"of 2 processes, of which \['block_1.json'\] are missing")
+    with expected if WORLD > 1 else nullcontext():
+        scripted(model_dir, folder / "missing", resume=str(checkpoint), **given)
     return whole
 
 

@@ -6,6 +6,7 @@ each process is kept in a file, so that the cases before a failure count.
 """
 
 import contextlib
+import gc
 import os
 import subprocess
 import sys
@@ -86,6 +87,7 @@ STRATEGIES = {"ddp": contextlib.nullcontext, "fsdp": fully_sharded, "zero": part
 def main(strategy: str, model_dir: str, folder: str, *names: str) -> None:
     from tests.distributed.cases import CASES
 
+    gc.freeze()  # as tests/conftest.py does
     rank = int(os.environ["RANK"])
     torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=SECONDS))
     for name in names:

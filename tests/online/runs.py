@@ -1,5 +1,7 @@
 """Short online runs on the tiny model."""
 
+import functools
+
 import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -10,6 +12,7 @@ from tests.helpers import options
 from trl_ext.generation import Completions
 
 
+@functools.cache
 def prompts(rows: int = 8) -> Dataset:
     return Dataset.from_list([{"prompt": row["prompt"]} for row in preference_rows(rows)])
 

@@ -164,6 +164,27 @@ def test_a_reward_model_with_a_tokenizer_of_its_own(tiny_model_dir, tmp_path):
             assert scores.values[row, k].item() == pytest.approx(value, rel=1e-4, abs=1e-6)
 
 
+def test_a_reward_model_scores_as_many_as_are_learnt_from_together(tiny_model_dir, tmp_path):
+    """Three prompts and not four, where a step of four does not fit."""
+
+    class Small(Scripted):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            if len(inputs["prompt"]) > 3:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    config = Qwen3Config.from_pretrained(tiny_model_dir, num_labels=1, pad_token_id=0)
+    model, rows = Qwen3ForSequenceClassification(config), []
+    model.register_forward_pre_hook(lambda module, args, given: rows.append(len(given["input_ids"])), with_kwargs=True)
+    kwargs = {"reward_funcs": model, "reward_processing_classes": AutoTokenizer.from_pretrained(tiny_model_dir)}
+    trainer = online(
+        tiny_model_dir, tmp_path, cls=Small, trainer_kwargs=kwargs, auto_find_batch_size=True, gradient_accumulation_steps=2,
+        max_steps=1,
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.args.per_device_train_batch_size == 4 and rows == [6, 6]  # two completions of each
+
+
 ORACLE = {"reward_funcs": None, "judge": oracle}
 
 

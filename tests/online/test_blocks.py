@@ -17,6 +17,7 @@ from trl_ext.trainers.online.blocks import BLOCK, Blocks, Known, RepeatedBlocks,
 from trl_ext.trainers.online.cutting import completions_of, joined, scores_of, slices
 from trl_ext.trainers.online.rewards import Scores
 from trl_ext.trainers.online.selection import Selection
+from trl_ext.trainers.online.together import check_processes
 
 
 FOUR = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "max_steps": 2, "learning_rate": 1e-2}
@@ -76,22 +77,45 @@ def test_another_epoch_begins_with_a_block_of_its_own():
     assert without_block(second) == [("e", 0, True), ("f", 1, True)] and first[0][3] is not second[0][3]
 
 
+def saved(blocks):
+    state = blocks.state()
+    return None if state is None else json.loads(json.dumps(state))
+
+
+def resumed(state):
+    blocks = Blocks(3, 2)
+    blocks.load(state)
+    return blocks
+
+
+def learnt(taken):
+    """As training does: what is no longer needed is let go."""
+    for row, number, last, block in taken:
+        block.sampled[number] = None if last else f"of {row}"
+    return taken
+
+
 def test_what_a_resumed_run_goes_on_with():
+    """Saved, resumed, saved and resumed again after any numbers of steps, before its first one too: nothing is lost or comes twice."""
     rows = "abcabcdefdef"
-    for steps in range(1, 12):
+    for steps, further in itertools.product(range(1, 12), (0, 1, 2)):
         blocks = Blocks(3, 2)
         take = taking(blocks, rows)
-        whole = [take(1)[0] for _ in range(steps)]
-        for each in whole:  # as training does
-            each[3].sampled[each[1]] = None if each[2] else f"of {each[0]}"
-        state = blocks.state()
+        learnt([take(1)[0] for _ in range(steps)])
+        state = saved(blocks)
         assert (state is None) == (steps == 6)
         if state is None:
             continue
-        again = Blocks(3, 2)
-        again.load(json.loads(json.dumps(state)))
-        rest, expected = taking(again, rows[steps:])(9), take(9)
-        assert without_block(rest) == without_block(expected)
+        again = resumed(state)
+        assert saved(again) == state
+        first, whole = learnt(taking(again, rows[steps:])(further)), learnt(take(further))
+        assert without_block(first) == without_block(whole)
+        state, expected = saved(again), saved(blocks)
+        assert (state is None) == (expected is None) == (steps + further == 6 or steps + further >= 12)
+        if state is None:
+            continue
+        rest, expected = taking(resumed(state), rows[steps + further :])(9), take(9)
+        assert without_block(rest) == without_block(expected) and len(rest) == min(9, 12 - steps - further)
         block = expected[0][3]
         assert rest[0][3].sampled == [
             each if number in _needed(expected, block) else None for number, each in enumerate(block.sampled)
@@ -100,6 +124,35 @@ def test_what_a_resumed_run_goes_on_with():
 
 def _needed(taken, block):
     return {each[1] for each in taken if each[3] is block}
+
+
+ONE, TWO, THREE, FOUR_PARTS = ((True, number) for number in (1, 2, 3, 4))
+NONE = (False, None)
+
+
+@pytest.mark.parametrize(
+    ("parts", "said"),
+    [
+        ([TWO], "checkpoint-3 holds the completions of 2 processes, and this run has 1. Resume with as many"),
+        ([FOUR_PARTS] * 2, "checkpoint-3 holds the completions of 4 processes, and this run has 2. Resume with as many"),
+        ([ONE, (False, 1)], "checkpoint-3 holds the completions of 1 processes, and this run has 2. Resume with as many"),
+        ([ONE, NONE], "checkpoint-3 holds the completions of 1 processes, and this run has 2. Resume with as many"),
+        ([(False, 2)], "checkpoint-3 holds the completions of 2 processes, and this run has 1. Resume with as many"),
+        ([TWO, TWO, THREE], "checkpoint-3 holds the completions of 2 processes, and this run has 3. Resume with as many"),
+        ([THREE, (False, 3), THREE], r"of 3 processes, of which \['block_1.json'\] are missing. Resume with all files"),
+        ([TWO, NONE], r"of 2 processes, of which \['block_1.json'\] are missing. Resume with all files"),
+    ],
+    ids=["fewer, one", "fewer", "more", "more, on another disk", "fewer, and another's part", "two runs", "one is missing",
+         "missing on another disk"],
+)  # fmt: skip
+def test_parts_of_a_checkpoint_that_do_not_belong_to_this_run(parts, said):
+    with pytest.raises(ValueError, match=said):
+        check_processes("out/checkpoint-3", parts)
+
+
+@pytest.mark.parametrize("parts", [[NONE], [NONE, NONE], [ONE], [TWO, TWO]])
+def test_parts_of_a_checkpoint_that_do(parts):
+    check_processes("out/checkpoint-3", parts)
 
 
 def test_rows_come_in_blocks():
@@ -161,7 +214,7 @@ def test_what_is_saved_is_what_was_there():
     values = torch.tensor([[0.1, float("nan")]])
     scores = Scores(values, torch.tensor([[True, False]]), per_function={"f": values.double() / 3})
     groups = torch.empty(0, 2, dtype=torch.long)
-    known = Known(torch.randn(2, 3), 7, torch.randn(2, dtype=torch.bfloat16))
+    known = Known(torch.randn(2, 3), 7, torch.randn(2, dtype=torch.bfloat16), table=object())
     given = Sampled([Selection(completions, scores, torch.tensor([[0, 1]]), groups)], known)
     found = unpacked(json.loads(json.dumps(packed(given))))
     (selection,) = found.selections
@@ -180,7 +233,7 @@ def test_what_is_saved_is_what_was_there():
             mine.nan_to_num(9.0) if mine.is_floating_point() else mine,
             theirs.nan_to_num(9.0) if mine.is_floating_point() else theirs,
         )
-    assert found.known.ref_step == 7
+    assert found.known.ref_step == 7 and found.known.table is None
 
 
 # Runs
@@ -334,6 +387,28 @@ def test_a_reference_that_stands_is_asked_once(tiny_model_dir, tmp_path):
     assert calls == [0, 2]
 
 
+@pytest.mark.parametrize("given", [{}, {"steps_per_generation": 1}, {"num_iterations": 2}], ids=str)
+def test_a_table_is_made_once(given, tiny_model_dir, tmp_path):
+    """For the reference of a block, and for each time that it is learnt from; a resumed run makes it anew."""
+    made = []
+
+    class Watched(Scripted):
+        def _table(self, inputs, selections):
+            made.append(list(inputs["prompt"]))
+            return super()._table(inputs, selections)
+
+    given = {"save_strategy": "steps", "save_steps": 1, **given}
+    run(tiny_model_dir, tmp_path / "whole", cls=Watched, **given)
+    uses = given.get("num_iterations", 1)
+    assert len(made) == 8 // uses == len({tuple(each) for each in made})
+    if uses == 2:
+        first = made.copy()
+        made.clear()
+        resumed = online(tiny_model_dir, tmp_path / "resumed", cls=Watched, **{**FOUR, **given})
+        resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-1"))
+        assert made == first
+
+
 def test_an_epoch_that_is_stopped_leaves_nothing(tiny_model_dir, tmp_path):
     """The next one generates anew, and so does another training of the same trainer."""
 
@@ -362,29 +437,36 @@ def test_an_epoch_that_is_stopped_leaves_nothing(tiny_model_dir, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("given", "step"),
+    ("given", "steps"),
     [
-        ({"num_iterations": 2}, 1),
-        ({"num_iterations": 3, "max_steps": 4, "save_steps": 1}, 2),
-        ({"steps_per_generation": 8, "max_steps": 3}, 1),
-        ({"steps_per_generation": 8, "num_iterations": 2, "max_steps": 4}, 3),
+        ({"num_iterations": 2}, [1]),
+        ({"num_iterations": 3, "max_steps": 4, "save_steps": 1}, [2]),
+        ({"steps_per_generation": 8, "max_steps": 3}, [1]),
+        ({"steps_per_generation": 8, "num_iterations": 2, "max_steps": 4}, [1, 3]),
     ],
-    ids=["second use", "third use", "later step", "both"],
+    ids=["second use", "third use", "later step", "both, and twice"],
 )
-def test_a_run_resumed_within_a_block_continues_exactly(given, step, tiny_model_dir, tmp_path):
+def test_a_run_resumed_within_a_block_continues_exactly(given, steps, tiny_model_dir, tmp_path):
     given = {"save_strategy": "steps", "save_steps": 1, "loss_type": "trpa", "num_generations": 4, **given}
     whole = run(tiny_model_dir, tmp_path / "whole", cls=trl_ext.OnlineDPOTrainer, **given)
-    checkpoint = tmp_path / "whole" / f"checkpoint-{step}"
-    assert (checkpoint / "block_0.json").exists()
-    resumed = online(tiny_model_dir, tmp_path / "resumed", **{**FOUR, **given})
-    resumed.train(resume_from_checkpoint=str(checkpoint))
-    assert_same_parameters(parameters(resumed), parameters(whole))
-    assert history(resumed)[step : FOUR["max_steps"]] == history(whole)[step : FOUR["max_steps"]]
+    folder = tmp_path / "whole"
+    for step in steps:
+        checkpoint = folder / f"checkpoint-{step}"
+        assert (checkpoint / "block_0.json").exists()
+        folder = tmp_path / f"resumed at {step}"
+        resumed = online(tiny_model_dir, folder, **{**FOUR, **given})
+        resumed.train(resume_from_checkpoint=str(checkpoint))
+        assert_same_parameters(parameters(resumed), parameters(whole))
+        logged = [history(each)[step : whole.state.max_steps] for each in (resumed, whole)]
+        assert logged[0] == logged[1] and logged[0]
 
 
 def test_a_checkpoint_between_blocks_holds_none(tiny_model_dir, tmp_path):
+    """Nor what a run before has left in its folder."""
+    (tmp_path / "checkpoint-1").mkdir()
+    (tmp_path / "checkpoint-1" / "block_0.json").write_text("{}")
     run(tiny_model_dir, tmp_path, save_strategy="steps", save_steps=1)
-    assert not list(tmp_path.rglob("block_*"))
+    assert (tmp_path / "checkpoint-2").exists() and not list(tmp_path.rglob("block_*"))
 
 
 def test_a_checkpoint_of_other_data_or_processes_is_refused(tiny_model_dir, tmp_path):
@@ -394,10 +476,19 @@ def test_a_checkpoint_of_other_data_or_processes_is_refused(tiny_model_dir, tmp_
     other = online(tiny_model_dir, tmp_path / "other", cls=Counting, **{**FOUR, **given, "seed": 5})
     with pytest.raises(ValueError, match="other prompts than those that completions were generated for"):
         other.train(resume_from_checkpoint=str(checkpoint))
-    (checkpoint / "block_0.json").rename(checkpoint / "block_1.json")
+    state = json.loads((checkpoint / "block_0.json").read_text())
+    assert state["processes"] == 1
     fewer = online(tiny_model_dir, tmp_path / "fewer", cls=Counting, **{**FOUR, **given})
-    with pytest.raises(ValueError, match="holds the completions of 1 processes, and this run has 1"):
-        fewer.train(resume_from_checkpoint=str(checkpoint))
+    for part, processes, said in (
+        ("block_0.json", 2, "holds the completions of 2 processes, and this run has 1"),
+        ("block_1.json", 2, "holds the completions of 2 processes, and this run has 1"),
+        ("block_1.json", 1, r"holds the completions of 1 processes, of which \['block_0.json'\] are missing"),
+    ):
+        (checkpoint / "block_0.json").unlink(missing_ok=True)
+        (checkpoint / part).write_text(json.dumps({**state, "processes": processes}))
+        with pytest.raises(ValueError, match=said):
+            fewer.train(resume_from_checkpoint=str(checkpoint))
+    assert not hasattr(fewer, "generated")
 
 
 def test_evaluation_and_single_batches_know_no_blocks(tiny_model_dir, tmp_path):

@@ -10,6 +10,7 @@ from transformers import (
     MinNewTokensLengthLogitsProcessor,
 )
 
+from tests.online.conftest import padded_prompts, saved_model
 from trl_ext.generation import GeometricMixture, decoding, sample, sampling
 
 
@@ -17,20 +18,6 @@ PAD = 0
 ENDS = list(range(1, 391, 9))
 GREEDY = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": PAD, "eos_token_id": ENDS}
 SAMPLED = {**GREEDY, "do_sample": True, "temperature": 0.8}
-
-
-@pytest.fixture
-def model(tiny_model_dir):
-    return AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32).eval()
-
-
-@pytest.fixture
-def batch():
-    torch.manual_seed(0)
-    ids, mask = torch.randint(10, 300, (6, 9)), torch.ones(6, 9, dtype=torch.long)
-    for row, padding in enumerate((4, 2, 0, 8, 0, 1)):
-        mask[row, :padding] = 0
-    return ids, mask
 
 
 @pytest.fixture(params=[1e-9, 0.4], ids=["at once", "in groups"])
@@ -174,10 +161,14 @@ def mixed(reference, copies=1):
     return make
 
 
-@pytest.fixture
-def reference(model):
+def another(model):
     torch.manual_seed(1)
     return AutoModelForCausalLM.from_config(model.config).float().eval()
+
+
+@pytest.fixture
+def reference(model):
+    return another(model)
 
 
 def exact_mixture(model, reference, prompt, coefficient):
@@ -192,18 +183,24 @@ def exact_mixture(model, reference, prompt, coefficient):
     return row[len(prompt) :].tolist()
 
 
-@pytest.mark.parametrize("copies", [1, 2])
-def test_a_mixture_whose_rows_leave(copies, share, model, reference, batch):
-    seen = heights(reference)
-    output, _ = drawn(model, batch, GREEDY, mixture=mixed(reference, copies))
-    coefficients = torch.linspace(0, 1, 12).view(6, 2)
-    expected = [
-        exact_mixture(model, reference, batch[0][row][batch[1][row].bool()], coefficients[row, k])
+@pytest.fixture(scope="module")
+def exact(tiny_model_dir):
+    """Of each prompt twice, from the policy (the first row) to the reference (the last); the same for each way of sampling."""
+    model, (ids, mask) = saved_model(tiny_model_dir), padded_prompts()
+    reference, coefficients = another(model), torch.linspace(0, 1, 12).view(6, 2)
+    return [
+        exact_mixture(model, reference, ids[row][mask[row].bool()], coefficients[row, k])
         for k in range(2)
         for row in range(6)
     ]
-    assert [row[: len(wanted)] for row, wanted in zip(output.tolist(), expected, strict=True)] == expected
-    assert len({len(row) for row in expected}) > 2 and seen[-1] < 12
+
+
+@pytest.mark.parametrize("copies", [1, 2])
+def test_a_mixture_whose_rows_leave(copies, share, model, reference, batch, exact):
+    seen = heights(reference)
+    output, _ = drawn(model, batch, GREEDY, mixture=mixed(reference, copies))
+    assert [row[: len(wanted)] for row, wanted in zip(output.tolist(), exact, strict=True)] == exact
+    assert len({len(row) for row in exact}) > 2 and seen[-1] < 12
 
 
 @pytest.mark.parametrize("length", [9, 1])
@@ -231,7 +228,7 @@ def test_what_lies_at_each_point_of_the_distribution():
     generator = torch.Generator().manual_seed(0)
     scores = 3 * torch.randn(1, 700, generator=generator)
     scores[:, ::7], scores[:, 256:512], scores[:, -1] = -torch.inf, -torch.inf, -torch.inf
-    grid = 200_000
+    grid = 50_000
     points = (torch.arange(grid, dtype=torch.float64) + 0.5).unsqueeze(1) / grid
     tokens = torch.cat([decoding.draw(scores.expand(len(part), -1), part) for part in points.split(10_000)]).squeeze(1)
     expected = scores.double().softmax(dim=-1)[0]

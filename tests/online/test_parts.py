@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoTokenizer, GenerationConfig
 
 from trl_ext.generation import GeometricMixture, sample_rows, sampling
 
@@ -11,11 +11,6 @@ CONFIG = GenerationConfig(
     max_new_tokens=8, do_sample=False, use_cache=True, pad_token_id=0, eos_token_id=list(range(1, 512, 9))
 )
 LENGTHS = [3, 9, 1, 7, 7, 2, 12]
-
-
-@pytest.fixture
-def model(tiny_model_dir):
-    return AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32).eval()
 
 
 @pytest.fixture

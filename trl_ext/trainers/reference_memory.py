@@ -13,6 +13,7 @@ from accelerate.utils import gather_object
 from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.distributed.fsdp import FSDPModule
 from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 from trl.trainer.callbacks import SyncRefModelCallback
@@ -218,12 +219,13 @@ class ReferenceMemory(TrainerCallback):
 
     def _stands_still(self, model: torch.nn.Module) -> bool:
         """Whether values of the reference hold later too. What was kept of another one is forgotten."""
-        parameters = dict(self._of_reference(model, torch.nn.Module.named_parameters))
-        # Moves with each write, which says so without waiting for the device
-        stamp = [value._version for value in parameters.values()]
-        if model is self._model and stamp == self._stamp:
+        if model is self._model and self._versions(model) == self._stamp:
             return self._fixed
-        self._model, self._stamp, self._sharded = model, stamp, is_sharded(model)
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # what the last forward has left whole is no longer this process's part
+        self._model, self._stamp, self._sharded = model, self._versions(model), is_sharded(model)
+        parameters = dict(self._of_reference(model, torch.nn.Module.named_parameters))
         fingerprint = None if self._moves(model, parameters) else self._fingerprint(model, parameters)
         self._fixed = fingerprint is not None
         if fingerprint != self._reference:
@@ -231,6 +233,10 @@ class ReferenceMemory(TrainerCallback):
                 logger.info("The reference, or how it is run, has changed: its log-probabilities are computed anew.")
             self._forget(fingerprint)
         return self._fixed
+
+    def _versions(self, model: torch.nn.Module) -> list[int]:
+        """Of each parameter a number that moves when it is written to, and not when it is gathered; read without waiting for the device."""
+        return [value._version for _, value in self._of_reference(model, torch.nn.Module.named_parameters)]
 
     def _of_reference(self, model: torch.nn.Module, named: Callable[[torch.nn.Module], Iterable]) -> Iterable[tuple]:
         """Its parameters, or modules, by name: not the adapter that is trained, where it is the policy without that."""

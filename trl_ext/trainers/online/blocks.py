@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 
 from trl_ext.generation import Completions
 from trl_ext.trainers.online.rewards import Scores
-from trl_ext.trainers.online.selection import Selection
+from trl_ext.trainers.online.selection import Selection, Table
 
 
 # Where a micro-batch holds its place in a block
@@ -36,11 +36,14 @@ class Known:
             The optimizer step that the reference was asked at.
         behaviour_logps (`torch.Tensor` of shape `(N,)`, *optional*):
             Log-probability of each completion under the policy that sampled it, in nats.
+        table ([`~trl_ext.trainers.online.selection.Table`], *optional*):
+            The table itself. It follows from the rest, and is not saved.
     """
 
     ref_token_logps: torch.Tensor | None = None
     ref_step: int | None = None
     behaviour_logps: torch.Tensor | None = None
+    table: Table | None = field(default=None, metadata={"saved": False})
 
 
 @dataclass
@@ -156,9 +159,10 @@ class Blocks(TrainerCallback):
 
     def state(self) -> dict[str, Any] | None:
         """What a resumed run needs beside its data, for JSON; `None` where the next optimizer step begins a block."""
-        if self.block is None or (self.use == self.uses and not self.ready):
+        left = len(self.ready) + self.resumed
+        if self.block is None or (self.use == self.uses and not left):
             return None
-        return {"use": self.use, "left": len(self.ready), "sampled": [packed(each) for each in self.block.sampled]}
+        return {"use": self.use, "left": left, "sampled": [packed(each) for each in self.block.sampled]}
 
     def load(self, state: dict[str, Any]) -> None:
         """Go on as the run did that `state` is of."""
@@ -175,7 +179,8 @@ def packed(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return {"tensor": value.tolist(), "dtype": str(value.dtype).removeprefix("torch."), "shape": list(value.shape)}
     if dataclasses.is_dataclass(value):
-        fields = {each.name: packed(getattr(value, each.name)) for each in dataclasses.fields(value)}
+        saved = [each.name for each in dataclasses.fields(value) if each.metadata.get("saved", True)]
+        fields = {name: packed(getattr(value, name)) for name in saved}
         return {"record": type(value).__name__, "fields": fields}
     if isinstance(value, dict):
         return {"dict": {name: packed(each) for name, each in value.items()}}

@@ -74,7 +74,8 @@ class OnlineDPOConfig(LossArguments, TRLOnlineDPOConfig):
             time.
         generation_batch_size (`int`, *optional*):
             Completions that are generated at a time, over all processes, to bound memory; likewise what reward functions and the
-            reference are given at a time, in whole micro-batches. By default all of `steps_per_generation` micro-batches.
+            reference are given at a time, in whole micro-batches. By default all of `steps_per_generation` micro-batches. vLLM's
+            own generation is not bounded by it: vLLM is given all prompts at once, and makes its own batches.
         num_iterations (`int`, *optional*, defaults to `1`):
             How often completions are learnt from: with 2, the micro-batches of a generation come twice, and the second time the
             policy has changed. Not with streams; the last generation of an epoch is filled with its first prompts.

@@ -1,7 +1,6 @@
 """The fourth step of online training: from what is preferred to a loss."""
 
 import dataclasses
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,33 +11,8 @@ from trl_ext.rows import Plan, Rows, from_batch, to_batch
 from trl_ext.trainers.online.blocks import Known
 from trl_ext.trainers.online.checks import check_rewards
 from trl_ext.trainers.online.metrics import dropped_prompts, of_completions, of_learnt, without_comparisons
-from trl_ext.trainers.online.selection import Selection, build_table
+from trl_ext.trainers.online.selection import Selection, Table, build_table
 from trl_ext.trainers.teachers import with_divergences
-
-
-@dataclass
-class Table:
-    """
-    What is learnt from, as rows, on the host.
-
-    Attributes:
-        rows ([`~trl_ext.rows.Rows`]):
-            Completions.
-        plan ([`~trl_ext.rows.Plan`]):
-            What is learnt from them.
-        places (`list[torch.Tensor]`):
-            For each selection the row of each completion.
-        selections (`list[Selection]`):
-            Without what has the weight 0.
-        dropped (`list[torch.Tensor]`):
-            For each selection the prompts of which nothing is learnt.
-    """
-
-    rows: Rows
-    plan: Plan
-    places: list[torch.Tensor]
-    selections: list[Selection]
-    dropped: list[torch.Tensor]
 
 
 class Learning:
@@ -65,7 +39,7 @@ class Learning:
                 What has been found out about these completions; what is found out here is added.
         """
         terms, scorer, known = self._terms, self._scorer, Known() if known is None else known
-        table = self._table(inputs, selections)
+        table = known.table = known.table or self._table(inputs, selections)
         for each in filter(None, (table.plan.columns, table.plan.empty_columns)):
             for name, loss in terms.losses.items():
                 check_rewards(name, loss, each)

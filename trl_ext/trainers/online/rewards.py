@@ -209,8 +209,8 @@ def reward_scores(trainer: Any, inputs: dict[str, Any], completions: Completions
         trainer.reward_func_names, trainer.reward_funcs, trainer.reward_processing_classes, strict=True
     ):
         if isinstance(function, torch.nn.Module):
-            # As many at a time as are learnt from together: the model has room for those
-            at_once, given = trainer.args.per_device_train_batch_size * k, (prompts * k, completions.texts, rows * k)
+            # As many at a time as are learnt from together, also where `auto_find_batch_size` has found those to be fewer
+            at_once, given = trainer._train_batch_size * k, (prompts * k, completions.texts, rows * k)
             parts = [slice(first, first + at_once) for first in range(0, b * k, at_once)]
             values = torch.cat(
                 [call_reward_model(function, tokenizer, *(each[part] for each in given)) for part in parts]

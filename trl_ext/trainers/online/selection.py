@@ -66,6 +66,31 @@ class Selection:
         return dataclasses.replace(self, pairs=self.pairs[kept], groups=groups)
 
 
+@dataclasses.dataclass
+class Table:
+    """
+    What is learnt from, as rows, on the host.
+
+    Attributes:
+        rows ([`~trl_ext.rows.Rows`]):
+            Completions.
+        plan ([`~trl_ext.rows.Plan`]):
+            What is learnt from them.
+        places (`list[torch.Tensor]`):
+            For each selection the row of each completion.
+        selections (`list[Selection]`):
+            Without what has the weight 0.
+        dropped (`list[torch.Tensor]`):
+            For each selection the prompts of which nothing is learnt.
+    """
+
+    rows: Rows
+    plan: Plan
+    places: list[torch.Tensor]
+    selections: list[Selection]
+    dropped: list[torch.Tensor]
+
+
 def select(
     completions: Completions, scores: Scores, pairing: str, keep_ties: bool = False, whole_groups: bool = False
 ) -> Selection:

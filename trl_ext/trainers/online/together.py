@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch.utils.data import Sampler
 
 from trl_ext.data.cache import write_atomically
@@ -103,7 +104,9 @@ class Together:
 
     def _ask_ahead(self, model: torch.nn.Module, batches: list[dict[str, Any]], sampled: list[Sampled]) -> None:
         """What the reference says of all tables of a block, and the policy, where it will have changed before some are learnt from."""
-        tables = [self._table(batch, each.selections).rows for batch, each in zip(batches, sampled, strict=True)]
+        for batch, each in zip(batches, sampled, strict=True):
+            each.known.table = self._table(batch, each.selections)
+        tables = [each.known.table.rows for each in sampled]
         for part in self._parts(batches):
             if self._needs_reference:
                 with torch.no_grad(), self._reference() as reference, self.accelerator.autocast():
@@ -128,21 +131,48 @@ class Together:
 
     def _save_checkpoint(self, model, trial):
         super()._save_checkpoint(model, trial)
-        state = self._blocks.state()
-        if state is not None:
-            folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
-            write_atomically(folder / f"block_{self.accelerator.process_index}.json", json.dumps(state))
+        state, folder = self._blocks.state(), Path(self._get_output_dir(trial=trial))
+        file = folder / f"checkpoint-{self.state.global_step}" / f"block_{self.accelerator.process_index}.json"
+        if state is None:
+            file.unlink(missing_ok=True)  # of a run before, in the same folder
+        else:
+            state["processes"] = self.accelerator.num_processes
+            write_atomically(file, json.dumps(state))
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None or self.args.ignore_data_skip:
             return
-        file = Path(checkpoint) / f"block_{self.accelerator.process_index}.json"
-        if file.exists():
-            self._blocks.load(json.loads(file.read_text()))
-        elif any(Path(checkpoint).glob("block_*.json")):
-            number = len(list(Path(checkpoint).glob("block_*.json")))
-            raise ValueError(
-                f"{checkpoint} holds the completions of {number} processes, and this run has {self.accelerator.num_processes}. Resume "
-                "with as many processes, or from a checkpoint at the end of an epoch."
-            )
+        own = Path(checkpoint) / f"block_{self.accelerator.process_index}.json"
+        any_part = own if own.exists() else next(Path(checkpoint).glob("block_*.json"), None)
+        state = None if any_part is None else json.loads(any_part.read_text())
+        # All processes refuse, or none does
+        check_processes(checkpoint, gather_object([(own.exists(), None if state is None else state["processes"])]))
+        if state is not None:
+            self._blocks.load(state)
+
+
+def check_processes(checkpoint: str, parts: list[tuple[bool, int | None]]) -> None:
+    """
+    Raise a `ValueError` where a checkpoint within a block is not one of as many processes, or lacks the part of one.
+
+    Args:
+        checkpoint (`str`):
+            Its folder.
+        parts (`list[tuple[bool, int | None]]`):
+            For each process of this run, whether its own part is there, and how many there are as the parts say that it sees;
+            `None` where it sees none.
+    """
+    found = {number for _, number in parts if number is not None}
+    hint = "or from a checkpoint at the end of an epoch."
+    for number in found - {len(parts)}:
+        raise ValueError(
+            f"{checkpoint} holds the completions of {number} processes, and this run has {len(parts)}. Resume with as many "
+            f"processes, {hint}"
+        )
+    missing = [f"block_{process}.json" for process, (there, _) in enumerate(parts) if not there]
+    if found and missing:
+        raise ValueError(
+            f"{checkpoint} holds the completions of {len(parts)} processes, of which {missing} are missing. Resume with all files "
+            f"that the run has written, {hint}"
+        )
