@@ -32,12 +32,13 @@ test-distributed: .venv/ready  ## run the tests of several processes alone: DDP,
 CORE := tests/test_trl_seam.py tests/test_trl_seam_parts.py tests/test_parity.py tests/test_dpo_trainer.py tests/test_cli.py \
 	tests/losses tests/logprobs tests/online
 
+# But for torch, what is not named is the newest that goes with it
 test-upstream:  ## run the tests that lean on other libraries with other versions. VERSIONS="trl==1.16.0 transformers==5.22.0"
 	@test -n "$(VERSIONS)" || { echo 'Which? make test-upstream VERSIONS="transformers==5.22.0 torch==2.14.0"' >&2; exit 1; }
 	rm -rf build/upstream
 	$(PYTHON) -m venv build/upstream
-	grep -v $(foreach version,$(VERSIONS),-e '^$(firstword $(subst =, ,$(version)))==') constraints.txt > build/upstream/constraints.txt
-	for version in $(VERSIONS); do echo $$version; done >> build/upstream/constraints.txt
+	for version in $(VERSIONS); do echo $$version; done > build/upstream/constraints.txt
+	echo "$(VERSIONS)" | grep -q torch== || grep ^torch== constraints.txt >> build/upstream/constraints.txt
 	build/upstream/bin/pip install --quiet --disable-pip-version-check -c build/upstream/constraints.txt torch
 	build/upstream/bin/pip install --quiet --disable-pip-version-check -c build/upstream/constraints.txt -e '.[test]'
 	build/upstream/bin/pip check
