@@ -22,8 +22,13 @@ def check_count(name: str, value: Any, least: int = 1) -> None:
 
 
 def is_finite_number(value: Any) -> bool:
-    """Whether a value is a number other than NaN and infinity; a boolean is none."""
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether a value is a number other than NaN and infinity, which a float can hold; a boolean is none."""
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number of more than 308 digits
+        return False
 
 
 def require_columns(dataset: Dataset, names: list[str], hint: str = "") -> None:
@@ -40,20 +45,6 @@ def is_empty(completion: Any) -> bool:
     if not isinstance(completion, list) or not completion:
         return completion is not None
     return not any(message.get("content") or message.get("tool_calls") for message in completion)
-
-
-def warn_of_empty_completions(dataset: Dataset | IterableDataset, split: str) -> None:
-    """Say once how many rows have an empty completion. A stream is not read for that."""
-    sides = [side for side in ("chosen", "rejected") if side in (dataset.column_names or ())]
-    if not isinstance(dataset, Dataset) or not sides:
-        return
-    columns = dataset.select_columns(sides)
-    empty = [row for row, example in enumerate(columns) if any(is_empty(example[side]) for side in sides)]
-    if empty:
-        logger.warning(
-            f"{len(empty)} of {len(dataset)} pairs of the {split} dataset have an empty completion, the first in row {empty[0]}. "
-            "They train the model on ending its answer at once. If that is not meant, filter them out."
-        )
 
 
 def check_tokenized(

@@ -209,6 +209,12 @@ def check_values(
         )
     for loss in losses.values():
         bad = loss.check_columns(tensors)
+        rows = len(next(iter(values.values())))
+        if bad is not None and not (isinstance(bad, torch.Tensor) and bad.shape == (rows,)):
+            raise ValueError(
+                f"`check_columns` of the loss {type(loss).__qualname__} gave {bad!r:.80}; expected None, or a tensor with one boolean for "
+                f"each of the {rows} rows."
+            )
         if bad is not None and bad.any():
             row = int(bad.nonzero()[0])
             shown = ", ".join(f"{name}={column[row]}" for name, column in values.items() if name != WEIGHT)

@@ -30,6 +30,7 @@ from trl_ext.data.generators import (
 from trl_ext.data.pairing import pair_up
 from trl_ext.data.paths import refuse_missing_path
 from trl_ext.data.reasoning import completion_text, empty_trace_prompt
+from trl_ext.data.texts import problem_of_text
 from trl_ext.data.tokens import prompt_ids, require_chat_template, template_arguments, tokenizer_key
 
 
@@ -159,9 +160,9 @@ def check_prompts(prompts: Any) -> None:
         columns = getattr(prompts, "column_names", type(prompts).__name__)
         raise ValueError(f"`prompts` must be a dataset with a column 'prompt' and at least one row; got {columns}.")
     for index, prompt in enumerate(prompts["prompt"]):
-        messages = isinstance(prompt, list) and all(isinstance(each, dict) and "role" in each for each in prompt)
-        if not prompt or not (isinstance(prompt, str) or messages):
-            raise ValueError(f"Row {index}: the prompt is {prompt!r}; expected text or messages.")
+        problem = f"is {prompt!r}, which is empty" if prompt in ("", []) else problem_of_text(prompt)
+        if problem is not None:
+            raise ValueError(f"Row {index}: the prompt {problem}. Give text or messages.")
 
 
 def render_prompt(row: dict, tokenizer: PreTrainedTokenizerBase, thinking: bool | None) -> str:

@@ -31,6 +31,7 @@ from trl_ext.data.rewards import (
     refuse_lists_of_groups,
     reward_models,
 )
+from trl_ext.data.texts import problem_of_text
 from trl_ext.data.tokens import Text, require_chat_template, template_arguments
 
 
@@ -143,8 +144,9 @@ def check_texts(dataset: Dataset, grouped: bool) -> None:
     empty = 0
     for index, row in enumerate(dataset):
         prompt = row["prompt"]
-        if not isinstance(prompt, (str, list)) or (isinstance(prompt, list) and not prompt):
-            raise ValueError(f"Row {index}: the prompt is {prompt!r}; expected text or messages.")
+        problem = "is [], which has no message" if prompt == [] else problem_of_text(prompt)
+        if problem is not None:
+            raise ValueError(f"Row {index}: the prompt {problem}. Give text or messages.")
         completions = _completions(row)
         if not isinstance(completions, list) or not completions:
             raise ValueError(f"Row {index}: `completions` is {completions!r}; expected a list of at least one.")
@@ -170,6 +172,9 @@ def _check_completion(completion: Any, prompt: Text, index: int, grouped: bool) 
         raise ValueError(
             f"{where} of another kind than its prompt. Give text for a text prompt and messages for messages."
         )
+    problem = problem_of_text(completion)
+    if problem is not None:
+        raise ValueError(f"Row {index}: the completion {problem}.")
     last = completion[-1] if isinstance(completion, list) else {"content": completion}
     empty = not str(last.get("content") or "").strip() and not last.get("tool_calls")
     if empty and not grouped:

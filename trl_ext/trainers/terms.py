@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import numbers
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,16 +11,20 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from trl_ext.data.columns import WEIGHT
 from trl_ext.losses import GroupBatch, Loss, PreferenceBatch
 from trl_ext.losses.bias_variance import present
+from trl_ext.reading import read_json, read_text
 from trl_ext.rows import Plan, Scored
 
 
 LOSSES_FILE = "losses.json"
 STATE_FILE = "loss_state.safetensors"
+
+CUT_OFF = "It may have been cut off while it was written: resume from another checkpoint."
 
 Sums = dict[str, torch.Tensor]
 
@@ -48,7 +53,8 @@ class Terms:
     ):
         self.losses, self.weights, self.theirs = dict(losses), dict(weights), dict(theirs or {})
         self.can_be_empty = can_be_empty
-        self.state = {name: state for name, loss in self.losses.items() if (state := loss.init_state())}
+        self.state = {name: state for name, loss in self.losses.items() if (state := _first_state(name, loss))}
+        self._looked_at: set[str] = set()
         self._updates: Counter[str] = Counter()
 
     @property
@@ -118,16 +124,32 @@ class Terms:
 
     def _per_row(self, name: str, batch: PreferenceBatch | GroupBatch, rows: int) -> torch.Tensor:
         values = self.losses[name](batch)
+        if not isinstance(values, torch.Tensor):
+            raise ValueError(
+                f"The loss {name!r} returned {values!r:.80}, a {type(values).__name__}; expected a tensor with one value per pair or "
+                f"group, shape {(rows,)}."
+            )
         if values.shape != (rows,):
             raise ValueError(
                 f"The loss {name!r} returned shape {tuple(values.shape)}; expected one value per pair or group, shape {(rows,)}. "
                 "Reduce over tokens or completions, not over pairs."
             )
+        if name not in self._looked_at:  # once: a GPU is waited for
+            self._looked_at.add(name)
+            _check_values(name, values, batch)
         return values
 
     def _metrics(self, name: str, batch: PreferenceBatch | GroupBatch, rows: int) -> dict[str, Any]:
         metrics = self.losses[name].metrics(batch)
+        if not isinstance(metrics, Mapping):
+            raise ValueError(
+                f"`metrics` of the loss {name!r} gave {metrics!r:.80}; expected a dict of numbers and tensors."
+            )
         for key, value in metrics.items():
+            if not isinstance(key, str) or not isinstance(value, (torch.Tensor, numbers.Real)):
+                raise ValueError(
+                    f"`metrics` of the loss {name!r} gave {key!r}: {value!r:.80}; expected a name and a number or a tensor."
+                )
             if isinstance(value, torch.Tensor) and value.shape not in ((), (rows,)):
                 raise ValueError(
                     f"The metric {key!r} of the loss {name!r} has shape {tuple(value.shape)}; expected a number, or {(rows,)}, one "
@@ -150,6 +172,7 @@ class Terms:
         before = self.state[name]
         with torch.no_grad():
             after = self.losses[name].update(before, batch, reduce)
+        _check_state(name, "update", after)
         forms = [_forms(state) for state in (before, after)]
         if forms[0] != forms[1]:
             raise ValueError(
@@ -200,7 +223,7 @@ class Terms:
                 nothing of losses, such as one of TRL's own trainer, passes where no loss keeps state.
         """
         path, now = Path(folder) / LOSSES_FILE, self._on_paper()
-        before = json.loads(path.read_text()) if path.exists() else now
+        before = _read_losses(path) if path.exists() else now
         if before != now:
             raise ValueError(
                 f"The checkpoint {folder} was trained with the losses {before}, and this run has {now}. A resumed run continues "
@@ -210,7 +233,10 @@ class Terms:
         if not self.state:
             return
         path = Path(folder) / STATE_FILE
-        saved = load_file(path) if path.exists() else {}
+        try:
+            saved = load_file(path) if path.exists() else {}
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"The file {str(path)!r} cannot be read: {error}. {CUT_OFF}") from error
         wanted = {f"{name}/{key}": value for name, state in self.state.items() for key, value in state.items()}
         if _forms(saved) != _forms(wanted):
             raise ValueError(
@@ -218,6 +244,49 @@ class Terms:
                 "Resume from a checkpoint that was saved with it, or start a new run from the checkpoint's model."
             )
         self.state = {name: {key: saved[f"{name}/{key}"] for key in state} for name, state in self.state.items()}
+
+
+def _read_losses(path: Path) -> Any:
+    try:
+        return read_json(read_text(path))
+    except ValueError as error:
+        raise ValueError(f"The file {str(path)!r} cannot be read: {error}. {CUT_OFF}") from error
+
+
+def _first_state(name: str, loss: Any) -> dict[str, torch.Tensor]:
+    """What a loss remembers before the first micro-batch."""
+    state = loss.init_state()
+    _check_state(name, "init_state", state)
+    return state
+
+
+def _check_state(name: str, method: str, state: Any) -> None:
+    """Raise a `ValueError` for a state that is none."""
+    tensors = isinstance(state, Mapping) and all(
+        isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state.items()
+    )
+    if not tensors:
+        raise ValueError(f"`{method}` of the loss {name!r} gave {state!r:.120}; expected a dict of tensors, by name.")
+
+
+def _check_values(name: str, values: torch.Tensor, batch: Any) -> None:
+    """
+    Raise a `ValueError` for what a loss returns of its first micro-batch and nothing can be learnt from: what does not depend on the
+    policy, and numbers that are not finite where the policy's log-probabilities are.
+    """
+    logps = (batch.chosen_logps, batch.rejected_logps) if isinstance(batch, PreferenceBatch) else (batch.logps,)
+    if not values.is_floating_point() or (any(each.requires_grad for each in logps) and not values.requires_grad):
+        raise ValueError(
+            f"The loss {name!r} returned {values.dtype} {'with' if values.requires_grad else 'without'} a gradient; expected floating-point "
+            "numbers that depend on the policy's log-probabilities. Do not detach them, and do not compare them in place of a margin."
+        )
+    bad = ~values.detach().isfinite()
+    if bad.any() and all(bool(each.detach().isfinite().all()) for each in logps):
+        row = int(bad.nonzero()[0])
+        raise ValueError(
+            f"The loss {name!r} returned {float(values[row])} for row {row} of its first micro-batch, of which the policy's "
+            "log-probabilities are finite. Nothing can be learnt from it: look at its formula, its columns and its hyper-parameters."
+        )
 
 
 def _forms(state: Mapping[str, torch.Tensor]) -> dict[str, tuple]:
