@@ -14,6 +14,7 @@ from tests.conftest import preference_rows
 from tests.helpers import assert_same_parameters, build, parameters
 from tests.online.runs import online
 from trl_ext.data.checks import check_tokenized, is_empty
+from trl_ext.data.texts import checked_texts
 from trl_ext.data.tokens import require_chat_template
 from trl_ext.losses import loss_class
 from trl_ext.losses.base import warn_once

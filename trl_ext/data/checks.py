@@ -68,8 +68,18 @@ def check_tokenized(
     """
 
     def check(example: dict, row: int) -> None:
-        for name in TOKENIZED[1:]:
-            if not example[name]:
+        for name in TOKENIZED:
+            ids = example[name]
+            if not isinstance(ids, list) and ids is not None:
+                raise ValueError(
+                    f"Row {row} of the {split} dataset has {ids!r:.60} in {name!r}; expected a list of token ids."
+                )
+            for token in ids or ():
+                if isinstance(token, bool) or not isinstance(token, int) or token < 0:
+                    raise ValueError(
+                        f"Row {row} of the {split} dataset has {token!r:.60} among {name!r}; expected token ids, whole numbers from 0."
+                    )
+            if ids is None or (not ids and name != TOKENIZED[0]):
                 raise ValueError(
                     f"Row {row} of the {split} dataset has no token in {name!r}: nothing of that completion could be scored, and "
                     "the pair would teach nothing. Remove the row."
@@ -82,7 +92,7 @@ def check_tokenized(
     if isinstance(dataset, IterableDataset):
         dataset = dataset.map(checked, with_indices=True)
     else:
-        for row, example in enumerate(dataset.select_columns(list(TOKENIZED[1:]))):
+        for row, example in enumerate(dataset.select_columns(list(TOKENIZED))):
             check(example, row)
     if max_length is None or not keep_start:
         return dataset

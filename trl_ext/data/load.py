@@ -8,7 +8,7 @@ import pyarrow.parquet
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from datasets.utils import logging
 
-from trl_ext.data.paths import BUILDERS, refuse_missing_path, refuse_misread_files, refuse_unreadable_data
+from trl_ext.data.paths import BUILDERS, refuse_misread_files, refuse_missing_path, refuse_unreadable_data
 from trl_ext.reading import read_json
 
 

@@ -108,6 +108,8 @@ def refuse_unwritable_folder(folder: str | Path, what: str) -> None:
     Raises:
         `ValueError`: If the name is empty, a file stands there or in the way, or writing is not allowed.
     """
+    if not isinstance(folder, (str, Path)):
+        raise ValueError(f"`{what}={folder!r}` is a {type(folder).__name__}; expected the path of a folder.")
     if not str(folder).strip() or "\0" in str(folder):
         raise ValueError(f"`{what}={str(folder)!r}` names no folder.")
     path = Path(folder).expanduser()

@@ -21,6 +21,7 @@ from trl_ext.data.cache import content_key, default_folder, model_key, processes
 from trl_ext.data.checks import check_count
 from trl_ext.data.generators import (
     Sampling,
+    check_dtype,
     generation_config_of,
     stop_tokens,
     weights_key,
@@ -93,6 +94,7 @@ def sample_completions(
     """
     options = Sampling(num_generations, temperature, top_p, max_new_tokens, seed)
     check_count("batch_size", batch_size)
+    check_dtype(dtype)
     check_prompts(prompts)
     refuse_missing_path(model, "model")
     if not isinstance(use_vllm, bool):
@@ -162,7 +164,7 @@ def check_prompts(prompts: Any) -> None:
     for index, prompt in enumerate(prompts["prompt"]):
         problem = f"is {prompt!r}, which is empty" if prompt in ("", []) else problem_of_text(prompt)
         if problem is not None:
-            raise ValueError(f"Row {index}: the prompt {problem}. Give text or messages.")
+            raise ValueError(f"Row {index}: the prompt {problem}.")
 
 
 def render_prompt(row: dict, tokenizer: PreTrainedTokenizerBase, thinking: bool | None) -> str:

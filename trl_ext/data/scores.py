@@ -146,7 +146,7 @@ def check_texts(dataset: Dataset, grouped: bool) -> None:
         prompt = row["prompt"]
         problem = "is [], which has no message" if prompt == [] else problem_of_text(prompt)
         if problem is not None:
-            raise ValueError(f"Row {index}: the prompt {problem}. Give text or messages.")
+            raise ValueError(f"Row {index}: the prompt {problem}.")
         completions = _completions(row)
         if not isinstance(completions, list) or not completions:
             raise ValueError(f"Row {index}: `completions` is {completions!r}; expected a list of at least one.")

@@ -7,11 +7,15 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 
 from trl_ext.data.checks import TOKENIZED, is_empty
+from trl_ext.reading import read_json
 
 
 logger = logging.getLogger(__name__)
 
 SIDES = ("chosen", "rejected")
+# What rows give the chat template, and what it is given of them in any case
+OF_TEMPLATE = ("tools", "chat_template_kwargs")
+TAKEN = ("conversation", "tools", "tokenize", "return_dict", "add_generation_prompt", "continue_final_message")
 
 
 def checked_texts(
@@ -52,7 +56,7 @@ def checked_texts(
     if first is not None:
         check(first, 0)
         return dataset.map(check, with_indices=True)
-    names = [name for name in ("prompt", *SIDES) if name in available]
+    names = [name for name in ("prompt", *SIDES, *OF_TEMPLATE) if name in available]
     empty = []
     for row, example in enumerate(readable(dataset.select_columns(names), split)):
         check(example, row)
@@ -81,7 +85,7 @@ def problem_of_text(value: Any) -> str | None:
     if isinstance(value, str):
         return None
     if value is None:
-        return "has no value"
+        return "has no value; expected text, or a list of messages"
     if not isinstance(value, (list, tuple)):
         return f"is {value!r:.80}; expected text, or a list of messages with 'role' and 'content'"
     for message in value:
@@ -107,3 +111,20 @@ def _check_pair(example: Mapping[str, Any], where: str, may_lack_pair: bool) -> 
     if len(set(kinds.values())) > 1:
         shown = ", ".join(f"{name!r} is {kind}" for name, kind in kinds.items())
         raise ValueError(f"{where}: {shown}. Give all as text, or all as messages.")
+    _check_template_arguments(example, where)
+
+
+def _check_template_arguments(example: Mapping[str, Any], where: str) -> None:
+    tools, options = (example.get(name) for name in OF_TEMPLATE)
+    if isinstance(tools, str) and tools:
+        try:
+            tools = read_json(tools)
+        except ValueError as error:
+            raise ValueError(f"{where}: 'tools' is no JSON ({error}): {tools!r:.80}.") from error
+    if tools and not isinstance(tools, (list, tuple)):
+        raise ValueError(f"{where}: 'tools' is {tools!r:.80}; expected a list of tools, or one as JSON.")
+    if options and not isinstance(options, Mapping):
+        raise ValueError(f"{where}: 'chat_template_kwargs' is {options!r:.80}; expected a dict.")
+    taken = [name for name in TAKEN if name in (options or ())]
+    if taken:
+        raise ValueError(f"{where}: 'chat_template_kwargs' may not set {taken}: training does.")

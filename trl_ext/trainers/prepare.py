@@ -111,6 +111,7 @@ class PreferenceData:
                 )
         self._check_reads(available)
         self._refuse_vision(available)
+        dataset = _checked_references(dataset, available, "train")
         dataset = checked_texts(dataset, "train", self.empty_trace)
         dataset = one_message_beside_images(dataset, "train") if self.turns else dataset
         dataset = checked(dataset, self.columns, losses, "train")
@@ -129,7 +130,7 @@ class PreferenceData:
             # Where training is on pairs, whole groups cannot be collated: the best against the worst
             dataset = from_groups(dataset, self.pairing or "best_worst", split)
             available = columns_of(dataset, split)
-        dataset = checked_texts(dataset, split, self.empty_trace)
+        dataset = checked_texts(_checked_references(dataset, available, split), split, self.empty_trace)
         if not self.losses:
             return dataset
         if self.groups and GROUP_SCORES not in available:
@@ -305,6 +306,18 @@ class PreferenceData:
         if any("behaviour_logps" in loss.reads for loss in self.losses.values()):
             refuse_cut_completions(dataset, args.max_length, name)
         return dataset
+
+
+def _checked_references(
+    dataset: Dataset | IterableDataset, available: Sequence[str], split: str
+) -> Dataset | IterableDataset:
+    """The dataset, once log-probs of a reference that it brings have been found to be such."""
+    given = [name for name in REFERENCES if name in available]
+    if len(given) == 1:
+        raise ValueError(
+            f"The {split} dataset has the column {given[0]!r} alone; the reference's log-probs are {list(REFERENCES)}. Give both, or neither."
+        )
+    return checked(dataset, given, {}, split)
 
 
 def _single_last(example: dict) -> dict:

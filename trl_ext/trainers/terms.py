@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import numbers
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ from trl_ext.losses import GroupBatch, Loss, PreferenceBatch
 from trl_ext.losses.bias_variance import present
 from trl_ext.reading import read_json, read_text
 from trl_ext.rows import Plan, Scored
+from trl_ext.trainers.answers import check_metrics, check_shape, check_state, check_values
 
 
 LOSSES_FILE = "losses.json"
@@ -54,7 +54,7 @@ class Terms:
         self.losses, self.weights, self.theirs = dict(losses), dict(weights), dict(theirs or {})
         self.can_be_empty = can_be_empty
         self.state = {name: state for name, loss in self.losses.items() if (state := _first_state(name, loss))}
-        self._looked_at: set[str] = set()
+        self._looked_at: set[tuple[str, bool]] = set()
         self._updates: Counter[str] = Counter()
 
     @property
@@ -124,37 +124,16 @@ class Terms:
 
     def _per_row(self, name: str, batch: PreferenceBatch | GroupBatch, rows: int) -> torch.Tensor:
         values = self.losses[name](batch)
-        if not isinstance(values, torch.Tensor):
-            raise ValueError(
-                f"The loss {name!r} returned {values!r:.80}, a {type(values).__name__}; expected a tensor with one value per pair or "
-                f"group, shape {(rows,)}."
-            )
-        if values.shape != (rows,):
-            raise ValueError(
-                f"The loss {name!r} returned shape {tuple(values.shape)}; expected one value per pair or group, shape {(rows,)}. "
-                "Reduce over tokens or completions, not over pairs."
-            )
-        if name not in self._looked_at:  # once: a GPU is waited for
-            self._looked_at.add(name)
-            _check_values(name, values, batch)
+        check_shape(name, values, rows)
+        look = (name, torch.is_grad_enabled())
+        if look not in self._looked_at:  # once: a GPU is waited for
+            self._looked_at.add(look)
+            check_values(name, values, batch)
         return values
 
     def _metrics(self, name: str, batch: PreferenceBatch | GroupBatch, rows: int) -> dict[str, Any]:
         metrics = self.losses[name].metrics(batch)
-        if not isinstance(metrics, Mapping):
-            raise ValueError(
-                f"`metrics` of the loss {name!r} gave {metrics!r:.80}; expected a dict of numbers and tensors."
-            )
-        for key, value in metrics.items():
-            if not isinstance(key, str) or not isinstance(value, (torch.Tensor, numbers.Real)):
-                raise ValueError(
-                    f"`metrics` of the loss {name!r} gave {key!r}: {value!r:.80}; expected a name and a number or a tensor."
-                )
-            if isinstance(value, torch.Tensor) and value.shape not in ((), (rows,)):
-                raise ValueError(
-                    f"The metric {key!r} of the loss {name!r} has shape {tuple(value.shape)}; expected a number, or {(rows,)}, one "
-                    "value per pair or group."
-                )
+        check_metrics(name, metrics, rows)
         return metrics
 
     # State
@@ -172,7 +151,7 @@ class Terms:
         before = self.state[name]
         with torch.no_grad():
             after = self.losses[name].update(before, batch, reduce)
-        _check_state(name, "update", after)
+        check_state(name, "update", after)
         forms = [_forms(state) for state in (before, after)]
         if forms[0] != forms[1]:
             raise ValueError(
@@ -256,37 +235,8 @@ def _read_losses(path: Path) -> Any:
 def _first_state(name: str, loss: Any) -> dict[str, torch.Tensor]:
     """What a loss remembers before the first micro-batch."""
     state = loss.init_state()
-    _check_state(name, "init_state", state)
+    check_state(name, "init_state", state)
     return state
-
-
-def _check_state(name: str, method: str, state: Any) -> None:
-    """Raise a `ValueError` for a state that is none."""
-    tensors = isinstance(state, Mapping) and all(
-        isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state.items()
-    )
-    if not tensors:
-        raise ValueError(f"`{method}` of the loss {name!r} gave {state!r:.120}; expected a dict of tensors, by name.")
-
-
-def _check_values(name: str, values: torch.Tensor, batch: Any) -> None:
-    """
-    Raise a `ValueError` for what a loss returns of its first micro-batch and nothing can be learnt from: what does not depend on the
-    policy, and numbers that are not finite where the policy's log-probabilities are.
-    """
-    logps = (batch.chosen_logps, batch.rejected_logps) if isinstance(batch, PreferenceBatch) else (batch.logps,)
-    if not values.is_floating_point() or (any(each.requires_grad for each in logps) and not values.requires_grad):
-        raise ValueError(
-            f"The loss {name!r} returned {values.dtype} {'with' if values.requires_grad else 'without'} a gradient; expected floating-point "
-            "numbers that depend on the policy's log-probabilities. Do not detach them, and do not compare them in place of a margin."
-        )
-    bad = ~values.detach().isfinite()
-    if bad.any() and all(bool(each.detach().isfinite().all()) for each in logps):
-        row = int(bad.nonzero()[0])
-        raise ValueError(
-            f"The loss {name!r} returned {float(values[row])} for row {row} of its first micro-batch, of which the policy's "
-            "log-probabilities are finite. Nothing can be learnt from it: look at its formula, its columns and its hyper-parameters."
-        )
 
 
 def _forms(state: Mapping[str, torch.Tensor]) -> dict[str, tuple]:
