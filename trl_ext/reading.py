@@ -3,6 +3,8 @@ Text of files and of the command line as values: UTF-8, YAML, JSON. What could b
 """
 
 import json
+import math
+import numbers
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,16 @@ import yaml
 
 # Settings have a few hundred values; aliases that stand in aliases make millions of a few lines
 MOST_VALUES = 100_000
+
+
+def is_finite_number(value: Any) -> bool:
+    """Whether a value is a number other than NaN and infinity, which a float can hold; a boolean is none."""
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number of more than 308 digits
+        return False
 
 
 def read_text(path: str | Path) -> str:

@@ -1,11 +1,11 @@
 """What is looked at before training: rows that would train on nothing, or on something that nobody meant."""
 
 import logging
-import math
-import numbers
 from typing import Any
 
 from datasets import Dataset, IterableDataset
+
+from trl_ext.reading import is_finite_number as is_finite_number
 
 
 logger = logging.getLogger(__name__)
@@ -19,16 +19,6 @@ def check_count(name: str, value: Any, least: int = 1) -> None:
     """Raise a `ValueError` for an argument that is no whole number, or a smaller one than `least`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"`{name}={value!r}` must be a whole number, at least {least}.")
-
-
-def is_finite_number(value: Any) -> bool:
-    """Whether a value is a number other than NaN and infinity, which a float can hold; a boolean is none."""
-    if not isinstance(value, numbers.Real) or isinstance(value, bool):
-        return False
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # a whole number of more than 308 digits
-        return False
 
 
 def require_columns(dataset: Dataset, names: list[str], hint: str = "") -> None:
