@@ -227,7 +227,7 @@ def test_an_unknown_hyperparameter_is_refused_in_the_words_of_the_registry(name,
 @pytest.mark.parametrize(
     ("names", "given"),
     [
-        (["offset"], {"alpha": 1}), (["offset", "anchored"], {"zzz": 1}), (["offset"], {"offset": {"alpha": 1}}), (["offset"], "{alpha"),
+        (["offset"], {"alpha": 1}), (["offset", "anchored"], {"zzz": 1}), (["offset"], {"offset": {"alpha": 1}}),
         (["offset"], None), (["sigmoid"], {"zzz": 1}), (["brought_by_a_package"], {"zzz": 1}), (["offset"], "[1]"), ([["offset"]], {"z": 1}),
     ],
 )  # fmt: skip
