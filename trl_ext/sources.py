@@ -145,7 +145,7 @@ def read_hyperparameters(given: Any) -> Any:
         return read_json(given)
     except ValueError as error:
         raise ValueError(
-            f"`loss_kwargs={given!r}` is not JSON ({error}). Quote it for the shell: --loss_kwargs '{{\"alpha\": 0.5}}'."
+            f"`loss_kwargs={given!r:.300}` is not JSON ({error}). Quote it for the shell: --loss_kwargs '{{\"alpha\": 0.5}}'."
         ) from error
 
 
