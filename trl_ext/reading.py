@@ -58,7 +58,7 @@ def read_yaml(text: str, where: str, loader: type[yaml.SafeLoader] = yaml.SafeLo
         value = yaml.load(text, loader)
     except yaml.YAMLError as error:
         raise ValueError(f"{where} is not YAML: {error}") from error
-    except (ValueError, TypeError, OverflowError) as error:  # such as the date 2020-13-40
+    except (ValueError, TypeError, AttributeError, LookupError, OverflowError) as error:  # such as the date 2020-13-40
         raise ValueError(f"{where} cannot be read as YAML: {error}") from error
     except RecursionError:
         raise ValueError(f"{where} nests lists or mappings too deeply to be read.") from None

@@ -159,7 +159,7 @@ def test_what_a_reference_has_said(name, tmp_path):
     keys = torch.arange(2 * KEY_BYTES, dtype=torch.uint8).view(2, KEY_BYTES)
     right = {"keys": keys, "lengths": torch.tensor([1, 1]), "values": torch.tensor([-1.0, -2.0])}
     store = Store(1e6, torch.device("cpu"))
-    refused(lambda: store.take({**right, **{key: value for key, value in given.items()}}), said, tmp_path)
+    refused(lambda: store.take({**right, **given}), said, tmp_path)
     assert not store.rows
     store.take(right)
     assert len(store.rows) == 2
@@ -189,4 +189,6 @@ def test_stages_of_rounds_that_are_marked_as_done(kind, tmp_path):
         (tmp_path / "pairs").mkdir()
     if kind == "broken":
         (tmp_path / "pairs" / "state.json").write_text("{")
-    refused(lambda: disk.dataset_stage(tmp_path / "pairs", lambda: 1 / 0), "is marked as done and cannot be read", tmp_path)
+    refused(
+        lambda: disk.dataset_stage(tmp_path / "pairs", lambda: 1 / 0), "is marked as done and cannot be read", tmp_path
+    )

@@ -135,7 +135,9 @@ def test_compare_tables(name, folder, capfd):
     command_refused(["compare", "run.csv", "--csv", "table.csv", "--plot", "plot.png"], said, folder, capfd)
 
 
-@pytest.mark.parametrize("given", [["demo", "--no-such"], ["demo", "--seeds", "nan"], ["inspect"], ["compare"], ["run"], []])
+@pytest.mark.parametrize(
+    "given", [["demo", "--no-such"], ["demo", "--seeds", "nan"], ["inspect"], ["compare"], ["run"], []]
+)
 def test_what_argparse_refuses(given, folder, capfd):
     from trl_ext.cli import main
 

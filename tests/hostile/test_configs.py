@@ -135,7 +135,11 @@ SAID = {"replay": "replay", "implicit_reference": "implicit"}
 def test_rounds(name, value, tmp_path):
     given = {"model": "a/model", "prompts": "a/data", "output_dir": str(tmp_path / "out"), "reward_funcs": "a/reward"}
     given |= value if isinstance(value, dict) and name != "reward_funcs" else {name: value}
-    said = "cannot be imported" if name == "reward_funcs" and isinstance(value, str) and value else SAID.get(name, name.rpartition(".")[2])
+    said = (
+        "cannot be imported"
+        if name == "reward_funcs" and isinstance(value, str) and value
+        else SAID.get(name, name.rpartition(".")[2])
+    )
     refused(lambda: RoundsConfig(**given), said, tmp_path)
 
 

@@ -120,7 +120,9 @@ PAIRS: dict[str, tuple[str, list[dict], str]] = {
 def prepared(loss: str, data: Any, tmp_path: Any) -> Any:
     """What a trainer does with its data before it loads a model; rows of token ids have no more to wait for."""
     losses = {} if loss == "sigmoid" else {loss: get_loss(loss)}
-    reader = PreferenceData([loss], losses, DPOConfig(loss_type=loss, output_dir=str(tmp_path / "out"), use_cpu=True, bf16=False))
+    reader = PreferenceData(
+        [loss], losses, DPOConfig(loss_type=loss, output_dir=str(tmp_path / "out"), use_cpu=True, bf16=False)
+    )
     data = reader.training(data)
     if "prompt_ids" in (data.column_names or ()):
         reader.tokenized(data, None, None, reader.args, "train", None)
@@ -144,7 +146,10 @@ FORMS: dict[str, tuple[Any, str]] = {
     "a list": ([TEXT], "The eval dataset is a list"),
     "text": ("data.jsonl", "The eval dataset is a str"),
     "a dict of text": ({"a": "b"}, "The a dataset is a str"),
-    "rows that are none": (IterableDataset.from_generator(lambda: iter([1, 2])), "The first row of the eval dataset is 1"),
+    "rows that are none": (
+        IterableDataset.from_generator(lambda: iter([1, 2])),
+        "The first row of the eval dataset is 1",
+    ),
     "no rows": (Dataset.from_dict({}), "The eval dataset is empty"),
 }
 

@@ -63,7 +63,9 @@ def test_folders(name, tmp_path, monkeypatch, capfd):
     command_refused(["inspect", "data"], said, tmp_path, capfd)
 
 
-@pytest.mark.parametrize("name", ["", "  ", "a\0b", "http://example.org/data.jsonl", "s3://bucket/data.jsonl", "../nowhere"])
+@pytest.mark.parametrize(
+    "name", ["", "  ", "a\0b", "http://example.org/data.jsonl", "s3://bucket/data.jsonl", "../nowhere"]
+)
 def test_names_of_nothing(name, tmp_path, monkeypatch, capfd):
     """An empty name is not the working folder."""
     monkeypatch.chdir(tmp_path)

@@ -68,7 +68,9 @@ class Payload:
         return Path.touch, (self.path,)
 
 
-@pytest.mark.parametrize("name", ["data.json", "data.jsonl", "data.csv", "data.parquet", "data.pkl", "data.pickle", "data.pt", "data.npy"])
+@pytest.mark.parametrize(
+    "name", ["data.json", "data.jsonl", "data.csv", "data.parquet", "data.pkl", "data.pickle", "data.pt", "data.npy"]
+)
 def test_a_pickle_is_no_data(name, tmp_path):
     pwned = tmp_path / "pwned"
     content = pickle.dumps(Payload(pwned))
@@ -110,7 +112,7 @@ LOADS: dict[str, Callable[[str], object]] = {
 @pytest.mark.parametrize("name", LOADS)
 def test_a_model_with_code_of_its_own(name, model_with_code, tmp_path):
     before = contents(tmp_path)
-    with pytest.raises((ValueError, NotImplementedError), match="trust_remote_code|custom code"):
+    with pytest.raises((ValueError, NotImplementedError), match=r"trust_remote_code|custom code"):
         LOADS[name](str(model_with_code))
     assert not (tmp_path / "pwned").exists()
     assert contents(tmp_path) == before

@@ -196,7 +196,9 @@ def test_entry_points(name, tmp_path, monkeypatch):
     assert get_loss("offset").alpha == 1.0
 
 
-@pytest.mark.parametrize(("name", "said"), [("", "''"), ("a b", "'a b'"), ("ipo", "TRL has it"), ("offset", "OffsetLoss has it")])
+@pytest.mark.parametrize(
+    ("name", "said"), [("", "''"), ("a b", "'a b'"), ("ipo", "TRL has it"), ("offset", "OffsetLoss has it")]
+)
 def test_names_of_entry_points(name, said, monkeypatch):
     entry = Offered(name, "theirs.losses:error", registry.ENTRY_POINT_GROUP)
     monkeypatch.setitem(LOADS, name, (loss_of, ""))

@@ -11,7 +11,10 @@ from trl_ext.reading import MOST_VALUES, read_json, read_yaml
 ROUNDS = "model: a/model\nprompts: a/data\noutput_dir: out\nreward_funcs: a/reward\n"
 DPO = "model_name_or_path: a/model\ndataset_name: a/data\noutput_dir: out\nuse_cpu: true\nbf16: false\n"
 # Nine of nine of nine ...: five lines with 9^6 values
-BOMB = "".join(f"- &{name} [{', '.join(of * 9)}]\n" for name, of in zip("abcdef", (["x"], *(["*" + c] for c in "abcde")), strict=True))
+BOMB = "".join(
+    f"- &{name} [{', '.join(of * 9)}]\n"
+    for name, of in zip("abcdef", (["x"], *(["*" + c] for c in "abcde")), strict=True)
+)
 
 # Text, and what the error has to say, of a config for either command
 EITHER: dict[str, tuple[str | bytes, str]] = {

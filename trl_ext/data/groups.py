@@ -6,13 +6,14 @@ They become pairs by the rules of `pairing.py`, or rows of whole groups: the bes
 """
 
 import logging
-import math
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from datasets import Dataset, Features, IterableDataset, Value
 
+from trl_ext.data.checks import is_finite_number
+from trl_ext.data.columns import LARGEST
 from trl_ext.data.further import FURTHER, in_twos
 from trl_ext.data.pairing import pair_up
 from trl_ext.data.texts import problem_of_text
@@ -64,7 +65,7 @@ def check_group(example: dict[str, Any], row: int, split: str) -> None:
                     f"{where} has the score {value!r}, a list: in a group the score says which completion is preferred, which takes one "
                     "number. Combine the rewards (their mean), or give pairs with lists of scores."
                 )
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            if not is_finite_number(value) or abs(value) > LARGEST:
                 raise ValueError(f"{where} has the {name} {value!r}; expected finite numbers, got {list(values)!r}.")
             if name == BEHAVIOUR_LOGPS and value > 0:
                 raise ValueError(

@@ -50,7 +50,7 @@ def checked_texts(
         )
 
     def check(example: dict, row: int) -> dict:
-        _check_pair(example, f"Row {row} of the {split} dataset", may_lack_pair)
+        check_pair(example, f"Row {row} of the {split} dataset", may_lack_pair)
         return example
 
     if first is not None:
@@ -97,7 +97,8 @@ def problem_of_text(value: Any) -> str | None:
     return None
 
 
-def _check_pair(example: Mapping[str, Any], where: str, may_lack_pair: bool) -> None:
+def check_pair(example: Mapping[str, Any], where: str, may_lack_pair: bool = False) -> None:
+    """Raise a `ValueError` that begins with `where` for a row that is no pair of texts or messages."""
     given = {name: example[name] for name in ("prompt", *SIDES) if name in example}
     if may_lack_pair:
         given = {name: value for name, value in given.items() if value is not None or name == "prompt"}
