@@ -32,7 +32,7 @@ from trl_ext.data.groups import check_group
 from trl_ext.data.inspection import inspect_preferences
 from trl_ext.data.load import load_preferences
 from trl_ext.data.sampling import _kept
-from trl_ext.data.texts import check_pair
+from trl_ext.data.texts import check_pair, problem_of_text
 from trl_ext.data.tokens import pair_lengths, prompt_ids, reward_ids, template_arguments
 from trl_ext.data.turns import check_turns
 from trl_ext.reading import read_json, read_yaml
@@ -323,7 +323,7 @@ class Rows:
 
     def map(self, function: Callable, **given_: Any) -> list:
         made = function({name: [row[name] for row in self.rows] for name in self.column_names}, [*range(len(self))])
-        return next(iter(made.values()))
+        return [dict(zip(made, row, strict=True)) for row in zip(*made.values(), strict=True)]
 
 
 PUBLISHED = {
@@ -342,12 +342,30 @@ ANSWERS = st.lists(
 )
 
 
-@examples(250)
-@given(st.sampled_from(sorted(PUBLISHED)), st.data())
-def test_adapters(name, data):
-    cells = st.one_of(SPOKEN, DIALOGUES, ANSWERS, NUMBERS)
-    row = data.draw(st.fixed_dictionaries(dict.fromkeys(PUBLISHED[name], cells)))
-    works_or_refuses(lambda: ADAPTERS[name](Rows([row])))
+CELL = st.one_of(SPOKEN, DIALOGUES, ANSWERS, NUMBERS)
+RATED = {"chosen": [{"role": "user", "content": "a"}], "rejected": [{"role": "user", "content": "b"}]}
+
+
+@examples(200)
+@given(
+    st.one_of(
+        [
+            st.tuples(st.just(name), st.fixed_dictionaries(dict.fromkeys(PUBLISHED[name], CELL)))
+            for name in sorted(PUBLISHED)
+        ]
+    )
+)
+@example(("HuggingFaceH4/ultrafeedback_binarized", {**RATED, "score_chosen": 10**400, "score_rejected": 1}))
+@example(("HuggingFaceH4/ultrafeedback_binarized", {**RATED, "score_chosen": "nan", "score_rejected": 1}))
+@example(
+    ("HuggingFaceH4/ultrafeedback_binarized", {"chosen": "", "rejected": "", "score_chosen": 2, "score_rejected": 1})
+)
+@example(("nvidia/HelpSteer2", {"prompt": "a", "response_1": None, "response_2": "b", "preference_strength": 1}))
+def test_adapters(published):
+    name, row = published
+    for adapted in works_or_refuses(lambda: ADAPTERS[name](Rows([row]))) or ():
+        assert not any(problem_of_text(adapted[side]) for side in ("prompt", "chosen", "rejected"))
+        assert all(math.isfinite(adapted.get(score, 0.0)) for score in ("score_chosen", "score_rejected", "weight"))
 
 
 @examples(150)

@@ -12,6 +12,7 @@ import torch
 from tests.hostile.refusal import refused
 from trl_ext import get_loss, register_loss
 from trl_ext.data.columns import check_values
+from trl_ext.generation.decoding import draw as drawn
 from trl_ext.losses import base, plugin_errors, registry
 from trl_ext.rows import Plan, Scored
 from trl_ext.trainers.terms import Terms
@@ -205,3 +206,10 @@ def test_names_of_entry_points(name, said, monkeypatch):
     monkeypatch.setattr(registry, "entry_points", lambda group: [entry])
     (reason,) = plugin_errors()
     assert said in reason
+
+
+def test_logits_of_nan_cannot_be_drawn_from(tmp_path):
+    scores, points = torch.zeros(2, 5), torch.full((2, 1), 0.5, dtype=torch.float64)
+    assert drawn(scores, points).tolist() == [[2], [2]]
+    scores[1, 3] = NAN
+    refused(lambda: drawn(scores, points), "The model's logits are not finite", tmp_path)
