@@ -70,7 +70,9 @@ def test_names_of_nothing(name, tmp_path, monkeypatch, capfd):
     """An empty name is not the working folder."""
     monkeypatch.chdir(tmp_path)
     Path("data.jsonl").write_text(ROW)
-    command_refused(["inspect", name], repr(name), tmp_path, capfd)
+    said = "looks like a path on this machine" if name.strip("\0 ab") else "expected a hub name or a path"
+    command_refused(["inspect", name], f"{name!r}", tmp_path, capfd)
+    refused(lambda: load_preferences(name), said, tmp_path)
 
 
 @pytest.mark.parametrize("name", [None, 3, ["data.jsonl"], b"data.jsonl"])

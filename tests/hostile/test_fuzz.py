@@ -405,6 +405,7 @@ def test_tokens(prompt, completion, length):
     )
 )
 @example([{"prompt": "a", "chosen": [], "rejected": [None], "score_chosen": 0.5}])
+@example([{"prompt": [{"role": "user", "content": "a"}], "chosen": "b", "rejected": "c", "score_chosen": 0.5}])
 def test_inspection(rows):
     data = works_or_refuses_arrow(lambda: Dataset.from_list(rows))
     if data is not None:

@@ -13,7 +13,6 @@ from trl_ext.data.columns import SCORES, columns_of, list_lengths
 from trl_ext.data.groups import check_group, from_groups, is_grouped
 from trl_ext.data.keys import content_key
 from trl_ext.data.plots import plot_preferences
-from trl_ext.data.texts import check_pair
 from trl_ext.data.tokens import pair_lengths, require_chat_template
 from trl_ext.losses import list_losses
 
@@ -188,7 +187,12 @@ def _pairs(dataset: Dataset) -> list[dict[str, Any]]:
                 f"Row {index}: the completions are {_shown(sides[0])} and {_shown(sides[1])}; expected text, or messages, the same "
                 f"in all rows (the first has {_shown(pairs[0]['chosen'])})."
             )
-        check_pair({name: value for name, value in row.items() if value is not None}, f"Row {index}")
+        given = [value for value in (row.get("prompt"), *sides) if value is not None]
+        for value in given:
+            if type(value) is not first or (first is list and not all(isinstance(each, dict) for each in value)):
+                raise ValueError(
+                    f"Row {index} has {_shown(value)} beside {_shown(sides[0])}; expected text, or messages, in all columns."
+                )
     if not pairs:
         raise ValueError("No row of the dataset has a pair: `chosen` and `rejected` are empty everywhere.")
     return pairs
