@@ -39,7 +39,7 @@ EITHER: dict[str, tuple[str | bytes, str]] = {
     "a cycle": ("training: &a {model_init_kwargs: *a}", "stands within itself"),
     "a list in itself": ("&a [*a]", "stands within itself"),
     "a bomb": (BOMB, f"more than {MOST_VALUES} values"),
-    "a thousand lists": ("beta: " + "[" * 3000, "too deeply"),
+    "a thousand lists": ("beta: " + "[" * 500, "too deeply"),
     "latin-1": ("beta: é".encode("latin-1"), "the byte at position 6 is not UTF-8"),
     "binary": (bytes(range(256)), "is not UTF-8"),
     "UTF-16": ("beta: 1".encode("utf-16"), "is not UTF-8"),
