@@ -13,7 +13,8 @@ import trl_ext
 from tests.conftest import preference_rows
 from tests.helpers import assert_same_parameters, build, parameters
 from tests.online.runs import online
-from trl_ext.data.checks import check_tokenized, is_empty, warn_of_empty_completions
+from trl_ext.data.checks import check_tokenized, is_empty
+from trl_ext.data.texts import checked_texts
 from trl_ext.data.tokens import require_chat_template
 from trl_ext.losses import loss_class
 from trl_ext.losses.base import warn_once
@@ -98,11 +99,11 @@ def test_what_is_empty(completion, empty):
 
 def test_empty_completions_are_counted(caplog):
     rows = [{"prompt": "a", "chosen": text, "rejected": other} for text, other in (("b", "c"), ("", "c"), ("b", " "))]
-    warn_of_empty_completions(Dataset.from_list(rows), "train")
+    checked_texts(Dataset.from_list(rows), "train")
     assert "2 of 3 pairs of the train dataset have an empty completion, the first in row 1" in caplog.text
     caplog.clear()
-    warn_of_empty_completions(Dataset.from_list(rows[:1]), "train")
-    warn_of_empty_completions(Dataset.from_list(rows).to_iterable_dataset(), "train")
+    checked_texts(Dataset.from_list(rows[:1]), "train")
+    checked_texts(Dataset.from_list(rows).to_iterable_dataset(), "train")
     assert not caplog.text
 
 

@@ -181,8 +181,8 @@ MISTAKES = {
     "loss-kwargs": (None, ["--loss_type", "offset", "--loss_kwargs", "{alpha: 1}"], "is not JSON"),
     "weights": (None, ["--loss_type", "offset", "sft", "--loss_weights", "nan", "1"], "must be finite"),
     "beta": (None, ["--loss_type", "anchored", "--beta", "0"], "no meaning for"),
-    "report-to": (None, ["--report_to", "nobody"], "nobody is not supported"),
-    "resume": (None, ["--resume_from_checkpoint", "nowhere"], "Can't find a valid checkpoint at nowhere"),
+    "report-to": (None, ["--report_to", "nobody"], "`report_to` names 'nobody', which is no tracker"),
+    "resume": (None, ["--resume_from_checkpoint", "nowhere"], "There is no checkpoint 'nowhere' to resume from"),
     "bf16": (None, ["--bf16", "true", "--use_cpu", "false"], "(command line: --use_cpu --bf16 false)"),
 }
 

@@ -158,7 +158,7 @@ def test_refused(kwargs, message, tiny_model_dir, tmp_path):
         sample_completions(PROMPTS, "./none")
     with pytest.raises(ValueError, match=r"Row 1: the prompt is ''"):
         sample_completions(Dataset.from_dict({"prompt": ["a", ""]}), str(tiny_model_dir))
-    with pytest.raises(ValueError, match=r"Row 0: the prompt is \[\{'text'"):
+    with pytest.raises(ValueError, match=r"Row 0: the prompt has the message \{'text': 'a'\}"):
         sample_completions(Dataset.from_dict({"prompt": [[{"text": "a"}]]}), str(tiny_model_dir))
 
 

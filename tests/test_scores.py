@@ -210,7 +210,7 @@ def test_what_a_function_may_return(kind):
     [
         ({"prompt": "p", "chosen": "a", "rejected": ""}, "Row 1: the completion '' is empty"),
         ({"prompt": "p", "chosen": None, "rejected": "b"}, "Row 1: the completion None is empty"),
-        ({"prompt": None, "chosen": "a", "rejected": "b"}, "Row 1: the prompt is None"),
+        ({"prompt": None, "chosen": "a", "rejected": "b"}, "Row 1: the prompt has no value"),
     ],
 )
 def test_rows_that_cannot_be_scored(row, message):
@@ -225,7 +225,7 @@ def test_a_call_of_a_tool_is_no_empty_completion():
     row = {"prompt": message(content="p"), "chosen": message(content=None, tool_calls=call)}
     data = Dataset.from_list([{**row, "rejected": message(content="a", tool_calls=None)}])
     assert score_preferences(data, lambda prompts, completions: [1.0, 2.0])["score_chosen"] == [1.0]
-    with pytest.raises(ValueError, match=r"Row 0: the completion .* is empty\. Remove the row"):
+    with pytest.raises(ValueError, match=r"Row 0: the completion has the message .* whose 'content' is None"):
         score_preferences(
             Dataset.from_list([{**row, "rejected": message(content=None, tool_calls=None)}]),
             lambda **texts: [1.0, 2.0],
@@ -238,7 +238,7 @@ def test_a_call_of_a_tool_is_no_empty_completion():
         ({"chosen": "a", "rejected": "b"}, r"lacks \['prompt'\]; its columns are .* `trl\.extract_prompt` splits it off\.$"),
         ({"prompt": "p", "chosen": "a"}, r"lacks \['rejected'\]; its columns are \['chosen', 'prompt'\]\.$"),
         ({"prompt": "p", "completions": []}, r"Row 0: `completions` is \[\]; expected a list of at least one"),
-        ({"prompt": [], "chosen": [{"role": "user"}], "rejected": []}, r"Row 0: the prompt is \[\]; expected text"),
+        ({"prompt": [], "chosen": [{"role": "user"}], "rejected": []}, r"Row 0: the prompt is \[\], which has no message"),
         ({"prompt": "p", "chosen": "a", "rejected": ["b"]}, "Row 0: the completion .* is of another kind than its prompt"),
     ],
 )  # fmt: skip

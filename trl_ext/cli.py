@@ -102,7 +102,7 @@ def _is_about_input(error: BaseException) -> bool:
 
 
 def _losses(args: argparse.Namespace) -> int:
-    if args.name:
+    if args.name is not None:
         from trl_ext.sources import refuse_unknown_losses
 
         refuse_unknown_losses([args.name], trl=False)
@@ -111,7 +111,7 @@ def _losses(args: argparse.Namespace) -> int:
     from trl_ext.losses import plugin_errors
 
     console = Console()
-    if args.name:
+    if args.name is not None:
         # Formulas hold square brackets and long lines: no markup, no wrapping
         console.print(_one_loss(args.name), markup=False, highlight=False, soft_wrap=True)
     else:

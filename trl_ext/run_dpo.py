@@ -10,12 +10,13 @@ import traceback
 from pathlib import Path
 from typing import Any, NoReturn
 
-import yaml
 from trl.scripts import dpo
 from trl.scripts.utils import DatasetConfig, DatasetMixtureConfig, ScriptArguments, TrlParser
 
 from trl_ext import sources
-from trl_ext.data.paths import BUILDERS, refuse_missing_path, refuse_unwritable_folder
+from trl_ext.data.paths import BUILDERS, refuse_misread_files, refuse_missing_path, refuse_unwritable_folder
+from trl_ext.reading import read_text, read_yaml
+from trl_ext.rounds.settings import refuse_wrong_types
 
 
 # Nothing above imports torch; what does is imported where the arguments have been looked at
@@ -59,6 +60,10 @@ def run(arguments: list[str]) -> None:
     token = DATASET_NAME.set(Path(name).name if name and Path(name).exists() else name)
     try:
         dpo.main(script, training, model, data)
+    except RuntimeError as error:  # of a dataset that is a script, which `datasets` does not run
+        if "Dataset scripts" not in str(error):
+            raise
+        raise ValueError(f"The dataset cannot be read: {error}.") from error
     except (ValueError, ImportError, OSError, KeyError, StopIteration, DatasetsError) as error:
         if "training_step" in (frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)):
             raise  # not about what was given: training has begun
@@ -82,7 +87,7 @@ def check_early(arguments: list[str]) -> None:
     parser = TrlParser((ScriptArguments, *options, DatasetMixtureConfig), prog="trl-ext run dpo")
     parser.error = _refuse
     given = _given(parser, arguments)
-    losses = [given.loss_type] if isinstance(given.loss_type, str) else given.loss_type or ()
+    losses = given.loss_type if isinstance(given.loss_type, (list, tuple)) else [given.loss_type]
     sources.refuse_unknown_losses(losses, trl=True)
     sources.refuse_unknown_hyperparameters(losses, given.loss_kwargs)
     _check(given)
@@ -125,6 +130,12 @@ def _given(parser: argparse.ArgumentParser, arguments: list[str]) -> argparse.Na
         raise ValueError(
             f"{arguments[arguments.index('--config') + 1]}: unknown settings {unknown}.{_near(unknown, known)}"
         )
+    # Text is read as on the command line, which also takes 1 for true
+    values = {
+        name: value for name, value in config.items() if not isinstance(value, str) and value not in (None, 0, 1)
+    }
+    fields = sources.config_fields((*sources.DPO_CONFIG, *MODEL_CONFIG))
+    refuse_wrong_types(values, {name: field.type for name, field in fields.items()}, "")
     parser.set_defaults_with_config(**{name: value for name, value in config.items() if name != "env"})
     given, extra = parser.parse_known_args(rest)
     if extra:
@@ -138,17 +149,23 @@ def _given(parser: argparse.ArgumentParser, arguments: list[str]) -> argparse.Na
 def _config_file(name: str) -> dict[str, Any]:
     if not Path(name).is_file():
         raise ValueError(f"There is no config file {name!r}; the working folder is {os.getcwd()!r}.")
-    try:
-        config = yaml.safe_load(Path(name).read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"The config file {name!r} is not YAML: {error}") from error
+    config = read_yaml(read_text(name), f"The config file {name!r}")
     if not isinstance(config, dict):
         raise ValueError(f"The config file {name!r} holds {config!r}; expected settings, one `name: value` per line.")
+    env = config.get("env", {})
+    named = isinstance(env, dict) and all(
+        isinstance(each, str) and each and not {"=", "\0"} & set(each) for each in env
+    )
+    if not named or not all(isinstance(value, (str, int, float)) and "\0" not in str(value) for value in env.values()):
+        raise ValueError(
+            f"The config file {name!r} has `env={env!r}`; expected environment variables, each `NAME: text`."
+        )
     return config
 
 
-def _near(names: list[str], known: Any) -> str:
+def _near(names: list[Any], known: Any) -> str:
     """The nearest known name to each, as sentences."""
+    names = [str(name) for name in names]
     dashes = {name: "--" if name.startswith("-") else "" for name in names}
     found = {name: difflib.get_close_matches(name.strip("-").split("=")[0], list(known), n=1) for name in names}
     return "".join(f" Did you mean '{dashes[name]}{near[0]}'?" for name, near in found.items() if near)
@@ -161,6 +178,12 @@ def _check(given: argparse.Namespace) -> None:
         missing.append("--dataset_name")
     if missing:
         raise ValueError(f"{' and '.join(missing)} missing. Give a hub name or a path, here or in a --config file.")
+    for name in ("model_name_or_path", "dataset_name", "output_dir"):
+        value = getattr(given, name)
+        if value is not None and not isinstance(value, str):
+            raise ValueError(
+                f"`{name}={value!r}` is a {type(value).__name__}; expected a hub name or a path, as text."
+            )
     refuse_missing_path(given.model_name_or_path, "model")
     folder = Path(given.model_name_or_path)
     if folder.is_dir() and not any((folder / f"{kind}config.json").exists() for kind in ("", "adapter_")):
@@ -169,10 +192,14 @@ def _check(given: argparse.Namespace) -> None:
         raise ValueError(f"The model {str(folder)!r} is a file; give the folder that `save_pretrained` wrote.")
     for name in ("teacher_model_name_or_path", "reverse_model_name_or_path"):
         refuse_missing_path(getattr(given, name, None), f"model --{name}")  # options that TRL lacks
-    names = [each.get("path") for each in given.datasets if isinstance(each, dict)] or [given.dataset_name]
-    for name in names:
+    for name in [_path_of(each) for each in _listed(given.datasets)] or [given.dataset_name]:
         refuse_missing_path(name, "dataset")
-    if given.output_dir:
+    checkpoint = given.resume_from_checkpoint
+    if isinstance(checkpoint, str) and checkpoint.lower() not in ("true", "false") and not Path(checkpoint).is_dir():
+        raise ValueError(
+            f"There is no checkpoint {checkpoint!r} to resume from; the working folder is {os.getcwd()!r}."
+        )
+    if given.output_dir is not None:
         refuse_unwritable_folder(given.output_dir, "output_dir")
     if given.max_length is not None and given.max_length < 2:
         raise ValueError(f"--max_length {given.max_length} leaves no room for a prompt and a completion.")
@@ -184,6 +211,23 @@ def _check(given: argparse.Namespace) -> None:
         from trl_ext.trainers.arguments import refuse_liger_without_gpu
 
         refuse_liger_without_gpu(given.use_cpu)
+
+
+def _listed(datasets: Any) -> list:
+    if not isinstance(datasets, (list, tuple, type(None))):
+        raise ValueError(
+            f"`datasets={datasets!r}` is a {type(datasets).__name__}; expected a list, each entry with a `path`."
+        )
+    return list(datasets or ())
+
+
+def _path_of(dataset: Any) -> str:
+    path = dataset.get("path") if isinstance(dataset, dict) else None
+    if not isinstance(path, str):
+        raise ValueError(
+            f"`datasets` has the entry {dataset!r}; expected settings of a dataset with its `path`, a hub name or a folder."
+        )
+    return path
 
 
 def _read_local_data(script: Any, training: Any, data: Any) -> None:
@@ -202,6 +246,7 @@ def _read_local_data(script: Any, training: Any, data: Any) -> None:
             )
         if path.suffix.lower() not in BUILDERS:
             raise ValueError(f"Cannot read {script.dataset_name!r}: expected a file that ends in {sorted(BUILDERS)}.")
+        refuse_misread_files(path)
         kind, files = BUILDERS[path.suffix.lower()], path
     elif (path / "dataset_info.json").is_file():
         kind, files = "arrow", path / "*.arrow"

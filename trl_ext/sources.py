@@ -11,7 +11,6 @@ import builtins
 import dataclasses
 import difflib
 import importlib.util
-import json
 import sys
 import typing
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,6 +19,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
+from trl_ext.reading import read_json
 from trl_ext.upstream import untested
 
 
@@ -135,10 +135,10 @@ def read_hyperparameters(given: Any) -> Any:
         return given
     try:
         # Parsed here and not by transformers, which turns strings such as "0.5" into numbers
-        return json.loads(given)
-    except json.JSONDecodeError as error:
+        return read_json(given)
+    except ValueError as error:
         raise ValueError(
-            f"`loss_kwargs={given!r}` is not JSON ({error}). Quote it for the shell: --loss_kwargs '{{\"alpha\": 0.5}}'."
+            f"`loss_kwargs={given!r:.300}` is not JSON ({error}). Quote it for the shell: --loss_kwargs '{{\"alpha\": 0.5}}'."
         ) from error
 
 

@@ -1,7 +1,6 @@
 """Trainings as they lie on disk, and which of them are one experiment."""
 
 import csv
-import json
 import math
 import os
 import re
@@ -9,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from trl_ext.reading import is_finite_number, read_json, read_text
 
 
 STATE = "trainer_state.json"
@@ -70,17 +71,19 @@ def _of_folder(folder: Path) -> dict[str, dict[float, float]]:
     series: dict[str, dict[float, float]] = {}
     for entry in entries:
         for name, value in entry.items():
-            if name not in ("step", "epoch") and isinstance(value, (int, float)) and not isinstance(value, bool):
+            if name not in ("step", "epoch") and (isinstance(value, float) or is_finite_number(value)):
                 series.setdefault(name, {})[entry["step"]] = float(value)
     return series
 
 
 def _history(path: Path) -> list[dict[str, Any]]:
     try:
-        entries = json.loads(path.read_text())["log_history"]
-        if not all(isinstance(entry["step"], (int, float)) for entry in entries):
-            raise TypeError
-    except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
+        entries = read_json(read_text(path))["log_history"]
+        for entry in entries:
+            huge = [name for name, value in entry.items() if type(value) is int and not is_finite_number(value)]
+            if not is_finite_number(entry["step"]) or huge:
+                raise TypeError(f"a log entry is {entry!r:.120}; expected numbers, and a finite `step`")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         what = "is empty" if not path.stat().st_size else f"is no state of a trainer ({type(error).__name__}: {error})"
         raise ValueError(f"The file {str(path)!r} {what}. It may have been cut off while it was written.") from error
     return entries
@@ -95,17 +98,23 @@ def _of_csv(path: Path) -> dict[str, dict[float, float]]:
         )
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file))
+            reader = csv.DictReader(file)
+            rows = list(reader)
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"The file {str(path)!r} cannot be read as CSV: {error}") from error
     if not rows:
         raise ValueError(f"The file {str(path)!r} has no rows.")
-    columns = [name for name in rows[0] if name]
+    columns = [name for name in reader.fieldnames if name]
     steps = [name for name in columns if name.strip().lower() == "step"]
+    twice = sorted({name for name in columns if columns.count(name) > 1} | ({*steps} if len(steps) > 1 else set()))
+    if twice:
+        raise ValueError(f"The file {str(path)!r} has several columns called {twice}. Remove all but one.")
     if not steps:
         raise ValueError(f"The file {str(path)!r} has no column 'step'; its columns are {columns}.")
     series: dict[str, dict[float, float]] = {}
     for number, row in enumerate(rows, start=2):
+        if None in row:
+            raise ValueError(f"Line {number} of {str(path)!r} has more cells than there are columns: {row[None]}.")
         step = _number(row[steps[0]])
         if step is None or not math.isfinite(step):
             raise ValueError(f"Line {number} of {str(path)!r}: the step is {row[steps[0]]!r}; expected a number.")
@@ -119,7 +128,7 @@ def _of_csv(path: Path) -> dict[str, dict[float, float]]:
 def _number(text: Any) -> float | None:
     """`None` for a cell that is empty or holds text, such as the name of the run."""
     try:
-        return float(text)
+        return None if "_" in text else float(text)  # Python reads 1_0 as 10
     except (TypeError, ValueError):
         return None
 

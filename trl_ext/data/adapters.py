@@ -7,6 +7,7 @@ downloaded: load the dataset first, with `datasets.load_dataset` or [`load_prefe
 """
 
 import logging
+import math
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -16,6 +17,7 @@ from datasets import Dataset, Features, Value
 
 from trl_ext.data.checks import require_columns
 from trl_ext.data.columns import SCORES, WEIGHT
+from trl_ext.data.texts import problem_of_text
 from trl_ext.losses import get_loss, list_losses
 
 
@@ -139,7 +141,7 @@ def nectar(dataset: Dataset, groups: bool = False) -> Dataset:
         prompt = _dialogue(row["prompt"])
         if prompt[-1] == {"role": "assistant", "content": ""}:  # the line that the answers continue
             prompt.pop()
-        scores = [-float(each["rank"]) for each in ranked]
+        scores = [-_score(each["rank"]) for each in ranked]
         if groups:
             return {"prompt": prompt, "completions": [_answer(each["answer"]) for each in ranked], "scores": scores}
         pair = {"chosen": _answer(ranked[0]["answer"]), "rejected": _answer(ranked[-1]["answer"])}
@@ -233,7 +235,7 @@ def _adapted(
         for i, row in enumerate(rows):
             try:
                 made.append(convert({name: batch[name][i] for name in columns}))
-            except (ValueError, KeyError, TypeError, IndexError) as error:
+            except (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError) as error:
                 raise ValueError(f"Row {row} is not of the published form: {error!r}") from error
         return {name: [row[name] for row in made if row is not None] for name in gives}
 
@@ -263,6 +265,10 @@ def _rated_pair(dataset: Dataset, chosen: str, rejected: str) -> Dataset:
 
 def _pair(chosen: Messages, rejected: Messages) -> dict[str, Messages]:
     """Prompt and completions of two conversations: the prompt is what both share, but never the last message of one."""
+    for side in (chosen, rejected):
+        problem = "has no message" if not side else problem_of_text(side)
+        if problem is not None or isinstance(side, str):
+            raise ValueError(f"a conversation {problem or f'is text, {side!r:.60}; expected messages'}.")
     sides = [[{"role": each["role"], "content": each["content"]} for each in side] for side in (chosen, rejected)]
     shared = min(
         len(os.path.commonprefix([[(m["role"], m["content"]) for m in side] for side in sides])),
@@ -272,15 +278,28 @@ def _pair(chosen: Messages, rejected: Messages) -> dict[str, Messages]:
 
 
 def _scores(row: Mapping[str, Any], chosen: str, rejected: str) -> dict[str, float]:
-    return {SCORES[0]: float(row[chosen]), SCORES[1]: float(row[rejected])}
+    return {SCORES[0]: _score(row[chosen]), SCORES[1]: _score(row[rejected])}
+
+
+def _score(value: Any) -> float:
+    """A rating as a finite number; NaN, also as text, is none."""
+    if not math.isfinite(float(value)):
+        raise ValueError(f"a score is {value!r}; expected a finite number.")
+    return float(value)
 
 
 def _asked(text: str) -> Messages:
-    return [{"role": "user", "content": text}]
+    return _said("user", text)
 
 
 def _answer(text: str) -> Messages:
-    return [{"role": "assistant", "content": text}]
+    return _said("assistant", text)
+
+
+def _said(role: str, text: str) -> Messages:
+    if not isinstance(text, str):
+        raise TypeError(f"what the {role} said is {text!r:.60}; expected text.")
+    return [{"role": role, "content": text}]
 
 
 def _dialogue(text: str) -> Messages:

@@ -1,6 +1,7 @@
 """Work that survives a killed process: results on disk by what they were computed from."""
 
 import json
+import math
 import os
 import uuid
 from collections.abc import Iterator
@@ -90,9 +91,13 @@ class Ledger:
             for line in path.read_text(errors="replace").split("\n"):
                 try:
                     entry = json.loads(line)
-                except ValueError:
+                except (ValueError, RecursionError):
                     continue
-                if isinstance(entry, list) and [type(part) for part in entry] == [str, float]:
+                if (
+                    isinstance(entry, list)
+                    and [type(part) for part in entry] == [str, float]
+                    and math.isfinite(entry[1])
+                ):
                     yield entry[0], entry[1]
 
     def append(self, results: dict[str, float]) -> None:

@@ -1,11 +1,11 @@
 """What is looked at before training: rows that would train on nothing, or on something that nobody meant."""
 
 import logging
-import math
-import numbers
 from typing import Any
 
 from datasets import Dataset, IterableDataset
+
+from trl_ext.reading import is_finite_number as is_finite_number
 
 
 logger = logging.getLogger(__name__)
@@ -19,11 +19,6 @@ def check_count(name: str, value: Any, least: int = 1) -> None:
     """Raise a `ValueError` for an argument that is no whole number, or a smaller one than `least`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"`{name}={value!r}` must be a whole number, at least {least}.")
-
-
-def is_finite_number(value: Any) -> bool:
-    """Whether a value is a number other than NaN and infinity; a boolean is none."""
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def require_columns(dataset: Dataset, names: list[str], hint: str = "") -> None:
@@ -40,20 +35,6 @@ def is_empty(completion: Any) -> bool:
     if not isinstance(completion, list) or not completion:
         return completion is not None
     return not any(message.get("content") or message.get("tool_calls") for message in completion)
-
-
-def warn_of_empty_completions(dataset: Dataset | IterableDataset, split: str) -> None:
-    """Say once how many rows have an empty completion. A stream is not read for that."""
-    sides = [side for side in ("chosen", "rejected") if side in (dataset.column_names or ())]
-    if not isinstance(dataset, Dataset) or not sides:
-        return
-    columns = dataset.select_columns(sides)
-    empty = [row for row, example in enumerate(columns) if any(is_empty(example[side]) for side in sides)]
-    if empty:
-        logger.warning(
-            f"{len(empty)} of {len(dataset)} pairs of the {split} dataset have an empty completion, the first in row {empty[0]}. "
-            "They train the model on ending its answer at once. If that is not meant, filter them out."
-        )
 
 
 def check_tokenized(
@@ -77,8 +58,19 @@ def check_tokenized(
     """
 
     def check(example: dict, row: int) -> None:
-        for name in TOKENIZED[1:]:
-            if not example[name]:
+        for name in TOKENIZED:
+            ids = example[name]
+            if not isinstance(ids, list) and ids is not None:
+                raise ValueError(
+                    f"Row {row} of the {split} dataset has {ids!r:.60} in {name!r}; expected a list of token ids."
+                )
+            # Two passes of C over a row, which may have thousands
+            if ids and (set(map(type, ids)) != {int} or min(ids) < 0):
+                token = next(each for each in ids if type(each) is not int or each < 0)
+                raise ValueError(
+                    f"Row {row} of the {split} dataset has {token!r:.60} among {name!r}; expected token ids, whole numbers from 0."
+                )
+            if ids is None or (not ids and name != TOKENIZED[0]):
                 raise ValueError(
                     f"Row {row} of the {split} dataset has no token in {name!r}: nothing of that completion could be scored, and "
                     "the pair would teach nothing. Remove the row."
@@ -91,7 +83,7 @@ def check_tokenized(
     if isinstance(dataset, IterableDataset):
         dataset = dataset.map(checked, with_indices=True)
     else:
-        for row, example in enumerate(dataset.select_columns(list(TOKENIZED[1:]))):
+        for row, example in enumerate(dataset.select_columns(list(TOKENIZED))):
             check(example, row)
     if max_length is None or not keep_start:
         return dataset

@@ -1,7 +1,6 @@
 """Which dataset columns reach the losses, and whether what they hold can be used. Checked before a model is loaded."""
 
 import difflib
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +14,8 @@ SCORES = ("score_chosen", "score_rejected")
 PAIRS = (SCORES, ("chosen_empty_trace", "rejected_empty_trace"))
 TEXT_COLUMNS = ("chosen_empty_trace", "rejected_empty_trace")
 WEIGHT = "weight"
+# Of float32, in which the columns reach the losses
+LARGEST = 3.4e38
 
 
 def columns_of(dataset: Dataset | IterableDataset, split: str) -> list[str]:
@@ -26,6 +27,10 @@ def columns_of(dataset: Dataset | IterableDataset, split: str) -> list[str]:
     first = next(iter(dataset), None)
     if first is None:
         raise ValueError(f"The {split} dataset is empty: it gave no row.")
+    if not isinstance(first, Mapping):
+        raise ValueError(
+            f"The first row of the {split} dataset is {first!r:.80}; expected a dict, a value for each column."
+        )
     return list(first)
 
 
@@ -33,7 +38,11 @@ def over_splits(dataset: Any, function: Callable[[Any, str], Any], split: str = 
     """`function` of a dataset and its name, or of each in a dict of them by its key; what is no dataset stays as it is."""
     if isinstance(dataset, Mapping):
         return type(dataset)({name: over_splits(each, function, name) for name, each in dataset.items()})
-    return function(dataset, split) if isinstance(dataset, (Dataset, IterableDataset)) else dataset
+    if dataset is not None and not isinstance(dataset, (Dataset, IterableDataset)):
+        raise TypeError(
+            f"The {split} dataset is a {type(dataset).__name__}; expected a `datasets.Dataset`, an `IterableDataset`, or a dict of them."
+        )
+    return None if dataset is None else function(dataset, split)
 
 
 def require_same_columns(columns: Iterable[str], available: Sequence[str], split: str) -> None:
@@ -209,6 +218,12 @@ def check_values(
         )
     for loss in losses.values():
         bad = loss.check_columns(tensors)
+        rows = len(next(iter(values.values())))
+        if bad is not None and not (isinstance(bad, torch.Tensor) and bad.shape == (rows,)):
+            raise ValueError(
+                f"`check_columns` of the loss {type(loss).__qualname__} gave {bad!r:.80}; expected None, or a tensor with one boolean for "
+                f"each of the {rows} rows."
+            )
         if bad is not None and bad.any():
             row = int(bad.nonzero()[0])
             shown = ", ".join(f"{name}={column[row]}" for name, column in values.items() if name != WEIGHT)
@@ -240,10 +255,14 @@ def _problem(name: str, value: object, length: int | None, losses: Mapping[str, 
         return f"holds text, not a number (convert it: dataset.cast_column({name!r}, Value('float32'))),"
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return f"holds a {type(value).__name__}, not a number,"
-    if not math.isfinite(value):
+    if not is_finite_number(value):
         return "is not finite"
+    if abs(value) > LARGEST:
+        return "is larger than float32 can hold, in which training computes,"
     if name == "preference_prob" and not 0 <= value <= 1:
         return "is no probability (expected a value in [0, 1])"
+    if name.endswith("_logps") and value > 0:
+        return "is above 0, which no log-probability is (expected nats, the logarithm of a probability),"
     if name == WEIGHT and value < 0:
         return "is negative (expected a weight of at least 0)"
     return None
@@ -262,6 +281,6 @@ def _problem_of_list(value: Sequence, length: int | None, losses: Mapping[str, A
     if not value:
         return "holds an empty list, not one score of each reward model,"
     for place, score in enumerate(value):
-        if not is_finite_number(score):
+        if not is_finite_number(score) or abs(score) > LARGEST:
             return f"holds a list with {score!r} at place {place}, not a finite number,"
     return None

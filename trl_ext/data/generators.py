@@ -36,6 +36,13 @@ class Sampling:
             raise ValueError(f"`top_p={self.top_p!r}` must lie in (0, 1].")
 
 
+def check_dtype(dtype: Any) -> None:
+    """Raise a `ValueError` for what names no dtype of weights: `"auto"`, a `torch.dtype` or its name."""
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype != "auto" and not isinstance(found, torch.dtype):
+        raise ValueError(f"`dtype={dtype!r}` is no dtype; expected 'auto' or a name such as 'bfloat16'.")
+
+
 # From the ids of some prompts, and the number of the first among all, to the ids of the completions of each
 Generate = Callable[[list[list[int]], int], list[list[list[int]]]]
 

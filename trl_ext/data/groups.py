@@ -6,15 +6,17 @@ They become pairs by the rules of `pairing.py`, or rows of whole groups: the bes
 """
 
 import logging
-import math
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from datasets import Dataset, Features, IterableDataset, Value
 
+from trl_ext.data.checks import is_finite_number
+from trl_ext.data.columns import LARGEST
 from trl_ext.data.further import FURTHER, in_twos
 from trl_ext.data.pairing import pair_up
+from trl_ext.data.texts import problem_of_text
 
 
 logger = logging.getLogger(__name__)
@@ -45,6 +47,10 @@ def check_group(example: dict[str, Any], row: int, split: str) -> None:
         )
     if len(completions) < 2:
         raise ValueError(f"{where} has {len(completions)} completions; a group needs at least 2. Remove the row.")
+    for completion in completions:
+        problem = problem_of_text(completion)
+        if problem is not None:
+            raise ValueError(f"{where} has a completion that {problem}.")
     numbers = {"score": scores}
     if BEHAVIOUR_LOGPS in example:
         logps = numbers[BEHAVIOUR_LOGPS] = example[BEHAVIOUR_LOGPS]
@@ -59,8 +65,12 @@ def check_group(example: dict[str, Any], row: int, split: str) -> None:
                     f"{where} has the score {value!r}, a list: in a group the score says which completion is preferred, which takes one "
                     "number. Combine the rewards (their mean), or give pairs with lists of scores."
                 )
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            if not is_finite_number(value) or abs(value) > LARGEST:
                 raise ValueError(f"{where} has the {name} {value!r}; expected finite numbers, got {list(values)!r}.")
+            if name == BEHAVIOUR_LOGPS and value > 0:
+                raise ValueError(
+                    f"{where} has the {name} {value!r}; a log-probability is at most 0. Give its logarithm, in nats."
+                )
 
 
 def from_groups(dataset: Dataset | IterableDataset, pairing: str, split: str) -> Dataset | IterableDataset:

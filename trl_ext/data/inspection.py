@@ -187,6 +187,12 @@ def _pairs(dataset: Dataset) -> list[dict[str, Any]]:
                 f"Row {index}: the completions are {_shown(sides[0])} and {_shown(sides[1])}; expected text, or messages, the same "
                 f"in all rows (the first has {_shown(pairs[0]['chosen'])})."
             )
+        given = [value for value in (row.get("prompt"), *sides) if value is not None]
+        for value in given:
+            if type(value) is not first or (first is list and not all(isinstance(each, dict) for each in value)):
+                raise ValueError(
+                    f"Row {index} has {_shown(value)} beside {_shown(sides[0])}; expected text, or messages, in all columns."
+                )
     if not pairs:
         raise ValueError("No row of the dataset has a pair: `chosen` and `rejected` are empty everywhere.")
     return pairs

@@ -8,7 +8,8 @@ import pyarrow.parquet
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from datasets.utils import logging
 
-from trl_ext.data.paths import BUILDERS, refuse_missing_path, refuse_unreadable_data
+from trl_ext.data.paths import BUILDERS, refuse_misread_files, refuse_missing_path, refuse_unreadable_data
+from trl_ext.reading import read_json
 
 
 if TYPE_CHECKING:
@@ -30,12 +31,20 @@ def load_preferences(name_or_path: str, split: str = "train") -> Dataset:
         `ValueError`: For a file of another kind, for what cannot be read, with the file and the line, and where there is no
             such dataset or split.
     """
+    if not isinstance(name_or_path, (str, Path)):
+        raise ValueError(
+            f"The dataset {name_or_path!r} is a {type(name_or_path).__name__}; expected a name or a path."
+        )
+    name_or_path = str(name_or_path)
     refuse_unreadable_data(name_or_path)
     path = Path(name_or_path).expanduser()
+    refuse_misread_files(path)
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)  # what it would say of an error is in ours
     try:
         dataset = _load(path, name_or_path)
+        for part in dataset.values() if isinstance(dataset, DatasetDict) else [dataset]:
+            part.data.table.validate(full=True)  # else a byte that is not UTF-8 fails where its row is first read
     except Exception as error:  # each reader has its own
         raise ValueError(_reason(path, name_or_path, error)) from error
     finally:
@@ -127,8 +136,10 @@ def _json_columns(text: str) -> list[str]:
 
 def _parsed(text: str, line: int) -> Any:
     try:
-        return json.loads(text)
+        return read_json(text)
     except json.JSONDecodeError as error:
         number = line + error.lineno - 1
         shown = text.split("\n")[error.lineno - 1].strip()[:60]
         raise ValueError(f"line {number} is no JSON ({error.msg}, column {error.colno}): {shown!r}") from error
+    except ValueError as error:
+        raise ValueError(f"line {line}: {error}.") from error

@@ -21,6 +21,7 @@ from trl_ext.data.cache import content_key, default_folder, model_key, processes
 from trl_ext.data.checks import check_count
 from trl_ext.data.generators import (
     Sampling,
+    check_dtype,
     generation_config_of,
     stop_tokens,
     weights_key,
@@ -28,9 +29,14 @@ from trl_ext.data.generators import (
     with_vllm,
 )
 from trl_ext.data.pairing import pair_up
-from trl_ext.data.paths import refuse_missing_path
+from trl_ext.data.paths import refuse_missing_path, refuse_unwritable_folder
 from trl_ext.data.reasoning import completion_text, empty_trace_prompt
+from trl_ext.data.texts import problem_of_text
 from trl_ext.data.tokens import prompt_ids, require_chat_template, template_arguments, tokenizer_key
+from trl_ext.reading import read_json, read_text
+
+
+REASONS = ("stop", "length")
 
 
 def sample_completions(
@@ -92,8 +98,11 @@ def sample_completions(
     """
     options = Sampling(num_generations, temperature, top_p, max_new_tokens, seed)
     check_count("batch_size", batch_size)
+    check_dtype(dtype)
     check_prompts(prompts)
     refuse_missing_path(model, "model")
+    if cache_dir is not None:
+        refuse_unwritable_folder(cache_dir, "cache_dir")
     if not isinstance(use_vllm, bool):
         raise ValueError(f"`use_vllm={use_vllm!r}` must be True or False.")
     if use_vllm and not isinstance(model, str):
@@ -126,7 +135,7 @@ def sample_completions(
     mine = [
         start
         for start in chunks[state.process_index :: state.num_processes]
-        if not (folder / f"{start}.json").exists()
+        if _kept(folder / f"{start}.json", len(ids[start : start + batch_size]), num_generations) is None
     ]
     if mine and use_vllm:
         generate = with_vllm(model, dtype, stops, options)
@@ -137,7 +146,7 @@ def sample_completions(
         answers = [[_answer(tokens, tokenizer, stops) for tokens in group] for group in groups]
         write_atomically(folder / f"{start}.json", json.dumps(answers))
     state.wait_for_everyone()
-    answers = [answer for start in chunks for answer in json.loads((folder / f"{start}.json").read_text())]
+    answers = [answer for start in chunks for answer in read_json(read_text(folder / f"{start}.json"))]
 
     def as_completion(text: str, prompt: Any) -> Any:
         return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
@@ -154,14 +163,30 @@ def sample_completions(
     )
 
 
+def _kept(path: Path, prompts: int, num_generations: int) -> list | None:
+    """The completions of a chunk with why each ended; `None` where they are not on disk, or something else is, which is drawn anew."""
+    try:
+        groups = read_json(read_text(path))
+    except (FileNotFoundError, ValueError):
+        return None
+    whole = isinstance(groups, list) and len(groups) == prompts
+    whole = whole and all(isinstance(group, list) and len(group) == num_generations for group in groups)
+    answers = [answer for group in groups for answer in group] if whole else [None]
+    valid = all(
+        isinstance(each, list) and len(each) == 2 and isinstance(each[0], str) and each[1] in REASONS
+        for each in answers
+    )
+    return groups if valid else None
+
+
 def check_prompts(prompts: Any) -> None:
     if not isinstance(prompts, Dataset) or "prompt" not in prompts.column_names or not len(prompts):
         columns = getattr(prompts, "column_names", type(prompts).__name__)
         raise ValueError(f"`prompts` must be a dataset with a column 'prompt' and at least one row; got {columns}.")
     for index, prompt in enumerate(prompts["prompt"]):
-        messages = isinstance(prompt, list) and all(isinstance(each, dict) and "role" in each for each in prompt)
-        if not prompt or not (isinstance(prompt, str) or messages):
-            raise ValueError(f"Row {index}: the prompt is {prompt!r}; expected text or messages.")
+        problem = f"is {prompt!r}, which is empty" if prompt in ("", []) else problem_of_text(prompt)
+        if problem is not None:
+            raise ValueError(f"Row {index}: the prompt {problem}.")
 
 
 def render_prompt(row: dict, tokenizer: PreTrainedTokenizerBase, thinking: bool | None) -> str:

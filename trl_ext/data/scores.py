@@ -20,6 +20,7 @@ from tqdm import tqdm
 from trl_ext.data.cache import Ledger, content_key, default_folder, processes
 from trl_ext.data.calibration import fit_temperature
 from trl_ext.data.checks import check_count, require_columns
+from trl_ext.data.paths import refuse_unwritable_folder
 from trl_ext.data.preference_model import PreferenceModel, probabilities
 from trl_ext.data.rewards import (
     JUDGES,
@@ -31,6 +32,7 @@ from trl_ext.data.rewards import (
     refuse_lists_of_groups,
     reward_models,
 )
+from trl_ext.data.texts import problem_of_text
 from trl_ext.data.tokens import Text, require_chat_template, template_arguments
 
 
@@ -84,6 +86,8 @@ def score_preferences(
             scored by then stays on disk. A sampled completion may be empty, and is scored like any other; in a pair an empty
             completion is an error.
     """
+    if cache_dir is not None:
+        refuse_unwritable_folder(cache_dir, "cache_dir")
     processes()  # the logger asks which process this is
     scorer = as_scorer(reward_funcs, reward_weights, judge)
     grouped = "completions" in dataset.column_names
@@ -143,8 +147,9 @@ def check_texts(dataset: Dataset, grouped: bool) -> None:
     empty = 0
     for index, row in enumerate(dataset):
         prompt = row["prompt"]
-        if not isinstance(prompt, (str, list)) or (isinstance(prompt, list) and not prompt):
-            raise ValueError(f"Row {index}: the prompt is {prompt!r}; expected text or messages.")
+        problem = "is [], which has no message" if prompt == [] else problem_of_text(prompt)
+        if problem is not None:
+            raise ValueError(f"Row {index}: the prompt {problem}.")
         completions = _completions(row)
         if not isinstance(completions, list) or not completions:
             raise ValueError(f"Row {index}: `completions` is {completions!r}; expected a list of at least one.")
@@ -170,6 +175,9 @@ def _check_completion(completion: Any, prompt: Text, index: int, grouped: bool) 
         raise ValueError(
             f"{where} of another kind than its prompt. Give text for a text prompt and messages for messages."
         )
+    problem = problem_of_text(completion)
+    if problem is not None:
+        raise ValueError(f"Row {index}: the completion {problem}.")
     last = completion[-1] if isinstance(completion, list) else {"content": completion}
     empty = not str(last.get("content") or "").strip() and not last.get("tool_calls")
     if empty and not grouped:
@@ -220,9 +228,18 @@ def _scores(texts: list[tuple[Text, Text, dict, dict]], reward: Any, batch_size:
 
 
 def _computed(
-    name: str | None, work: dict[str, tuple], function: Callable, batch_size: int, folder: Path
+    name: str | None,
+    work: dict[str, tuple],
+    function: Callable,
+    batch_size: int,
+    folder: Path,
+    least: float = -math.inf,
+    most: float = math.inf,
 ) -> dict[str, float]:
-    """`function` of each item, shared among processes, longest first; what is on disk already is taken from there."""
+    """
+    `function` of each item, shared among processes, longest first; what is on disk already, from `least` to `most`, is taken from
+    there.
+    """
     state = processes()
     ledger = None if name is None else Ledger(folder, name)
     if ledger is None:
@@ -234,6 +251,7 @@ def _computed(
     order = sorted(work, key=lambda key: -len(str(work[key])))
     mine = order[state.process_index :: state.num_processes]
     known = {} if ledger is None else ledger.read()
+    known = {key: value for key, value in known.items() if least <= value <= most}
     done = {key: known[key] for key in mine if key in known}
     todo = [key for key in mine if key not in known]
     with tqdm(total=len(todo), desc="scoring", unit="text", disable=not state.is_main_process or not todo) as bar:
@@ -273,6 +291,7 @@ def _add_preferences(
         lambda batch: function(*zip(*batch, strict=True)),
         batch_size,
         folder,
+        *((0, 1) if isinstance(judge, JudgeFunction) else ()),
     )
     values = [known[key] for key in keys]
     as_logits = isinstance(judge, PreferenceModel) and judge.scores == "score" and grouped

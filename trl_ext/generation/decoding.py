@@ -94,6 +94,10 @@ def draw(scores: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
         weights = nn.functional.pad(weights, (0, -weights.size(1) % PART))
     parts = weights.view(len(weights), -1, PART)
     until = parts.sum(dim=-1).cumsum(dim=-1, dtype=torch.float64)
+    if until.device.type == "cpu" and not until[:, -1].isfinite().all():  # a GPU would have to be waited for
+        raise ValueError(
+            "The model's logits are not finite, so no token can be drawn: its weights may be NaN, or too large for the dtype they are in."
+        )
     place, part = _above(until, points)
     within = parts.gather(1, part.unsqueeze(2).expand(-1, -1, PART)).squeeze(1).cumsum(dim=-1, dtype=torch.float64)
     return part * PART + _above(within, place)[1]

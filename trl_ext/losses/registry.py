@@ -127,7 +127,22 @@ def register_loss(name: str, *, aliases: Iterable[str] = ()) -> Callable[[LossCl
 
 
 def _check_statements(cls: type) -> None:
-    """Raise a `ValueError` for what a class states that would be ignored."""
+    """Raise a `ValueError` for what a class states that would be ignored, or cannot be read."""
+    for attribute in ("columns", "optional_columns"):
+        names = getattr(cls, attribute)
+        if not hasattr(names, "__get__") and not _are_texts(names):
+            raise ValueError(
+                f"The loss {cls.__qualname__} states `{attribute} = {names!r}`; expected a tuple of names, as in `{attribute} = "
+                '("score_chosen", "score_rejected")`.'
+            )
+    for attribute in ("paper", "title", "citation", "evidence", "one_turn"):
+        text = getattr(cls, attribute)
+        if not hasattr(text, "__get__") and not isinstance(text, str):
+            raise ValueError(f"The loss {cls.__qualname__} states `{attribute} = {text!r}`; expected text.")
+    for attribute in ("update_first", "takes_groups", "takes_pairs", "takes_lists"):
+        answer = getattr(cls, attribute)
+        if not hasattr(answer, "__get__") and not isinstance(answer, bool):
+            raise ValueError(f"The loss {cls.__qualname__} states `{attribute} = {answer!r}`; expected True or False.")
     if hasattr(cls, "needs_reference"):
         raise ValueError(
             f"The loss {cls.__qualname__} states `needs_reference`, which nothing reads. In its place write `reads = "
@@ -143,6 +158,10 @@ def _check_statements(cls: type) -> None:
             f"The loss {cls.__qualname__} states `takes_pairs = False` and does not take groups either. A loss on whole groups alone "
             "states `takes_groups = True` too."
         )
+
+
+def _are_texts(names: Any) -> bool:
+    return isinstance(names, (tuple, list)) and all(isinstance(name, str) for name in names)
 
 
 def _checked_reads(cls: type, reads: Any) -> frozenset[str]:
@@ -191,7 +210,7 @@ def _load(entry: EntryPoint) -> None:
         cls = entry.load()
         if entry.name not in _classes and entry.name not in _aliases:
             register_loss(entry.name)(cls)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a module that ends the process is no reason to end ours
         raise ValueError(
             f"The plug-in {entry.value} that offers the loss {entry.name!r} cannot be loaded: {str(error) or repr(error)}"
         ) from error

@@ -33,7 +33,7 @@ def refuse_unloadable_model(name: str, what: str) -> None:
     """Raise a `ValueError` for a model that is neither a folder with a model nor on the hub; reads its config alone."""
     try:
         AutoConfig.from_pretrained(name)
-    except OSError as error:
+    except (OSError, ValueError, TypeError, KeyError) as error:  # not there, code of its own, or a config that is none
         raise ValueError(f"The {what} {name!r} cannot be loaded: {error}") from error
 
 

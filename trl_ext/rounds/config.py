@@ -1,12 +1,14 @@
 """What a run of rounds is, as Python or YAML."""
 
 import dataclasses
+import inspect
 import math
 import typing
 from pathlib import Path
 from typing import Any
 
 from trl_ext.data.checks import check_count
+from trl_ext.data.generators import Sampling, check_dtype
 from trl_ext.data.pairing import PAIRINGS
 from trl_ext.data.paths import refuse_missing_path, refuse_unwritable_folder
 from trl_ext.data.rewards import refuse_lists_of_groups
@@ -113,7 +115,10 @@ class RoundsConfig:
             if not isinstance(getattr(self, name), (str, Path)) or not str(getattr(self, name)):
                 raise ValueError(f"`{name}={getattr(self, name)!r}` must be a name or a path.")
             setattr(self, name, str(getattr(self, name)))
-        for name, least in (("rounds", 1), ("num_generations", 2), ("prompts_per_round", 1)):
+        for name in ("replay", "implicit_reference"):
+            if not isinstance(getattr(self, name), (str, Path, type(None))):
+                raise ValueError(f"`{name}={getattr(self, name)!r}` must be a name or a path.")
+        for name, least in (("rounds", 1), ("num_generations", 2), ("prompts_per_round", 1), ("seed", 0)):
             value = getattr(self, name)
             if value is not None:
                 check_count(name, value, least)
@@ -157,6 +162,23 @@ class RoundsConfig:
                 raise ValueError(f"`{name}` may not set {taken}: the rounds do.")
             refuse_unknown(given, known, f"`{name}`")
             refuse_wrong_types(given, known, f"{name}.")
+            if "batch_size" in given:
+                check_count(f"{name}.batch_size", given["batch_size"])
+        self._check_sampling()
+
+    def _check_sampling(self) -> None:
+        """What is first used when a round samples."""
+        given = {each.name: each.default for each in inspect.signature(sample_completions).parameters.values()}
+        given |= self.sampling
+        numbers = (given[name] for name in ("temperature", "top_p", "max_new_tokens"))
+        Sampling(self.num_generations, *numbers, seed=self.seed)
+        check_dtype(given["dtype"])
+        if given["processing_class"] is not None and not callable(given["processing_class"]):
+            raise ValueError(
+                f"`sampling.processing_class={given['processing_class']!r}` is no tokenizer. Leave it out: the policy has one."
+            )
+        if "cache_dir" in self.scoring:
+            refuse_unwritable_folder(self.scoring["cache_dir"], "scoring.cache_dir")
 
     def _check_scorer(self) -> None:
         if (self.scorer == IMPLICIT) != (self.implicit_reference is not None):

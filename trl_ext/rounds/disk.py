@@ -12,6 +12,7 @@ from accelerate.logging import get_logger
 from datasets import Dataset, load_from_disk
 
 from trl_ext.data.cache import processes, write_atomically
+from trl_ext.reading import read_json, read_text
 
 
 logger = get_logger(__name__)
@@ -22,8 +23,9 @@ def claim(folder: Path, settings: dict[str, Any]) -> None:
     state = processes()
     path = folder / "settings.json"
     text = json.dumps(settings, indent=2, sort_keys=True, default=_lasting) + "\n"
-    if path.exists() and path.read_text() != text:
-        old = json.loads(path.read_text())
+    before = _settings(path) if path.exists() else text
+    if before != text:
+        old = read_json(before)
         changed = sorted(name for name in settings if json.loads(text).get(name) != old.get(name))
         raise ValueError(
             f"{folder} holds rounds with other settings: {changed} differ. Choose another `output_dir`, remove that "
@@ -32,6 +34,20 @@ def claim(folder: Path, settings: dict[str, Any]) -> None:
     state.wait_for_everyone()
     if state.is_main_process:
         write_atomically(path, text)
+
+
+def _settings(path: Path) -> str:
+    """The text of the settings of earlier rounds."""
+    try:
+        text = read_text(path)
+        if not isinstance(read_json(text), dict):
+            raise ValueError("it holds no settings")
+    except ValueError as error:
+        raise ValueError(
+            f"{path} cannot be read ({error}), so that nobody can say which settings the rounds in {path.parent} have. Choose another "
+            "`output_dir`, or remove that folder."
+        ) from error
+    return text
 
 
 def _lasting(value: Any) -> str:
@@ -84,4 +100,9 @@ def dataset_stage(target: Path, make: Callable[[], Dataset]) -> Dataset:
             dataset.save_to_disk(target)
 
     stage(target, work)
-    return load_from_disk(target)
+    try:
+        return load_from_disk(target)
+    except Exception as error:  # each reader has its own
+        raise ValueError(
+            f"{target} is marked as done and cannot be read: {error}. Remove {target}.done to have it made anew."
+        ) from error

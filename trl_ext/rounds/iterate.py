@@ -15,7 +15,7 @@ from trl_ext.data.cache import content_seed, processes, write_atomically
 from trl_ext.data.columns import takes_each_reward
 from trl_ext.data.groups import from_groups
 from trl_ext.data.rewards import JUDGES, read_columns
-from trl_ext.data.sampling import sample_completions
+from trl_ext.data.sampling import check_prompts, sample_completions
 from trl_ext.data.scores import check_columns, score_preferences
 from trl_ext.rounds.checks import load_rows, refuse_unloadable_model
 from trl_ext.rounds.config import RoundsConfig
@@ -101,6 +101,7 @@ class IterativeDPO:
         prompts = load_rows(self.config.prompts, "prompts")
         if "prompt" not in prompts.column_names:
             raise ValueError(f"{self.config.prompts} has no column 'prompt'; its columns are {prompts.column_names}.")
+        check_prompts(prompts)
         read = read_columns(self.config.scorer)
         check_columns(prompts, read)
         # The prompt, and what the chat template and rewards read beside it

@@ -69,6 +69,10 @@ def _rewards(given: Any) -> Any:
         return Ensemble(_rewards(members), combine)
     if isinstance(given, (list, tuple)):
         return [_rewards(each) for each in given]
+    if isinstance(given, str) and not given.strip():
+        raise ValueError(
+            f"`reward_funcs` has the name {given!r}; expected a model's name or folder, or 'module:function'."
+        )
     if isinstance(given, str) and ":" in given and not Path(given).exists():
         return RewardFunction(_imported(given, "reward function"))
     return given
@@ -78,9 +82,9 @@ def _imported(name: str, what: str, hint: str = "") -> Any:
     module, _, attribute = name.partition(":")
     try:
         found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
+    except Exception as error:  # whatever the module does
         raise ValueError(
-            f"The {what} {name!r} cannot be imported ({error}). Give 'module:function'; the working folder is on the path.{hint}"
+            f"The {what} {name!r} cannot be imported ({str(error) or repr(error)}). Give 'module:function'; the working folder is on the path.{hint}"
         ) from error
     if not callable(found):
         raise ValueError(f"The {what} {name!r} is a {type(found).__name__}; expected a function.")

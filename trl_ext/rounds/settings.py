@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from trl_ext import sources
+from trl_ext import reading, sources
 from trl_ext.data.paths import refuse_missing_path, refuse_unwritable_folder
 
 
@@ -38,16 +38,13 @@ _Loader.add_implicit_resolver(
 
 
 def read_yaml(text: str, where: str) -> Any:
-    """What a YAML text holds; one that cannot be read is a `ValueError` that says `where` it stands."""
-    try:
-        return yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{where} is not YAML: {error}") from error
+    """What a YAML text of settings holds, as [`trl_ext.reading.read_yaml`] does, with this module's numbers and booleans."""
+    return reading.read_yaml(text, where, _Loader)
 
 
 def refuse_unknown(given: Collection[str], known: Collection[str], where: str) -> None:
     """Raise a `ValueError` for the names in `given` that are not `known`, with the nearest of those that are."""
-    unknown = sorted(set(given) - set(known))
+    unknown = sorted(set(given) - set(known), key=str)
     if not unknown:
         return
     near = {name: difflib.get_close_matches(str(name), list(known), n=1) for name in unknown}
@@ -104,7 +101,7 @@ def merged(path: str | Path, overrides: Mapping[str, Any], known: Sequence[str])
         `ValueError`: For a file that is no YAML or holds no settings, for unknown names, and where a setting is missing that has no
             default.
     """
-    settings = read_yaml(Path(path).read_text(), str(path))
+    settings = read_yaml(reading.read_text(path), str(path))
     if not isinstance(settings, dict):
         raise ValueError(
             f"{path} holds no settings; expected YAML with model, prompts, output_dir, and reward_funcs or judge."
@@ -143,7 +140,10 @@ def check_early(path: str, overrides: Mapping[str, Any]) -> None:
     everything again; this needs none of the libraries that it does.
     """
     if not Path(path).is_file():
-        raise ValueError(f"There is no file {path!r}. Recipes lie in examples/rounds.")
+        raise ValueError(
+            f"There is no file {path!r}. A config is a file on this machine, and may name code that is run: one from the hub or the web is "
+            "downloaded and read first. Recipes lie in examples/rounds."
+        )
     fields = sources.config_fields([("trl_ext", "rounds/config.py")])
     if not fields:
         return
@@ -163,7 +163,7 @@ def check_early(path: str, overrides: Mapping[str, Any]) -> None:
     given = settings.get("training")
     if isinstance(given, dict):
         losses = given.get("loss_type") or ()
-        losses = [losses] if isinstance(losses, str) else losses
+        losses = losses if isinstance(losses, (list, tuple)) else [losses]
         sources.refuse_unknown_losses(losses, trl=True)
         sources.refuse_unknown_hyperparameters(losses, given.get("loss_kwargs"))
     for name, what in PATHS:

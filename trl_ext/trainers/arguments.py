@@ -2,13 +2,16 @@
 
 import importlib.util
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import is_xpu_available
 from transformers.integrations import integration_utils
 
+from trl_ext.data.checks import is_finite_number
 from trl_ext.sources import read_hyperparameters
+from trl_ext.trainers.options import check_options
 from trl_ext.trainers.scoring import LOGPROB_BACKENDS
 
 
@@ -99,11 +102,16 @@ class LossArguments:
                 f"`logprob_backend={self.logprob_backend!r}` is unknown; choose one of {list(LOGPROB_BACKENDS)}."
             )
         memory = self.logprob_memory_mb
-        if memory is not None and not (isinstance(memory, (int, float)) and 0 < memory < float("inf")):
+        if memory is not None and not (is_finite_number(memory) and memory > 0):
             raise ValueError(f"`logprob_memory_mb={memory!r}` must be a positive number of MiB.")
         self.share_prefix = _tristate(self.share_prefix)
         if self.share_prefix is True and self.logprob_backend == "trl":
             raise ValueError("`share_prefix=True` needs our log-probabilities; set `logprob_backend` to 'auto'.")
+        for name in ("teacher_model_name_or_path", "reverse_model_name_or_path"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, (str, Path)) and str(value)):
+                raise ValueError(f"`{name}={value!r}` must be a name or a path.")
+        check_options(self)
 
 
 def _tristate(value: str | bool) -> str | bool:
@@ -133,8 +141,11 @@ def refuse_liger_without_gpu(use_cpu: bool) -> None:
 
 
 def refuse_missing_trackers(report_to: str | list[str] | None) -> None:
-    """Raise a `ValueError` where `report_to` names a tracker that is not installed: training would fail where it begins."""
+    """Raise a `ValueError` where `report_to` names a tracker that is none or is not installed: training would fail where it begins."""
+    known = [*integration_utils.INTEGRATION_TO_CALLBACK, "all", "none"]
     for name in [report_to] if isinstance(report_to, str) else report_to or []:
+        if isinstance(name, str) and name not in known:
+            raise ValueError(f"`report_to` names {name!r}, which is no tracker; choose some of {sorted(known)}.")
         installed = getattr(integration_utils, f"is_{name}_available", None)
         if installed is not None and not installed():
             raise ValueError(f"`report_to` names {name!r}, which is not installed: pip install {name}.")

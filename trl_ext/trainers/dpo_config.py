@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 import trl
 
+from trl_ext.data.checks import is_finite_number
 from trl_ext.data.pairing import PAIRINGS
 from trl_ext.trainers.arguments import DICT_FIELDS, LossArguments
 from trl_ext.trainers.loss_types import build_losses, check_combination, check_pairing, resolve_loss_types
@@ -70,7 +71,7 @@ class DPOConfig(LossArguments, trl.DPOConfig):
 
     def __post_init__(self):
         memory = self.ref_logps_memory_mb
-        if isinstance(memory, bool) or not (isinstance(memory, (int, float)) and 0 <= memory < float("inf")):
+        if not is_finite_number(memory) or memory < 0:
             raise ValueError(f"`ref_logps_memory_mb={memory!r}` must be a number of MiB, 0 to keep nothing.")
         self.loss_type = resolve_loss_types(self.loss_type)
         self.check_shared_arguments()

@@ -1,11 +1,11 @@
 """From `loss_type`, `loss_weights` and `loss_kwargs` to losses: built once, refused early."""
 
 import dataclasses
-import math
 from typing import Any
 
 from transformers import TrainingArguments
 
+from trl_ext.data.checks import is_finite_number
 from trl_ext.data.pairing import PAIRINGS
 from trl_ext.losses import TRL_LOSS_TYPES, get_loss, list_aliases, loss_class, resolve_name
 from trl_ext.losses.base import warn_once
@@ -50,10 +50,10 @@ def build_losses(names: list[str], loss_kwargs: dict[str, Any] | None) -> dict[s
         `ValueError`: For hyper-parameters that no loss would read, or that their loss refuses.
     """
     ours = [name for name in names if name not in TRL_LOSS_TYPES]
+    if not isinstance(loss_kwargs, (dict, type(None))):
+        raise ValueError(f"`loss_kwargs={loss_kwargs!r}` is a {type(loss_kwargs).__name__}; expected a dict.")
     if not loss_kwargs:
         return {name: get_loss(name) for name in ours}
-    if not isinstance(loss_kwargs, dict):
-        raise ValueError(f"`loss_kwargs={loss_kwargs!r}` is a {type(loss_kwargs).__name__}; expected a dict.")
     if not ours:
         raise ValueError(
             f"`loss_kwargs={loss_kwargs}` would be ignored: `loss_type={names}` names TRL's own loss types only, whose "
@@ -99,9 +99,10 @@ def check_pairing(pairing: str | None, losses: dict[str, Any]) -> None:
 
 def check_combination(args: TrainingArguments, names: list[str], losses: dict[str, Any]) -> None:
     """Raise a `ValueError` for options that have no meaning together; `losses` are ours among `names`."""
-    betas = args.beta if isinstance(args.beta, (list, tuple)) else [args.beta]  # online: one an epoch
+    online = not hasattr(args, "f_divergence_type")
+    betas = args.beta if online and isinstance(args.beta, (list, tuple)) else [args.beta]  # online: one per epoch
     for beta in betas or [None]:
-        if isinstance(beta, bool) or not isinstance(beta, (int, float)) or not math.isfinite(beta) or beta < 0:
+        if not is_finite_number(beta) or beta < 0:
             raise ValueError(f"`beta={args.beta!r}` must be a finite number, at least 0.")
     if 0 in betas:
         divided = [name for name in names if name in _TRL_DIVIDES_BY_BETA]
@@ -113,9 +114,11 @@ def check_combination(args: TrainingArguments, names: list[str], losses: dict[st
             warn_once(f"With `beta=0` the losses {flat} do not depend on the policy: they teach nothing.")
     weights = args.loss_weights
     if weights is not None:
+        if not isinstance(weights, (list, tuple)):
+            raise ValueError(f"`loss_weights={weights!r}` must be a list of numbers, one for each of {names}.")
         if len(weights) != len(names):
             raise ValueError(f"`loss_weights={weights}` has {len(weights)} weights for {len(names)} losses: {names}.")
-        if not all(isinstance(weight, (int, float)) and math.isfinite(weight) for weight in weights):
+        if not all(map(is_finite_number, weights)):
             raise ValueError(f"`loss_weights={weights}` must be finite numbers, one for each of {names}.")
     taught = [name for name, loss in losses.items() if "teachers" in loss.reads]
     if len(taught) > 1:
@@ -127,7 +130,7 @@ def check_combination(args: TrainingArguments, names: list[str], losses: dict[st
             f"The loss {taught[0]!r} compares logits with those of its teachers, and TRL's forward gives log-probs of tokens alone. "
             "Set `logprob_backend` to 'auto'."
         )
-    if not losses or not hasattr(args, "f_divergence_type"):
+    if not losses or online:
         return
     if args.f_divergence_type != "reverse_kl":
         raise ValueError(

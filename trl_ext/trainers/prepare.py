@@ -8,9 +8,10 @@ from typing import Any
 import trl
 from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
+from jinja2 import TemplateError
 from trl.data_utils import extract_prompt, is_conversational
 
-from trl_ext.data.checks import REFERENCES, TOKENIZED, check_tokenized, say_what_was_dropped, warn_of_empty_completions
+from trl_ext.data.checks import REFERENCES, TOKENIZED, check_tokenized, say_what_was_dropped
 from trl_ext.data.columns import (
     TEXT_COLUMNS,
     WEIGHT,
@@ -32,6 +33,7 @@ from trl_ext.data.groups import (
     refuse_cut_completions,
 )
 from trl_ext.data.reasoning import HAS_TRACES, check_pairs, tokenize_empty_trace
+from trl_ext.data.texts import checked_texts
 from trl_ext.data.tokens import require_chat_template
 from trl_ext.data.turns import TURNS, checked_turns, one_message_beside_images, range_of_turns, with_turns
 from trl_ext.losses.base import SigmoidLoss
@@ -109,6 +111,8 @@ class PreferenceData:
                 )
         self._check_reads(available)
         self._refuse_vision(available)
+        dataset = _checked_references(dataset, available, "train")
+        dataset = checked_texts(dataset, "train", self.empty_trace)
         dataset = one_message_beside_images(dataset, "train") if self.turns else dataset
         dataset = checked(dataset, self.columns, losses, "train")
         self.lists = self._list_lengths(dataset)
@@ -126,6 +130,7 @@ class PreferenceData:
             # Where training is on pairs, whole groups cannot be collated: the best against the worst
             dataset = from_groups(dataset, self.pairing or "best_worst", split)
             available = columns_of(dataset, split)
+        dataset = checked_texts(_checked_references(dataset, available, split), split, self.empty_trace)
         if not self.losses:
             return dataset
         if self.groups and GROUP_SCORES not in available:
@@ -245,10 +250,11 @@ class PreferenceData:
             tokenize = functools.partial(with_turns, tokenize)
         if self.empty_trace:
             dataset = dataset.map(check_pairs, with_indices=True, fn_kwargs={"split": name})
-        else:
-            warn_of_empty_completions(dataset, name)
         rows = len(dataset) if isinstance(dataset, Dataset) else None
-        dataset = tokenize(dataset, processing_class, args, name)
+        try:
+            dataset = tokenize(dataset, processing_class, args, name)
+        except TemplateError as error:
+            raise ValueError(f"The chat template cannot render a row of the {name} dataset: {error}") from error
         if rows is not None:
             say_what_was_dropped(rows, len(dataset), name, args.max_length)
         self._remark_on_turns(dataset, name)
@@ -300,6 +306,18 @@ class PreferenceData:
         if any("behaviour_logps" in loss.reads for loss in self.losses.values()):
             refuse_cut_completions(dataset, args.max_length, name)
         return dataset
+
+
+def _checked_references(
+    dataset: Dataset | IterableDataset, available: Sequence[str], split: str
+) -> Dataset | IterableDataset:
+    """The dataset, once log-probs of a reference that it brings have been found to be such."""
+    given = [name for name in REFERENCES if name in available]
+    if len(given) == 1:
+        raise ValueError(
+            f"The {split} dataset has the column {given[0]!r} alone; the reference's log-probs are {list(REFERENCES)}. Give both, or neither."
+        )
+    return checked(dataset, given, {}, split)
 
 
 def _single_last(example: dict) -> dict:

@@ -164,6 +164,16 @@ def load_reference(model: torch.nn.Module, folder: str) -> None:
             "restored. Resume from a checkpoint that was saved with it, or start anew from the checkpoint's model."
         )
     state = load_file(path)
+    if PartialState().num_processes == 1:  # else each process has a part of every weight, or other names
+        forms, wanted = (
+            {name: tuple(value.shape) for name, value in each.items()} for each in (state, model.state_dict())
+        )
+        different = sorted(name for name in {*forms, *wanted} if forms.get(name) != wanted.get(name))
+        if different:
+            raise ValueError(
+                f"The weights in {path} are not those of this run's reference: {different[:4]} are absent or of another shape. Resume from a "
+                "checkpoint of this run."
+            )
     if is_deepspeed_zero3_enabled():
         for name, value in model.state_dict(keep_vars=True).items():
             with _gathered(value, written=True):

@@ -108,6 +108,8 @@ class Store:
             raise ValueError(
                 f"{len(keys)} keys, {len(lengths)} lengths and {len(values)} values do not belong together."
             )
+        if (lengths < 0).any() or not values.isfinite().all():
+            raise ValueError("It holds lengths below 0, or values that are not finite.")
         joined = keys.numpy().tobytes()
         keys = [joined[start : start + KEY_BYTES] for start in range(0, len(joined), KEY_BYTES)]
         self.keep(keys, lengths.tolist(), values)

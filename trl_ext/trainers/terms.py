@@ -10,16 +10,21 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from trl_ext.data.columns import WEIGHT
 from trl_ext.losses import GroupBatch, Loss, PreferenceBatch
 from trl_ext.losses.bias_variance import present
+from trl_ext.reading import read_json, read_text
 from trl_ext.rows import Plan, Scored
+from trl_ext.trainers.answers import check_metrics, check_shape, check_state, check_values
 
 
 LOSSES_FILE = "losses.json"
 STATE_FILE = "loss_state.safetensors"
+
+CUT_OFF = "It may have been cut off while it was written: resume from another checkpoint."
 
 Sums = dict[str, torch.Tensor]
 
@@ -48,7 +53,8 @@ class Terms:
     ):
         self.losses, self.weights, self.theirs = dict(losses), dict(weights), dict(theirs or {})
         self.can_be_empty = can_be_empty
-        self.state = {name: state for name, loss in self.losses.items() if (state := loss.init_state())}
+        self.state = {name: state for name, loss in self.losses.items() if (state := _first_state(name, loss))}
+        self._looked_at: set[tuple[str, bool]] = set()
         self._updates: Counter[str] = Counter()
 
     @property
@@ -118,21 +124,16 @@ class Terms:
 
     def _per_row(self, name: str, batch: PreferenceBatch | GroupBatch, rows: int) -> torch.Tensor:
         values = self.losses[name](batch)
-        if values.shape != (rows,):
-            raise ValueError(
-                f"The loss {name!r} returned shape {tuple(values.shape)}; expected one value per pair or group, shape {(rows,)}. "
-                "Reduce over tokens or completions, not over pairs."
-            )
+        check_shape(name, values, rows)
+        look = (name, torch.is_grad_enabled())
+        if look not in self._looked_at:  # once: a GPU is waited for
+            self._looked_at.add(look)
+            check_values(name, values, batch)
         return values
 
     def _metrics(self, name: str, batch: PreferenceBatch | GroupBatch, rows: int) -> dict[str, Any]:
         metrics = self.losses[name].metrics(batch)
-        for key, value in metrics.items():
-            if isinstance(value, torch.Tensor) and value.shape not in ((), (rows,)):
-                raise ValueError(
-                    f"The metric {key!r} of the loss {name!r} has shape {tuple(value.shape)}; expected a number, or {(rows,)}, one "
-                    "value per pair or group."
-                )
+        check_metrics(name, metrics, rows)
         return metrics
 
     # State
@@ -150,6 +151,7 @@ class Terms:
         before = self.state[name]
         with torch.no_grad():
             after = self.losses[name].update(before, batch, reduce)
+        check_state(name, "update", after)
         forms = [_forms(state) for state in (before, after)]
         if forms[0] != forms[1]:
             raise ValueError(
@@ -200,7 +202,7 @@ class Terms:
                 nothing of losses, such as one of TRL's own trainer, passes where no loss keeps state.
         """
         path, now = Path(folder) / LOSSES_FILE, self._on_paper()
-        before = json.loads(path.read_text()) if path.exists() else now
+        before = _read_losses(path) if path.exists() else now
         if before != now:
             raise ValueError(
                 f"The checkpoint {folder} was trained with the losses {before}, and this run has {now}. A resumed run continues "
@@ -210,7 +212,10 @@ class Terms:
         if not self.state:
             return
         path = Path(folder) / STATE_FILE
-        saved = load_file(path) if path.exists() else {}
+        try:
+            saved = load_file(path) if path.exists() else {}
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"The file {str(path)!r} cannot be read: {error}. {CUT_OFF}") from error
         wanted = {f"{name}/{key}": value for name, state in self.state.items() for key, value in state.items()}
         if _forms(saved) != _forms(wanted):
             raise ValueError(
@@ -218,6 +223,20 @@ class Terms:
                 "Resume from a checkpoint that was saved with it, or start a new run from the checkpoint's model."
             )
         self.state = {name: {key: saved[f"{name}/{key}"] for key in state} for name, state in self.state.items()}
+
+
+def _read_losses(path: Path) -> Any:
+    try:
+        return read_json(read_text(path))
+    except ValueError as error:
+        raise ValueError(f"The file {str(path)!r} cannot be read: {error}. {CUT_OFF}") from error
+
+
+def _first_state(name: str, loss: Any) -> dict[str, torch.Tensor]:
+    """What a loss remembers before the first micro-batch."""
+    state = loss.init_state()
+    check_state(name, "init_state", state)
+    return state
 
 
 def _forms(state: Mapping[str, torch.Tensor]) -> dict[str, tuple]:

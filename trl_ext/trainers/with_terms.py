@@ -7,8 +7,10 @@ import torch
 from accelerate.logging import get_logger
 from accelerate.utils import send_to_device
 from transformers import Trainer
+from transformers.trainer_utils import get_last_checkpoint
 
 from trl_ext.rows import TABLE
+from trl_ext.trainers.checkpoint_files import check_checkpoint
 from trl_ext.trainers.metrics import Means
 from trl_ext.trainers.model_card import complete_model_card, describe_evaluation, describe_losses, describe_training
 from trl_ext.trainers.reference import load_reference, save_reference
@@ -79,6 +81,14 @@ class WithTerms:
         return output
 
     # Checkpoints
+
+    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        folder = resume_from_checkpoint
+        if folder is True:
+            folder = get_last_checkpoint(self.args.output_dir)
+        if folder:
+            check_checkpoint(folder)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _save_checkpoint(self, model, trial):
         super()._save_checkpoint(model, trial)

@@ -1,11 +1,11 @@
 """TRL's online configuration plus losses, groups, preference mixtures and moving references."""
 
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
 from trl.experimental.online_dpo import OnlineDPOConfig as TRLOnlineDPOConfig
 
+from trl_ext.data.checks import is_finite_number
 from trl_ext.data.pairing import PAIRINGS
 from trl_ext.losses.base import HingeLoss, SigmoidLoss, warn_once
 from trl_ext.losses.online_ipo import OnlineIPOLoss
@@ -216,7 +216,7 @@ class OnlineDPOConfig(LossArguments, TRLOnlineDPOConfig):
             )
 
     def _check_sampling(self) -> None:
-        if not (isinstance(self.mixture_coef, (int, float)) and 0 <= self.mixture_coef <= 1):
+        if not (is_finite_number(self.mixture_coef) and 0 <= self.mixture_coef <= 1):
             raise ValueError(f"`mixture_coef={self.mixture_coef!r}` must lie in [0, 1].")
         if self.mixture_samples not in ("all", "half"):
             raise ValueError(f"`mixture_samples={self.mixture_samples!r}` is unknown; choose 'all' or 'half'.")
@@ -226,14 +226,15 @@ class OnlineDPOConfig(LossArguments, TRLOnlineDPOConfig):
             raise ValueError(
                 "`mixture_coef` samples token by token, and `generation_kwargs` ask for beams. Leave `num_beams` out."
             )
-        if self.missing_eos_penalty is not None and not self.missing_eos_penalty > 0:
-            raise ValueError(f"`missing_eos_penalty={self.missing_eos_penalty!r}` must be positive, or None.")
-        if self.reward_weights is not None and not all(math.isfinite(weight) for weight in self.reward_weights):
+        penalty, weights = self.missing_eos_penalty, self.reward_weights
+        if penalty is not None and not (is_finite_number(penalty) and penalty > 0):
+            raise ValueError(f"`missing_eos_penalty={penalty!r}` must be a positive number, or None.")
+        if weights is not None and not (isinstance(weights, (list, tuple)) and all(map(is_finite_number, weights))):
             raise ValueError(
                 f"`reward_weights={self.reward_weights!r}` must be finite numbers, one per reward function."
             )
-        if not math.isfinite(self.length_penalty):
-            raise ValueError(f"`length_penalty={self.length_penalty!r}` must be finite.")
+        if not is_finite_number(self.length_penalty):
+            raise ValueError(f"`length_penalty={self.length_penalty!r}` must be a finite number.")
         if self.sync_ref_model and not (0 < self.ref_model_mixup_alpha <= 1 and self.ref_model_sync_steps > 0):
             raise ValueError(
                 f"`ref_model_mixup_alpha={self.ref_model_mixup_alpha!r}` must lie in (0, 1] and "

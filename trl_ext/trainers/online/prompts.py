@@ -6,6 +6,7 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 
 from trl_ext.data.columns import WEIGHT, checked, columns_of, over_splits, require_same_columns
+from trl_ext.data.texts import problem_of_text
 from trl_ext.data.tokens import require_chat_template
 from trl_ext.trainers.online.checks import (
     OWN_COLUMNS,
@@ -181,11 +182,9 @@ def _check_prompt(prompt: Any, row: int, split: str, first: Any) -> None:
     where = f"The prompt in row {row} of the {split} dataset"
     if not prompt and (prompt is None or isinstance(prompt, (str, list))):
         raise ValueError(f"{where} is empty: {prompt!r}. Remove the row.")
-    messages = isinstance(prompt, list) and all(isinstance(each, dict) and "role" in each for each in prompt)
-    if not messages and not isinstance(prompt, str):
-        raise ValueError(
-            f"{where} is a {type(prompt).__name__}: {prompt!r}. Expected text, or a list of messages with 'role' and 'content'."
-        )
+    problem = problem_of_text(prompt)
+    if problem is not None:
+        raise ValueError(f"{where} {problem}.")
     if type(prompt) is not type(first):
         raise ValueError(
             f"{where} is a {type(prompt).__name__}, the first one a {type(first).__name__}. Give all as text, or all as messages."
