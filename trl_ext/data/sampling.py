@@ -5,19 +5,19 @@ Work is cut into chunks of prompts. Each is drawn with a seed of its own and wri
 was killed goes on with the chunk it was in and ends with the same completions.
 """
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.logging import get_logger
 from datasets import Dataset
 from torch import nn
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from trl.data_utils import maybe_apply_chat_template
 
-from trl_ext.data.cache import content_key, default_folder, model_key, processes, write_atomically
+from trl_ext.data.cache import content_key, default_folder, model_key, processes, read_sealed, write_sealed
 from trl_ext.data.checks import check_count
 from trl_ext.data.generators import (
     Sampling,
@@ -31,6 +31,9 @@ from trl_ext.data.pairing import pair_up
 from trl_ext.data.paths import refuse_missing_path
 from trl_ext.data.reasoning import completion_text, empty_trace_prompt
 from trl_ext.data.tokens import prompt_ids, require_chat_template, template_arguments, tokenizer_key
+
+
+logger = get_logger(__name__)
 
 
 def sample_completions(
@@ -124,9 +127,7 @@ def sample_completions(
     chunks = range(0, len(ids), batch_size)
     # Shared out before looking what is done: another process may be ahead and have written some
     mine = [
-        start
-        for start in chunks[state.process_index :: state.num_processes]
-        if not (folder / f"{start}.json").exists()
+        start for start in chunks[state.process_index :: state.num_processes] if not _kept(folder / f"{start}.json")
     ]
     if mine and use_vllm:
         generate = with_vllm(model, dtype, stops, options)
@@ -135,9 +136,9 @@ def sample_completions(
     for start in tqdm(mine, desc="sampling", unit="batch", disable=not state.is_main_process or not mine):
         groups = generate(ids[start : start + batch_size], start)
         answers = [[_answer(tokens, tokenizer, stops) for tokens in group] for group in groups]
-        write_atomically(folder / f"{start}.json", json.dumps(answers))
+        write_sealed(folder / f"{start}.json", answers)
     state.wait_for_everyone()
-    answers = [answer for start in chunks for answer in json.loads((folder / f"{start}.json").read_text())]
+    answers = [answer for start in chunks for answer in read_sealed(folder / f"{start}.json")]
 
     def as_completion(text: str, prompt: Any) -> Any:
         return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
@@ -173,6 +174,18 @@ def render_prompt(row: dict, tokenizer: PreTrainedTokenizerBase, thinking: bool 
         return empty_trace_prompt(example | given, tokenizer)
     options = given.get("chat_template_kwargs", {})
     return maybe_apply_chat_template(example, tokenizer, given.get("tools"), **options)["prompt"]
+
+
+def _kept(path: Path) -> bool:
+    """Whether a chunk is on disk, whole. One that is damaged is drawn again, with the same seed."""
+    if not path.exists():
+        return False
+    try:
+        read_sealed(path)
+    except ValueError as error:
+        logger.warning(f"{error} Its completions are drawn again.")
+        return False
+    return True
 
 
 def _answer(ids: list[int], tokenizer: PreTrainedTokenizerBase, stops: list[int]) -> tuple[str, str]:

@@ -335,18 +335,16 @@ class DPOTrainer(WithTerms, trl.DPOTrainer):
 
     # What `alpha="auto"` measures before the first step, and what is known of the reference
 
-    def train(self, resume_from_checkpoint=None, *args, **kwargs):
-        self._memory.before_training(resume_from_checkpoint)
-        self._mixing.before_training(resume_from_checkpoint)
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+    def _before_training(self, checkpoint):
+        self._memory.before_training(checkpoint)
+        self._mixing.before_training(checkpoint)
 
     def evaluation_loop(self, *args, **kwargs):
         self._memory.before_evaluation()
         self._mixing.before_evaluation()
         return super().evaluation_loop(*args, **kwargs)
 
-    def _save_checkpoint(self, model, trial):
-        super()._save_checkpoint(model, trial)
-        folder = f"{self._get_output_dir(trial=trial)}/checkpoint-{self.state.global_step}"
+    def _save_own(self, folder):
+        super()._save_own(folder)
         self._mixing.save(folder)
         self._memory.save(folder)

@@ -14,7 +14,6 @@ from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
 from trl.trainer.callbacks import SyncRefModelCallback
 
 from trl_ext.data.cache import computing_config, content_key, tensor_key
@@ -204,11 +203,9 @@ class ReferenceMemory(TrainerCallback):
 
     # Whose values they are
 
-    def before_training(self, resume_from_checkpoint: str | bool | None) -> None:
+    def before_training(self, resume_from_checkpoint: str | None) -> None:
         """Go on with what a checkpoint remembers; without one, with what is remembered here."""
         self.before_evaluation()
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = get_last_checkpoint(self.trainer.args.output_dir)
         if self.on and resume_from_checkpoint:
             self.load(resume_from_checkpoint)
 

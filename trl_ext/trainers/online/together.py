@@ -126,11 +126,10 @@ class Together:
 
     # Checkpoints
 
-    def _save_checkpoint(self, model, trial):
-        super()._save_checkpoint(model, trial)
+    def _save_own(self, folder: Path) -> None:
+        super()._save_own(folder)
         state = self._blocks.state()
         if state is not None:
-            folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
             write_atomically(folder / f"block_{self.accelerator.process_index}.json", json.dumps(state))
 
     def _load_optimizer_and_scheduler(self, checkpoint):

@@ -1,0 +1,189 @@
+"""Checkpoints that are whole or are not resumed from: a run may be killed, or the disk be full, while one is written."""
+
+import json
+import logging
+import re
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from safetensors import SafetensorError, safe_open
+
+from trl_ext.data.cache import checksum, write_atomically
+
+
+logger = logging.getLogger(__name__)
+
+# Written last by transformers: a checkpoint without it was not finished
+STATE = "trainer_state.json"
+# Sizes and checksums of what a run is resumed with, beside the weights
+CONTENTS = "trl_ext_contents.json"
+OURS = (
+    "losses.json",
+    "loss_state.safetensors",
+    "bias_variance_mixing.json",
+    "block_*.json",
+    "reference_memory_*.safetensors",
+    "ref_model.safetensors",
+)
+# Of transformers, FSDP and DeepSpeed
+THEIRS = (
+    STATE,
+    "optimizer.*",
+    "scheduler.pt",
+    "scaler.pt",
+    "rng_state*.pth",
+    "pytorch_model_fsdp.bin",
+    "pytorch_model_fsdp_*/*",
+    "optimizer_*/*",
+    "global_step*/*",
+    "latest",
+)
+# Bytes from which on the size alone of a file of theirs is compared: all of a large optimizer would take minutes
+LARGE = 2**28
+
+
+class WholeCheckpoints:
+    """Put in front of a trainer: a checkpoint counts once it is finished, and is resumed from only if it is whole."""
+
+    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        checkpoint = whole_checkpoint(self.args.output_dir, resume_from_checkpoint)
+        self._before_training(checkpoint)
+        return super().train(checkpoint, *args, **kwargs)
+
+    def _before_training(self, checkpoint: str | None) -> None:
+        """What a trainer does before training begins or, from a checkpoint, goes on."""
+
+    def _save_own(self, folder: Path) -> None:
+        """Write what a checkpoint has beside TRL's files. Called in every process."""
+
+    def _save_checkpoint(self, model, trial):
+        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+        try:
+            if self.args.should_save:
+                _begin(folder)
+            self.accelerator.wait_for_everyone()
+            # First: with transformers' last file the checkpoint is finished
+            self._save_own(folder)
+            self.accelerator.wait_for_everyone()
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                write_atomically(folder / CONTENTS, json.dumps(_contents(folder), indent=2) + "\n")
+        except Exception as error:
+            if not _of_the_disk(error):
+                raise
+            last = last_whole(folder.parent)
+            way_out = f"resume from {last}" if last else "start anew: no checkpoint was finished"
+            raise OSError(
+                f"The checkpoint {folder} cannot be written ({error}), and training stops at step {self.state.global_step}. Make room, or "
+                f"mend what is in the way, and {way_out}."
+            ) from error
+
+
+def _of_the_disk(error: Exception) -> bool:
+    """Whether a file could not be written: for Python, safetensors or torch."""
+    hub = isinstance(error, OSError) and error.errno is None
+    torch = isinstance(error, RuntimeError) and "inline_container" in str(error)
+    return (isinstance(error, (OSError, SafetensorError)) and not hub) or torch
+
+
+def _begin(folder: Path) -> None:
+    """A place for a checkpoint. An earlier run may have left one there, which must not look whole when it is half overwritten."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in [folder / STATE, folder / CONTENTS, *_resumed_with(folder)]:
+        path.unlink(missing_ok=True)
+
+
+def _resumed_with(folder: Path) -> list[Path]:
+    return [path for name in (*THEIRS, *OURS) for path in sorted(folder.glob(name)) if path.is_file()]
+
+
+def _contents(folder: Path) -> dict[str, Any]:
+    """Size and checksum of the files that a run is resumed with, by name."""
+    contents = {}
+    for path in _resumed_with(folder):
+        size = path.stat().st_size
+        whole = size <= LARGE or any(path.match(name) for name in OURS)
+        contents[path.relative_to(folder).as_posix()] = [size, checksum(path) if whole else None]
+    return contents
+
+
+def whole_checkpoint(output_dir: str, given: str | bool | None) -> str | None:
+    """
+    What a run is resumed from: the given checkpoint, or with `True` the last of `output_dir` that is whole.
+
+    Raises:
+        `ValueError`: If the given one, or each one, is damaged or was not finished.
+    """
+    if not given:
+        return None
+    if given is True:
+        last = last_whole(output_dir, warn=True)
+        if last is None:
+            raise ValueError(
+                f"There is no whole checkpoint in {output_dir}: start anew, without `resume_from_checkpoint`."
+            )
+        return last
+    found = problem(Path(given)) if Path(given).is_dir() else None  # transformers says that there is none
+    if found is not None:
+        last = last_whole(Path(given).parent)
+        advice = f"Resume from {last}" if last else "No other one is whole: start anew, without it"
+        raise ValueError(f"{found} {advice}.")
+    return given
+
+
+def last_whole(folder: str | Path, warn: bool = False) -> str | None:
+    """The last checkpoint in a folder that is whole; with `warn`, those after it are named."""
+    steps = {path: re.fullmatch(r"checkpoint-(\d+)", path.name) for path in Path(folder).glob("checkpoint-*/")}
+    for path in sorted(filter(steps.get, steps), key=lambda path: -int(steps[path][1])):
+        found = problem(path)
+        if found is None:
+            return str(path)
+        if warn and PartialState().is_main_process:
+            logger.warning(f"{found} It is passed over.")
+    return None
+
+
+def problem(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint, as a sentence; `None` where nothing is."""
+    if not (checkpoint / STATE).exists():
+        return f"The checkpoint {checkpoint} was not finished: it has no {STATE}."
+    name = next(_damaged(checkpoint), None)
+    if name is None:
+        return None
+    return (
+        f"The checkpoint {checkpoint} is damaged: {name} was cut off, changed or removed since it was written ({CONTENTS} says how large "
+        "files were, and their checksums)."
+    )
+
+
+def _damaged(checkpoint: Path) -> Iterator[str]:
+    """Names of files that are damaged."""
+    if _read(checkpoint / STATE) is None:
+        yield STATE
+    # Of TRL's own trainer, or where a run was killed just before it, there is no list
+    listed = _read(checkpoint / CONTENTS) if (checkpoint / CONTENTS).exists() else {}
+    if listed is None:
+        yield CONTENTS
+    for name, (size, kept) in (listed or {}).items():
+        path = checkpoint / name
+        if not path.is_file() or path.stat().st_size != size or (kept is not None and checksum(path) != kept):
+            yield name
+    for path in sorted(checkpoint.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except (SafetensorError, OSError):
+            yield path.name
+    yield from (path.name for path in sorted(checkpoint.glob("*.pt")) if not zipfile.is_zipfile(path))
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """What a JSON file holds; `None` where it is damaged."""
+    try:
+        return json.loads(path.read_text())
+    except ValueError:
+        return None
