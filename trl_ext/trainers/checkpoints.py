@@ -20,12 +20,13 @@ logger = logging.getLogger(__name__)
 STATE = "trainer_state.json"
 # Sizes and checksums of what a run is resumed with, beside the weights
 CONTENTS = "trl_ext_contents.json"
+TOKENS_FILE = "num_tokens.json"
 OURS = (
+    TOKENS_FILE,
     "losses.json",
     "loss_state.safetensors",
     "bias_variance_mixing.json",
     "block_*.json",
-    "reference_memory_*.safetensors",
     "ref_model.safetensors",
 )
 # Of transformers, FSDP and DeepSpeed
@@ -41,6 +42,7 @@ THEIRS = (
     "global_step*/*",
     "latest",
 )
+# What the reference has said is not among them: it says by itself whether it is whole, and is computed anew.
 # Bytes from which on the size alone of a file of theirs is compared: all of a large optimizer would take minutes
 LARGE = 2**28
 
@@ -172,7 +174,7 @@ def _damaged(checkpoint: Path) -> Iterator[str]:
         path = checkpoint / name
         if not path.is_file() or path.stat().st_size != size or (kept is not None and checksum(path) != kept):
             yield name
-    for path in sorted(checkpoint.glob("*.safetensors")):
+    for path in sorted(set(checkpoint.glob("*.safetensors")) - set(checkpoint.glob("reference_memory_*"))):
         try:
             with safe_open(path, framework="pt"):
                 pass

@@ -26,7 +26,9 @@ def check_finite(trainer: Any, grad_norm: torch.Tensor | float | None) -> None:
     scaled = trainer.accelerator.mixed_precision == "fp16"
     if control.should_log and not scaled and grad_norm is not None and not math.isfinite(float(grad_norm)):
         _stop(trainer, f"the gradient's norm is {float(grad_norm)}")
-    if (control.should_save or control.should_training_stop) and not _finite_weights(trainer):
+    # An evaluation may find that this is the best checkpoint
+    ends = control.should_save or control.should_evaluate or control.should_training_stop
+    if ends and not _finite_weights(trainer):
         _stop(trainer, "weights are NaN or infinite")
 
 

@@ -281,7 +281,8 @@ class ReferenceMemory(TrainerCallback):
         if self.store.rows:
             path = Path(folder) / FILE.format(self.trainer.args.process_index)
             path.parent.mkdir(parents=True, exist_ok=True)
-            save_file(self.store.since(0), path, {"reference": self._reference})
+            tensors = self.store.since(0)
+            save_file(tensors, path, {"reference": self._reference, "checksum": _checksum(tensors)})
 
     def load(self, folder: str | Path) -> None:
         """Remember what [`save`] wrote. Of a checkpoint without it nothing is remembered; nor, with a warning, where it is damaged."""
@@ -291,8 +292,12 @@ class ReferenceMemory(TrainerCallback):
             return
         try:
             with safe_open(path, framework="pt") as file:
-                reference = file.metadata()["reference"]
-                self.store.take({name: file.get_tensor(name) for name in ("keys", "lengths", "values")})
+                about = file.metadata()
+                tensors = {name: file.get_tensor(name) for name in ("keys", "lengths", "values")}
+            if about.get("checksum", _checksum(tensors)) != _checksum(tensors):  # an older version wrote none
+                raise ValueError("it was changed since it was written")
+            reference = about["reference"]
+            self.store.take(tensors)
             self._reference = reference
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             self._forget(None)
@@ -300,3 +305,7 @@ class ReferenceMemory(TrainerCallback):
                 f"{path} cannot be read ({error}): the reference's log-probabilities are computed anew.",
                 main_process_only=False,
             )
+
+
+def _checksum(tensors: dict[str, torch.Tensor]) -> str:
+    return content_key({name: tensor_key(value) for name, value in tensors.items()})
