@@ -13,14 +13,9 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 
-# What is noted: the moments that are no files
-_noted: list[Callable[[str], None]] = []
-
-
 def note(moment: str) -> None:
-    """Name a moment from inside a run."""
-    for each in _noted:
-        each(moment)
+    """Name a moment that is no file, from inside a run."""
+    sys.audit("tests.faults", moment)
 
 
 class Moments:
@@ -48,7 +43,6 @@ class Moments:
         self.matching = re.compile(matching) if matching else None
         self.count, self.full, self.busy = 0, False, False
         self.record = None if record is None else os.open(record, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        _noted.append(self._moment)
         register_optimizer_step_pre_hook(lambda *_: self._moment("step"))
         register_optimizer_step_post_hook(lambda *_: self._moment("stepped"))
         self._wrap(torch, "save", 1)
@@ -70,6 +64,8 @@ class Moments:
     def _audit(self, event: str, args: tuple) -> None:
         if event == "open" and isinstance(args[0], (str, Path)) and args[2] & (os.O_WRONLY | os.O_RDWR):
             self._moment("write", str(args[0]))
+        elif event == "tests.faults":
+            self._moment(args[0])
         elif event in ("os.rename", "os.remove", "os.mkdir"):
             self._moment(event.removeprefix("os."), str(args[1] if event == "os.rename" else args[0]))
 

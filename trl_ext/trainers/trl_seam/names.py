@@ -62,6 +62,7 @@ ONLINE_METHODS = (
     "get_batch_samples",
     "log",
     "prediction_step",
+    "train",
     "training_step",
 )
 ONLINE_ATTRIBUTES = (
