@@ -1,5 +1,6 @@
 """Runs in forked processes, which can be killed: what was imported once need not be imported by each."""
 
+import contextlib
 import os
 import signal
 import sys
@@ -28,9 +29,9 @@ def start(work: Callable[[], None], log: Path) -> int:
         work()
         status = 0
     except BaseException:
-        traceback.print_exc()
+        with contextlib.suppress(OSError):  # of a full disk
+            traceback.print_exc()
     finally:
-        sys.stdout.flush()
         os._exit(status)
 
 

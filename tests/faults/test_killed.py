@@ -19,8 +19,8 @@ LIVES = {
     "offline": [
         ("tear", "write checkpoint-1/model", KILL, "anew"),
         ("tear", "write checkpoint-2/trainer_state", KILL, "checkpoint-1"),
-        ("kill", "write checkpoint-3/trl_ext_contents", TERM, "checkpoint-3"),
-        ("kill", "^stepped", KILL, "checkpoint-3"),
+        ("kill", "rename checkpoint-3/trl_ext_contents", TERM, "checkpoint-2"),
+        ("kill", "^stepped", KILL, "checkpoint-2"),
     ],
     "online": [
         ("tear", "write checkpoint-1/block_0", KILL, "anew"),

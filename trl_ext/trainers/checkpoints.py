@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 STATE = "trainer_state.json"
 # Sizes and checksums of what a run is resumed with, beside the weights
 CONTENTS = "trl_ext_contents.json"
+BEING_WRITTEN = "null"
 TOKENS_FILE = "num_tokens.json"
 OURS = (
     TOKENS_FILE,
@@ -94,8 +95,8 @@ def _of_the_disk(error: Exception) -> bool:
 
 def _begin(folder: Path) -> None:
     """A place for a checkpoint. An earlier run may have left one there, which must not look whole when it is half overwritten."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for path in [folder / STATE, folder / CONTENTS, *_resumed_with(folder)]:
+    write_atomically(folder / CONTENTS, f"{BEING_WRITTEN}\n")
+    for path in _resumed_with(folder):
         path.unlink(missing_ok=True)
 
 
@@ -153,6 +154,8 @@ def problem(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint, as a sentence; `None` where nothing is."""
     if not (checkpoint / STATE).exists():
         return f"The checkpoint {checkpoint} was not finished: it has no {STATE}."
+    if (checkpoint / CONTENTS).exists() and (checkpoint / CONTENTS).read_bytes().strip() == BEING_WRITTEN.encode():
+        return f"The checkpoint {checkpoint} was not finished: a process had not yet written its part."
     name = next(_damaged(checkpoint), None)
     if name is None:
         return None
@@ -166,7 +169,7 @@ def _damaged(checkpoint: Path) -> Iterator[str]:
     """Names of files that are damaged."""
     if _read(checkpoint / STATE) is None:
         yield STATE
-    # Of TRL's own trainer, or where a run was killed just before it, there is no list
+    # Of TRL's own trainer there is no list
     listed = _read(checkpoint / CONTENTS) if (checkpoint / CONTENTS).exists() else {}
     if listed is None:
         yield CONTENTS
