@@ -35,7 +35,7 @@ def undisturbed(model, tmp_path_factory):
     return end
 
 
-@pytest.mark.parametrize(("name", "moment", "kept", "said"), FULL, ids=lambda value: value)
+@pytest.mark.parametrize(("name", "moment", "kept", "said"), FULL, ids=["the optimizer", "a block", "a chunk"])
 def test_room_is_made_and_the_run_goes_on(name, moment, kept, said, model, tmp_path, undisturbed, capfd):
     run, folder, log = RUNS[name], tmp_path / "run", tmp_path / "log"
     folder.mkdir()

@@ -68,7 +68,7 @@ class WholeCheckpoints:
             if self.args.should_save:
                 _begin(folder)
             self.accelerator.wait_for_everyone()
-            # First: with transformers' last file the checkpoint is finished
+            # First: to others a checkpoint is finished with transformers' last file
             self._save_own(folder)
             self.accelerator.wait_for_everyone()
             super()._save_checkpoint(model, trial)
