@@ -6,7 +6,7 @@ PYTHON ?= $(shell for name in python3 python3.14 python3.13 python3.12 python3.1
 BIN := .venv/bin
 WORKERS ?= 2
 
-.PHONY: help demo test test-gpu bench-gpu wheels mutants docs lint format build smoke notes upstream test-upstream test-distributed clean
+.PHONY: help demo test test-faults test-gpu bench-gpu wheels mutants docs lint format build smoke notes upstream test-upstream test-distributed clean
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -27,6 +27,9 @@ test: .venv/ready  ## run the tests
 
 test-distributed: .venv/ready  ## run the tests of several processes alone: DDP, FSDP2 and, where deepspeed is installed, ZeRO
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/distributed tests/test_many_processes.py $(ARGS)
+
+test-faults: .venv/ready  ## kill real runs at random, and compare what they come to with undisturbed ones. ARGS="--kills 200 --seed 1"
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults $(ARGS)
 
 # What leans on other libraries: the seam, parity with TRL, trainers, losses, the head, the command line
 CORE := tests/test_trl_seam.py tests/test_trl_seam_parts.py tests/test_parity.py tests/test_dpo_trainer.py tests/test_cli.py \

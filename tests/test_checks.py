@@ -18,6 +18,7 @@ from trl_ext.data.texts import checked_texts
 from trl_ext.data.tokens import require_chat_template
 from trl_ext.losses import loss_class
 from trl_ext.losses.base import warn_once
+from trl_ext.trainers.checkpoints import CONTENTS
 
 
 def tokenized(*rows):
@@ -256,6 +257,7 @@ class TestResumingWithOtherLosses:
         path = tmp_path / "run" / "checkpoint-1" / "losses.json"
         assert json.loads(path.read_text()) == {"sigmoid": {"weight": 1.0}}
         path.unlink()
+        path.with_name(CONTENTS).unlink()
         self.run(tiny_model_dir, tmp_path, loss_type="offset").train(resume_from_checkpoint=str(path.parent))
 
 

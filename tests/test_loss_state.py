@@ -11,6 +11,7 @@ from tests import stateful
 from tests.helpers import assert_same_parameters, build, history, parameters
 from tests.stateful import Centred
 from trl_ext import DPOConfig, DPOTrainer
+from trl_ext.trainers.checkpoints import CONTENTS
 
 
 LEARNS = {"learning_rate": 1e-2, "train_sampling_strategy": "sequential", "beta": 0.5}
@@ -118,7 +119,8 @@ def test_a_resumed_run_equals_the_uninterrupted_one(loss_type, tiny_model_dir, t
 
 def test_a_checkpoint_without_the_state_is_refused(tiny_model_dir, tmp_path):
     trainer(tiny_model_dir, tmp_path, **SAVES).train()
-    (tmp_path / "checkpoint-2" / "loss_state.safetensors").unlink()
+    for name in ("loss_state.safetensors", CONTENTS):
+        (tmp_path / "checkpoint-2" / name).unlink()
     with pytest.raises(
         ValueError, match=r"checkpoint-2 holds the state \{\} of losses; this run needs \{'centred/batches'"
     ):

@@ -267,11 +267,11 @@ def test_what_a_run_began_with_is_read_from_its_checkpoint(tiny_model_dir, tmp_p
         (tmp_path / f"checkpoint-{step}").mkdir()
         (tmp_path / f"checkpoint-{step}" / "bias_variance_mixing.json").write_text(text)
     measured = ours._mixing
-    for checkpoint, expected in ((True, first), (str(tmp_path / "checkpoint-1"), own)):  # `True` is the last
-        measured.before_training(checkpoint)
+    for step, expected in ((2, first), (1, own)):
+        measured.before_training(str(tmp_path / f"checkpoint-{step}"))
         assert measured.estimate == expected and ours._terms.losses["bias_variance"].alpha == expected.alpha
     measured.estimate = own
-    for nothing in (None, False, str(tmp_path)):  # measured before, such as by an evaluation
+    for nothing in (None, str(tmp_path)):  # measured before, such as by an evaluation
         ours._terms.losses["bias_variance"] = trl_ext.get_loss("bias_variance", alpha=0.5)
         measured.before_training(nothing)
         assert measured.estimate is own and ours._terms.losses["bias_variance"].alpha == 0.75

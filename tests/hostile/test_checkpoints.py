@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tests.hostile.refusal import refused
 from trl_ext import get_loss
 from trl_ext.rounds import disk
-from trl_ext.trainers import with_terms
+from trl_ext.trainers import checkpoints, with_terms
 from trl_ext.trainers.checkpoint_files import check_checkpoint
 from trl_ext.trainers.reference import FILE as REFERENCE
 from trl_ext.trainers.reference import load_reference, save_reference
@@ -89,17 +89,16 @@ def test_files(name, checkpoint, tmp_path):
     refused(lambda: check_checkpoint(checkpoint), said, tmp_path)
 
 
-def test_trainers_look_before_they_resume(tmp_path, monkeypatch):
+def test_trainers_look_before_they_resume(tmp_path, checkpoint, monkeypatch):
     """Of a folder by its name, and of the last one of the run, before transformers reads anything of it."""
     looked, trained = [], []
-    monkeypatch.setattr(with_terms, "check_checkpoint", looked.append)
+    monkeypatch.setattr(checkpoints, "check_checkpoint", looked.append)
     parent = type("Parent", (), {"train": lambda self, *args, **kwargs: trained.append(args)})
     trainer = type("Mine", (with_terms.WithTerms, parent), {})()
     trainer.args = SimpleNamespace(output_dir=str(tmp_path))
-    (tmp_path / "checkpoint-3").mkdir()
     for given in (None, False, "here", True):
         trainer.train(given)
-    assert looked == ["here", str(tmp_path / "checkpoint-3")] and trained == [(None,), (False,), ("here",), (True,)]
+    assert looked == ["here", str(checkpoint)] and trained == [(None,), (None,), ("here",), (str(checkpoint),)]
 
 
 STATES: dict[str, tuple[Callable, str]] = {

@@ -13,6 +13,7 @@ from tests.helpers import assert_same_parameters, history, options, parameters
 from tests.online.runs import Scripted, length_reward, online, prompts, scripted
 from trl_ext.generation import Completions
 from trl_ext.rows import Rows, stacked
+from trl_ext.trainers.checkpoints import CONTENTS
 from trl_ext.trainers.online.blocks import BLOCK, Blocks, Known, RepeatedBlocks, Sampled, packed, unpacked
 from trl_ext.trainers.online.cutting import completions_of, joined, scores_of, slices
 from trl_ext.trainers.online.rewards import Scores
@@ -476,6 +477,7 @@ def test_a_checkpoint_of_other_data_or_processes_is_refused(tiny_model_dir, tmp_
     other = online(tiny_model_dir, tmp_path / "other", cls=Counting, **{**FOUR, **given, "seed": 5})
     with pytest.raises(ValueError, match="other prompts than those that completions were generated for"):
         other.train(resume_from_checkpoint=str(checkpoint))
+    (checkpoint / CONTENTS).unlink()
     state = json.loads((checkpoint / "block_0.json").read_text())
     assert state["processes"] == 1
     fewer = online(tiny_model_dir, tmp_path / "fewer", cls=Counting, **{**FOUR, **given})

@@ -1,5 +1,6 @@
 """Work that survives a killed process: results on disk by what they were computed from."""
 
+import hashlib
 import json
 import math
 import os
@@ -15,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from trl.trainer.utils import hash_module
 
 from trl_ext.data.keys import content_key
+from trl_ext.reading import read_json
 
 
 # Of a configuration: what changes nothing of what a model computes
@@ -58,11 +60,55 @@ def tensor_key(value: torch.Tensor) -> list:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """The whole file or none of it, whenever the process dies."""
+    """The whole file or none of it, whenever the process or the machine dies, or the disk is full."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise _unwritten(error, path) from error
+
+
+def _unwritten(error: OSError, path: Path) -> OSError:
+    """The same error with the file, which one of a full disk does not name."""
+    return type(error)(
+        error.errno, f"{error.strerror}. What was finished before is on disk; make room and start again", str(path)
+    )
+
+
+def write_sealed(path: Path, value: Any) -> None:
+    """Write what JSON can hold in one line, and a checksum in a second one, for [`read_sealed`]."""
+    text = json.dumps(value)
+    write_atomically(path, f"{text}\n{json.dumps(content_key(text))}\n")
+
+
+def read_sealed(path: Path) -> Any:
+    """
+    What [`write_sealed`] wrote. A file of one line, without a checksum, is read as it is.
+
+    Raises:
+        `ValueError`: If the file was cut off or changed since it was written.
+    """
+    try:
+        text, *seal = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+        value = read_json(text)
+        whole = not seal or seal == [json.dumps(content_key(text))]
+    except ValueError:
+        whole = False
+    if not whole:
+        raise ValueError(f"{path} is damaged: it was cut off or changed since it was written.")
+    return value
+
+
+def checksum(path: Path) -> str:
+    """Of the bytes of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class Ledger:
@@ -83,7 +129,7 @@ class Ledger:
         self.path = self.folder / f"{name}-{uuid.uuid4().hex[:12]}.jsonl"
 
     def read(self) -> dict[str, float]:
-        """All results by key. What a killed process left unfinished, and what is no result, is passed over."""
+        """All results by key. What a killed process left unfinished, and what is damaged or no result, is passed over."""
         return dict(self._lines())
 
     def _lines(self) -> Iterator[tuple[str, float]]:
@@ -93,20 +139,22 @@ class Ledger:
                     entry = json.loads(line)
                 except (ValueError, RecursionError):
                     continue
-                if (
-                    isinstance(entry, list)
-                    and [type(part) for part in entry] == [str, float]
-                    and math.isfinite(entry[1])
-                ):
+                # A line without a checksum is one of an older version
+                result = isinstance(entry, list) and [type(part) for part in entry[:2]] == [str, float]
+                if result and math.isfinite(entry[1]) and entry[2:] in ([], [content_key(*entry[:2])]):
                     yield entry[0], entry[1]
 
     def append(self, results: dict[str, float]) -> None:
         """Write results, on disk when this returns."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "a") as file:
-            file.writelines(json.dumps([key, value]) + "\n" for key, value in results.items())
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with open(self.path, "a") as file:
+                for key, value in results.items():
+                    file.write(json.dumps([key, value, content_key(key, value)]) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise _unwritten(error, self.path) from error
 
 
 def processes() -> PartialState:

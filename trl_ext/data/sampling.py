@@ -5,19 +5,19 @@ Work is cut into chunks of prompts. Each is drawn with a seed of its own and wri
 was killed goes on with the chunk it was in and ends with the same completions.
 """
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.logging import get_logger
 from datasets import Dataset
 from torch import nn
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from trl.data_utils import maybe_apply_chat_template
 
-from trl_ext.data.cache import content_key, default_folder, model_key, processes, write_atomically
+from trl_ext.data.cache import content_key, default_folder, model_key, processes, read_sealed, write_sealed
 from trl_ext.data.checks import check_count
 from trl_ext.data.generators import (
     Sampling,
@@ -33,10 +33,12 @@ from trl_ext.data.paths import refuse_missing_path, refuse_unwritable_folder
 from trl_ext.data.reasoning import completion_text, empty_trace_prompt
 from trl_ext.data.texts import problem_of_text
 from trl_ext.data.tokens import prompt_ids, require_chat_template, template_arguments, tokenizer_key
-from trl_ext.reading import read_json, read_text
 
 
 REASONS = ("stop", "length")
+
+
+logger = get_logger(__name__)
 
 
 def sample_completions(
@@ -135,7 +137,7 @@ def sample_completions(
     mine = [
         start
         for start in chunks[state.process_index :: state.num_processes]
-        if _kept(folder / f"{start}.json", len(ids[start : start + batch_size]), num_generations) is None
+        if not _kept(folder / f"{start}.json", len(ids[start : start + batch_size]), num_generations)
     ]
     if mine and use_vllm:
         generate = with_vllm(model, dtype, stops, options)
@@ -144,9 +146,9 @@ def sample_completions(
     for start in tqdm(mine, desc="sampling", unit="batch", disable=not state.is_main_process or not mine):
         groups = generate(ids[start : start + batch_size], start)
         answers = [[_answer(tokens, tokenizer, stops) for tokens in group] for group in groups]
-        write_atomically(folder / f"{start}.json", json.dumps(answers))
+        write_sealed(folder / f"{start}.json", answers)
     state.wait_for_everyone()
-    answers = [answer for start in chunks for answer in read_json(read_text(folder / f"{start}.json"))]
+    answers = [answer for start in chunks for answer in read_sealed(folder / f"{start}.json")]
 
     def as_completion(text: str, prompt: Any) -> Any:
         return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
@@ -161,22 +163,6 @@ def sample_completions(
             for row, answer in zip(rows, answers, strict=True)
         ]
     )
-
-
-def _kept(path: Path, prompts: int, num_generations: int) -> list | None:
-    """The completions of a chunk with why each ended; `None` where they are not on disk, or something else is, which is drawn anew."""
-    try:
-        groups = read_json(read_text(path))
-    except (FileNotFoundError, ValueError):
-        return None
-    whole = isinstance(groups, list) and len(groups) == prompts
-    whole = whole and all(isinstance(group, list) and len(group) == num_generations for group in groups)
-    answers = [answer for group in groups for answer in group] if whole else [None]
-    valid = all(
-        isinstance(each, list) and len(each) == 2 and isinstance(each[0], str) and each[1] in REASONS
-        for each in answers
-    )
-    return groups if valid else None
 
 
 def check_prompts(prompts: Any) -> None:
@@ -198,6 +184,33 @@ def render_prompt(row: dict, tokenizer: PreTrainedTokenizerBase, thinking: bool 
         return empty_trace_prompt(example | given, tokenizer)
     options = given.get("chat_template_kwargs", {})
     return maybe_apply_chat_template(example, tokenizer, given.get("tools"), **options)["prompt"]
+
+
+def _kept(path: Path, prompts: int, num_generations: int) -> bool:
+    """Whether a chunk is on disk, whole. One that is damaged, or something else, is drawn again, with the same seed."""
+    if not path.exists():
+        return False
+    try:
+        groups = read_sealed(path)
+        if not _are_answers(groups, prompts, num_generations):
+            raise ValueError(f"{path} holds no completions of {prompts} prompts.")
+    except ValueError as error:
+        logger.warning(f"{error} Its completions are drawn again.")
+        return False
+    return True
+
+
+def _are_answers(groups: Any, prompts: int, num_generations: int) -> bool:
+    """Whether these are completions of so many prompts, each with why it ended."""
+    if not isinstance(groups, list) or len(groups) != prompts:
+        return False
+    if not all(isinstance(group, list) and len(group) == num_generations for group in groups):
+        return False
+    answers = [answer for group in groups for answer in group]
+    return all(
+        isinstance(each, list) and len(each) == 2 and isinstance(each[0], str) and each[1] in REASONS
+        for each in answers
+    )
 
 
 def _answer(ids: list[int], tokenizer: PreTrainedTokenizerBase, stops: list[int]) -> tuple[str, str]:

@@ -3,15 +3,16 @@
 import gc
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.logging import get_logger
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset, load_from_disk
 
-from trl_ext.data.cache import processes, write_atomically
+from trl_ext.data.cache import checksum, processes, write_atomically
 from trl_ext.reading import read_json, read_text
 
 
@@ -56,19 +57,21 @@ def _lasting(value: Any) -> str:
     return f"{named.__module__}:{named.__qualname__}"
 
 
-def stage(target: Path, work: Callable[[], None]) -> None:
+def stage(target: Path, work: Callable[[], None], beside: Sequence[str] = ()) -> None:
     """
     Do `work`, which fills `target`, unless that is done. What a killed run left there half-finished is removed first.
 
-    Beside the folder stand two empty files: `<name>.begun`, from before the first byte of it, and `<name>.done`.
+    Beside the folder stand two files: `<name>.begun`, empty, from before the first byte of it, and `<name>.done`, with the checksum of
+    each file of it, and of those that lie `beside` it.
 
     Raises:
-        `ValueError`: If the folder is there and no run of rounds has begun it.
+        `ValueError`: If the folder is there and no run of rounds has begun it, or if what is done is no longer whole.
     """
     done, begun = (target.with_name(f"{target.name}.{mark}") for mark in ("done", "begun"))
-    if done.exists():
-        return
     state = processes()
+    if done.exists():
+        _refuse_damaged(target, done)
+        return
     state.wait_for_everyone()
     if target.exists() and not begun.exists():
         raise ValueError(
@@ -87,19 +90,39 @@ def stage(target: Path, work: Callable[[], None]) -> None:
         torch.cuda.empty_cache()
     state.wait_for_everyone()
     if state.is_main_process:
-        write_atomically(done, "")
+        files = [*(path for path in sorted(target.rglob("*")) if path.is_file()), *map(target.with_name, beside)]
+        sums = {path.relative_to(target.parent).as_posix(): checksum(path) for path in files}
+        write_atomically(done, json.dumps(sums, indent=2) + "\n")
     state.wait_for_everyone()
 
 
-def dataset_stage(target: Path, make: Callable[[], Dataset]) -> Dataset:
-    """The dataset in `target`, which is made unless that is done."""
+def _refuse_damaged(target: Path, done: Path) -> None:
+    """Raise a `ValueError`, in all processes, where a file of what is done was cut off, changed or removed."""
+    problem = [None]
+    if processes().is_main_process:
+        try:
+            sums = json.loads(done.read_text() or "{}")  # empty: of an older version
+            paths = {name: target.parent / name for name in sums}
+            problem = [name for name, path in paths.items() if not path.is_file() or checksum(path) != sums[name]][:1]
+        except ValueError:
+            problem = [done.name]
+    (name,) = broadcast_object_list(problem or [None])
+    if name is not None:
+        raise ValueError(
+            f"{target.parent / name} is damaged: it was cut off, changed or removed since it was written. Remove {done} and start again: what "
+            f"{target.name} holds is made anew, as it was."
+        )
+
+
+def dataset_stage(target: Path, make: Callable[[], Dataset], beside: Sequence[str] = ()) -> Dataset:
+    """The dataset in `target`, which is made unless that is done; as in [`stage`]."""
 
     def work() -> None:
         dataset = make()
         if processes().is_main_process:
             dataset.save_to_disk(target)
 
-    stage(target, work)
+    stage(target, work, beside)
     try:
         return load_from_disk(target)
     except Exception as error:  # each reader has its own

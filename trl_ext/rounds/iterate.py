@@ -29,6 +29,7 @@ from trl_ext.rounds.rewards import IMPLICIT, check_kinds, model_names
 from trl_ext.rounds.shaping import balance_lengths, drop_truncated, without_empty
 from trl_ext.rounds.trackers import LogRound, one_run
 from trl_ext.trainers.arguments import explained, refuse_liger_without_gpu, refuse_missing_trackers
+from trl_ext.trainers.checkpoints import last_whole
 from trl_ext.trainers.dpo import DPOTrainer
 from trl_ext.trainers.dpo_config import DPOConfig
 from trl_ext.trainers.loss_types import build_losses, resolve_loss_types
@@ -178,13 +179,15 @@ class IterativeDPO:
             policy = self._policy(number - 1)
             progress = Progress(f"round {number} of {self.config.rounds}")
             samples, scored = self._written(progress, number, policy, folder)
-            pairs = progress.dataset("pair", folder / "pairs", partial(self._pair, number, scored), paired)
+            pairs = progress.dataset(
+                "pair", folder / "pairs", partial(self._pair, number, scored), paired, ["shaping.json"]
+            )
             row = round_metrics(number, folder, samples, scored, pairs, self.config.scorer)
             metrics.append(row)
             if self.state.is_main_process:
                 Console().print(round_table(row, f"What the policy wrote at the start of round {number}"))
             train = partial(self._train, folder, policy, pairs, row)
-            progress.stage("train", folder / "model", train, trained_in(folder))
+            progress.stage("train", folder / "model", train, trained_in(folder), ["log.json"])
             if self.config.extrapolation and number > 1:
                 before = self.folder / f"round-{number - 1}" / "model"
                 move = partial(self._extrapolate, folder, before)
@@ -306,11 +309,7 @@ class IterativeDPO:
             processing_class=self.tokenizer,
         )
         trainer.add_callback(LogRound(trainer, metrics))
-        checkpoints = sorted(
-            (path for path in (folder / "train").glob("checkpoint-*") if (path / "trainer_state.json").exists()),
-            key=lambda path: int(path.name.split("-")[1]),
-        )
-        trainer.train(resume_from_checkpoint=str(checkpoints[-1]) if checkpoints else None)
+        trainer.train(resume_from_checkpoint=last_whole(folder / "train", warn=True))
         trainer.save_model(str(folder / "model"))
         if self.state.is_main_process:
             write_atomically(folder / "log.json", json.dumps(trainer.state.log_history, indent=2) + "\n")

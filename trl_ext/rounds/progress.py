@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,27 @@ class Progress:
     def __init__(self, where: str):
         self.where = where
 
-    def dataset(self, name: str, target: Path, make: Callable[[], Dataset], said: Callable[[Dataset], str]) -> Dataset:
+    def dataset(
+        self,
+        name: str,
+        target: Path,
+        make: Callable[[], Dataset],
+        said: Callable[[Dataset], str],
+        beside: Sequence[str] = (),
+    ) -> Dataset:
         """The dataset in `target`, as [`dataset_stage`] has it; `said` says what it holds."""
-        return self._announced(name, target, lambda: dataset_stage(target, make), said)
+        return self._announced(name, target, lambda: dataset_stage(target, make, beside), said)
 
-    def stage(self, name: str, target: Path, work: Callable[[], None], said: Callable[[], str]) -> None:
+    def stage(
+        self,
+        name: str,
+        target: Path,
+        work: Callable[[], None],
+        said: Callable[[], str],
+        beside: Sequence[str] = (),
+    ) -> None:
         """`work` done once, as [`stage`] has it; `said` says what came of it."""
-        self._announced(name, target, lambda: stage(target, work), lambda _: said())
+        self._announced(name, target, lambda: stage(target, work, beside), lambda _: said())
 
     def _announced(self, name: str, target: Path, work: Callable[[], Any], said: Callable[[Any], str]) -> Any:
         before = target.with_name(f"{target.name}.done").exists()

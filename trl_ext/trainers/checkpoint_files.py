@@ -13,8 +13,9 @@ from trl_ext.reading import read_json, read_text
 logger = get_logger(__name__)
 
 STATE = "trainer_state.json"
+JSONS = (STATE, "config.json", "losses.json")
 # What `torch.save` writes: archives, of which a half-written one has no end
-ARCHIVES = ("optimizer.pt", "scheduler.pt", "rng_state*.pth")
+ARCHIVES = ("*.pt", "rng_state*.pth")
 # Log-probs that are computed anew where they cannot be read
 OPTIONAL = "reference_memory_"
 
@@ -34,7 +35,7 @@ def check_checkpoint(folder: str | Path) -> None:
         )
     if not (folder / STATE).is_file():
         raise ValueError(f"The folder {str(folder)!r} is no checkpoint to resume from: it has no {STATE}.")
-    for path, problem in _problems(folder):
+    for path, problem in unreadable(folder):
         raise ValueError(
             f"The file {str(path)!r} cannot be read: {problem}. It may have been cut off while it was written: resume from another "
             "checkpoint."
@@ -46,8 +47,9 @@ def check_checkpoint(folder: str | Path) -> None:
         )
 
 
-def _problems(folder: Path) -> Iterator[tuple[Path, str]]:
-    for name in (STATE, "config.json", "losses.json"):
+def unreadable(folder: Path) -> Iterator[tuple[Path, str]]:
+    """Files of a checkpoint that cannot be read, and why."""
+    for name in JSONS:
         path = folder / name
         if path.is_file():
             try:

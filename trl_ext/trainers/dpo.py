@@ -3,7 +3,9 @@
 import contextlib
 import dataclasses
 import functools
+import json
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,10 +14,12 @@ from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
 
+from trl_ext.data.cache import write_atomically
 from trl_ext.data.checks import REFERENCES
 from trl_ext.data.collator import RowsCollator
 from trl_ext.data.paths import refuse_missing_path
 from trl_ext.rows import TABLE, Plan, Rows, from_batch
+from trl_ext.trainers.checkpoints import TOKENS_FILE
 from trl_ext.trainers.dpo_config import DPOConfig
 from trl_ext.trainers.loss_types import build_losses, check_combination, resolve_loss_types
 from trl_ext.trainers.metrics import pair_metrics
@@ -335,18 +339,21 @@ class DPOTrainer(WithTerms, trl.DPOTrainer):
 
     # What `alpha="auto"` measures before the first step, and what is known of the reference
 
-    def train(self, resume_from_checkpoint=None, *args, **kwargs):
-        self._memory.before_training(resume_from_checkpoint)
-        self._mixing.before_training(resume_from_checkpoint)
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+    def _before_training(self, checkpoint):
+        file = Path(checkpoint or "") / TOKENS_FILE
+        if checkpoint and file.exists():  # TRL would count from 0, in the same curve
+            self._total_train_tokens = json.loads(file.read_text())
+        self._memory.before_training(checkpoint)
+        self._mixing.before_training(checkpoint)
 
     def evaluation_loop(self, *args, **kwargs):
         self._memory.before_evaluation()
         self._mixing.before_evaluation()
         return super().evaluation_loop(*args, **kwargs)
 
-    def _save_checkpoint(self, model, trial):
-        super()._save_checkpoint(model, trial)
-        folder = f"{self._get_output_dir(trial=trial)}/checkpoint-{self.state.global_step}"
+    def _save_own(self, folder):
+        super()._save_own(folder)
+        if self.is_world_process_zero():
+            write_atomically(folder / TOKENS_FILE, json.dumps(self._total_train_tokens))
         self._mixing.save(folder)
         self._memory.save(folder)

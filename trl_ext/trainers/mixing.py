@@ -23,7 +23,6 @@ import torch
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
-from transformers.trainer_utils import get_last_checkpoint
 
 from trl_ext.data.further import FURTHER
 from trl_ext.trainers.metrics import Means
@@ -180,11 +179,9 @@ class MeasuredMixing:
         if self.measures:
             check_measurable(trainer)
 
-    def before_training(self, resume_from_checkpoint: str | bool | None) -> None:
+    def before_training(self, resume_from_checkpoint: str | None) -> None:
         if not self.measures:
             return
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = get_last_checkpoint(self.trainer.args.output_dir)
         path = Path(resume_from_checkpoint or "") / FILE
         if resume_from_checkpoint and path.exists():  # what the run began with
             self._take(MixingEstimate(**json.loads(path.read_text())))

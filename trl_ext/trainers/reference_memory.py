@@ -15,7 +15,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.distributed.fsdp import FSDPModule
 from transformers import TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
 from trl.trainer.callbacks import SyncRefModelCallback
 
 from trl_ext.data.cache import computing_config, content_key, tensor_key
@@ -207,11 +206,9 @@ class ReferenceMemory(TrainerCallback):
 
     # Whose values they are
 
-    def before_training(self, resume_from_checkpoint: str | bool | None) -> None:
+    def before_training(self, resume_from_checkpoint: str | None) -> None:
         """Go on with what a checkpoint remembers; without one, with what is remembered here."""
         self.before_evaluation()
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = get_last_checkpoint(self.trainer.args.output_dir)
         if self.on and resume_from_checkpoint:
             self.load(resume_from_checkpoint)
 
@@ -292,7 +289,8 @@ class ReferenceMemory(TrainerCallback):
         if self.store.rows:
             path = Path(folder) / FILE.format(self.trainer.args.process_index)
             path.parent.mkdir(parents=True, exist_ok=True)
-            save_file(self.store.since(0), path, {"reference": self._reference})
+            tensors = self.store.since(0)
+            save_file(tensors, path, {"reference": self._reference, "checksum": _checksum(tensors)})
 
     def load(self, folder: str | Path) -> None:
         """Remember what [`save`] wrote. Of a checkpoint without it nothing is remembered; nor, with a warning, where it is damaged."""
@@ -302,8 +300,12 @@ class ReferenceMemory(TrainerCallback):
             return
         try:
             with safe_open(path, framework="pt") as file:
-                reference = file.metadata()["reference"]
-                self.store.take({name: file.get_tensor(name) for name in ("keys", "lengths", "values")})
+                about = file.metadata()
+                tensors = {name: file.get_tensor(name) for name in ("keys", "lengths", "values")}
+            if about.get("checksum", _checksum(tensors)) != _checksum(tensors):  # an older version wrote none
+                raise ValueError("it was changed since it was written")
+            reference = about["reference"]
+            self.store.take(tensors)
             self._reference = reference
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             self._forget(None)
@@ -311,3 +313,7 @@ class ReferenceMemory(TrainerCallback):
                 f"{path} cannot be read ({error}): the reference's log-probabilities are computed anew.",
                 main_process_only=False,
             )
+
+
+def _checksum(tensors: dict[str, torch.Tensor]) -> str:
+    return content_key({name: tensor_key(value) for name, value in tensors.items()})

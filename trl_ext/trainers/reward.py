@@ -27,6 +27,7 @@ from trl_ext.data.checks import check_count
 from trl_ext.data.classifier import ADAPTER_CONFIG, refuse_preference_model
 from trl_ext.data.paths import refuse_missing_path
 from trl_ext.data.preference_model import preference_score
+from trl_ext.trainers.checkpoints import WholeCheckpoints
 from trl_ext.trainers.trl_seam import REWARD_TRAINER, require_names
 
 
@@ -105,7 +106,7 @@ class RewardConfig(trl.RewardConfig):
                 )
 
 
-class RewardTrainer(trl.RewardTrainer):
+class RewardTrainer(WholeCheckpoints, trl.RewardTrainer):
     """
     [`trl.RewardTrainer`] with the options of [`RewardConfig`].
 

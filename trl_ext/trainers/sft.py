@@ -25,6 +25,7 @@ from trl.trainer.utils import pad
 from trl_ext.data.columns import WEIGHT, over_splits
 from trl_ext.data.conditions import CONDITION, PLACES, class_columns, require_reading_template, with_classes
 from trl_ext.data.paths import refuse_missing_path
+from trl_ext.trainers.checkpoints import WholeCheckpoints
 from trl_ext.trainers.trl_seam import SFT_TRAINER, base_model, require_names, unbind_forward
 
 
@@ -102,7 +103,7 @@ class WeightedCollator(DataCollatorForLanguageModeling):
         return weight / max(sum(label != -100 for label in labels), 1)
 
 
-class SFTTrainer(trl.SFTTrainer):
+class SFTTrainer(WholeCheckpoints, trl.SFTTrainer):
     """
     [`trl.SFTTrainer`] for rows of classes that are worth different amounts.
 

@@ -7,10 +7,10 @@ import torch
 from accelerate.logging import get_logger
 from accelerate.utils import send_to_device
 from transformers import Trainer
-from transformers.trainer_utils import get_last_checkpoint
 
 from trl_ext.rows import TABLE
-from trl_ext.trainers.checkpoint_files import check_checkpoint
+from trl_ext.trainers.checkpoints import WholeCheckpoints
+from trl_ext.trainers.finite import check_finite
 from trl_ext.trainers.metrics import Means
 from trl_ext.trainers.model_card import complete_model_card, describe_evaluation, describe_losses, describe_training
 from trl_ext.trainers.reference import load_reference, save_reference
@@ -20,7 +20,7 @@ from trl_ext.trainers.terms import Terms
 logger = get_logger(__name__)
 
 
-class WithTerms:
+class WithTerms(WholeCheckpoints):
     """Put in front of a trainer of TRL's. `_terms` are set when the trainer is built."""
 
     _terms: Terms
@@ -54,12 +54,13 @@ class WithTerms:
     def _over_processes(self, sums: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return self.accelerator.reduce(sums, reduction="sum")
 
-    def _maybe_log_save_evaluate(self, *args, **kwargs):
+    def _maybe_log_save_evaluate(self, tr_loss, grad_norm, *args, **kwargs):
+        check_finite(self, grad_norm)
         # Here and not in `log`, which a script may call in one process alone
         if self._terms.losses and (self.control.should_log or self.control.should_training_stop):
             self._due |= self._means["train"].over_processes()
         # transformers' own: that of TRL's online trainer rounds the loss, and divides by the number of its statistics
-        return Trainer._maybe_log_save_evaluate(self, *args, **kwargs)
+        return Trainer._maybe_log_save_evaluate(self, tr_loss, grad_norm, *args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         # The final log may follow an evaluation, which leaves the model in its mode
@@ -82,17 +83,8 @@ class WithTerms:
 
     # Checkpoints
 
-    def train(self, resume_from_checkpoint=None, *args, **kwargs):
-        folder = resume_from_checkpoint
-        if folder is True:
-            folder = get_last_checkpoint(self.args.output_dir)
-        if folder:
-            check_checkpoint(folder)
-        return super().train(resume_from_checkpoint, *args, **kwargs)
-
-    def _save_checkpoint(self, model, trial):
-        super()._save_checkpoint(model, trial)
-        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+    def _save_own(self, folder: Path) -> None:
+        super()._save_own(folder)
         if self.is_world_process_zero():
             self._terms.save(folder)
         if self._reference_moves:

@@ -129,10 +129,9 @@ class Together:
 
     # Checkpoints
 
-    def _save_checkpoint(self, model, trial):
-        super()._save_checkpoint(model, trial)
-        state, folder = self._blocks.state(), Path(self._get_output_dir(trial=trial))
-        file = folder / f"checkpoint-{self.state.global_step}" / f"block_{self.accelerator.process_index}.json"
+    def _save_own(self, folder: Path) -> None:
+        super()._save_own(folder)
+        state, file = self._blocks.state(), folder / f"block_{self.accelerator.process_index}.json"
         if state is None:
             file.unlink(missing_ok=True)  # of a run before, in the same folder
         else:

@@ -62,6 +62,7 @@ ONLINE_METHODS = (
     "get_batch_samples",
     "log",
     "prediction_step",
+    "train",
     "training_step",
 )
 ONLINE_ATTRIBUTES = (
@@ -86,15 +87,18 @@ ONLINE_ATTRIBUTES = (
 )
 
 # What ours extends or reads of `trl.RewardTrainer`
-REWARD_METHODS = ("compute_loss", "save_model")
+REWARD_METHODS = ("_get_output_dir", "_save_checkpoint", "compute_loss", "save_model", "train")
 REWARD_ATTRIBUTES = ("_metrics", "_name", "_paper", "_tag_names")
 # What ours extends or reads of `trl.SFTTrainer`
 SFT_METHODS = (
+    "_get_output_dir",
     "_prepare_dataset",
+    "_save_checkpoint",
     "_set_signature_columns_if_needed",
     "compute_loss",
     "evaluate",
     "get_batch_samples",
+    "train",
 )
 SFT_ATTRIBUTES = ("_name", "_paper", "_signature_columns", "chat_template")
 
