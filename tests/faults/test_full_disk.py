@@ -1,5 +1,7 @@
 """A disk that is full: one message, nothing that was finished is lost, and the next run goes on to the same end."""
 
+import errno
+import os
 import re
 import resource
 import signal
@@ -10,6 +12,7 @@ import pytest
 from tests.faults import children
 from tests.faults.__main__ import watched
 from tests.faults.runs import RUNS, difference
+from trl_ext.data import cache
 
 
 # The file with which the disk is full; what is finished then; what the message says
@@ -42,7 +45,6 @@ def test_room_is_made_and_the_run_goes_on(name, moment, kept, said, model, tmp_p
     assert children.run(partial(watched, run, folder, model, matching=moment, what="full"), log) == 1
     assert_last_line(log, said)
     assert run.kept(folder)[0] == kept
-    assert not list(folder.rglob("*.tmp"))
     assert children.run(partial(run.command, folder, model), log) == 0, log.read_text()
     assert difference(undisturbed(name), run.end(folder)) == 0
 
@@ -78,3 +80,13 @@ def test_what_the_system_refuses(name, size, kept, said, model, tmp_path, undist
     assert run.kept(folder)[0] == kept
     assert children.run(partial(run.command, folder, model), log) == 0, log.read_text()
     assert difference(undisturbed(name), run.end(folder)) == 0
+
+
+def test_half_a_file_is_not_left_behind(tmp_path, monkeypatch):
+    def full(file):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(cache.os, "fsync", full)
+    with pytest.raises(OSError, match=r"No space left on device\. What was finished before is on disk.*a\.json"):
+        cache.write_atomically(tmp_path / "a.json", "1")
+    assert not list(tmp_path.iterdir())
