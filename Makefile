@@ -26,7 +26,7 @@ test: .venv/ready  ## run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
 
 test-distributed: .venv/ready  ## run the tests of several processes alone: DDP, FSDP2 and, where deepspeed is installed, ZeRO
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/distributed tests/test_many_processes.py $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow or distributed" tests/distributed tests/test_many_processes.py $(ARGS)
 
 # What leans on other libraries: the seam, parity with TRL, trainers, losses, the head, the command line
 CORE := tests/test_trl_seam.py tests/test_trl_seam_parts.py tests/test_parity.py tests/test_dpo_trainer.py tests/test_cli.py \
