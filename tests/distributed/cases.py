@@ -2,7 +2,6 @@
 
 import os
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 import trl_ext
 from tests import stateful
 from tests.conftest import preference_rows
-from tests.conversations import rows as conversations
 from tests.helpers import OUR_LOSSES, WITH_STATE, build, history, masked_rows
 from tests.helpers import options as short
 from tests.online.runs import Scripted, online, prompts

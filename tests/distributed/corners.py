@@ -138,7 +138,7 @@ def rounds(model_dir: Path, folder: Path, **training) -> dict[str, Any]:
     """Two rounds, whose first samples, scores and pairs are those of one process, and whose weights are too."""
     prompts = folder.parent / f"{folder.name}.json"
     if not prompts.exists():
-        prompts.write_text(json.dumps([{"prompt": row["prompt"]} for row in preference_rows(8)]))
+        prompts.write_text(json.dumps([{"prompt": row["prompt"]} for row in preference_rows(3 * HALF)]))
     run = IterativeDPO(
         RoundsConfig(
             model=str(model_dir), prompts=str(prompts), reward_funcs="tests.test_rounds:length", rounds=2,

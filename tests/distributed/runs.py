@@ -1,6 +1,5 @@
 """Which cases there are, by name, and where each is run. A name means the same case everywhere."""
 
-import itertools
 from functools import partial
 
 from tests.conversations import rows as conversations
