@@ -31,7 +31,7 @@ CASES = {
     "masked, checkpointing": partial(cases.masked, gradient_checkpointing=True),
     "lists of scores": partial(cases.lists, stream=True),
     "turns": partial(train, rows=TURNS, loss_type="dmpo", evaluate=True, learning_rate=1e-3),
-    "turns, lora": partial(train, rows=TURNS, loss_type="dmpo", peft=lora(), learning_rate=1e-3),
+    "turns, lora": partial(train, rows=TURNS, loss_type="dmpo", peft=lora(), learning_rate=1e-4),
     # State
     "remembering": cases.remembering,
     "remembering, accumulation": partial(cases.remembering, steps=2),
