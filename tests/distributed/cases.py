@@ -323,7 +323,8 @@ def scripted(model_dir: Path, folder: Path, peft=None, trainer_kwargs=None, resu
         model_dir,
         folder,
         cls=Scripted,
-        trainer_kwargs={"peft_config": peft, **(trainer_kwargs or {})},
+        # By its name: under ZeRO-3 a model cannot be copied
+        trainer_kwargs={"peft_config": peft, "model": str(model_dir), **(trainer_kwargs or {})},
         **{"per_device_train_batch_size": ROWS // WORLD, **SGD, **PLACED, **options},
     )
     trained.train(resume_from_checkpoint=resume)
@@ -376,7 +377,7 @@ def remembering_online(model_dir: Path, folder: Path) -> dict[str, Any]:
     with stateful.registered():
         trained = online(
             model_dir, folder, cls=Scripted, per_device_train_batch_size=ROWS // WORLD, loss_type=["centred", "sigmoid"],
-            trainer_kwargs={"reward_funcs": few, "train_dataset": EVERY}, **{**SGD, **PLACED, "max_steps": 3},
+            trainer_kwargs={"reward_funcs": few, "train_dataset": EVERY, "model": str(model_dir)}, **{**SGD, **PLACED, "max_steps": 3},
         )  # fmt: skip
         counts = []
         pair = trained.pair

@@ -60,7 +60,7 @@ def tied(model_dir: Path, folder: Path, **options) -> dict[str, Any]:
     with stateful.registered():
         trained = online(
             model_dir, folder, cls=Scripted, per_device_train_batch_size=ROWS // WORLD,
-            trainer_kwargs={"reward_funcs": rewards, "train_dataset": EVERY},
+            trainer_kwargs={"reward_funcs": rewards, "train_dataset": EVERY, "model": str(model_dir)},
             **{**SGD, **PLACED, **ORDER, "loss_type": ["centred", "sigmoid"], **options},
         )  # fmt: skip
         trained.train()
