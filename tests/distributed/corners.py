@@ -112,7 +112,7 @@ def checkpoints(model_dir: Path, folder: Path, sharded: bool = False, **options)
     process writes its part, and the tools of accelerate and DeepSpeed put the parts together.
     """
     options = {
-        "max_steps": 4, "save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch", "learning_rate": 1e-3, **options,
+        "max_steps": 4, "save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch", "learning_rate": 1e-4, **options,
         "loss_type": "offset",
     }  # fmt: skip
     runs = []
