@@ -45,12 +45,15 @@ def test_every_case_has_one_row_and_every_row_its_cases():
 
 
 @pytest.mark.parametrize("place", PLACES, ids=str)
-def test_a_row_is_run_as_a_whole_or_not_at_all(place):
+def test_where_a_row_is_tested_its_cases_run(place):
     for rows in support.SEVERAL.values():
         for row, cases in rows.items():
-            here = {name for name in cases if name in PLACES[place]}
-            whole = set(cases) - REFUSED
-            assert here in (set(), whole, set(cases) & REFUSED) or (place[1] == 4 and here < whole), row
+            here = [name for name in cases if name in PLACES[place]]
+            said = support.cell(cases, place)
+            assert said == (
+                support.UNTRIED if not here else support.REFUSED_CELL if here[0] in REFUSED else support.TESTED
+            )
+            assert len({name in REFUSED for name in here}) < 2, f"{row} is both tested and refused"
 
 
 @functools.cache
