@@ -156,7 +156,7 @@ def statistics(model_dir: Path, folder: Path, **options) -> dict[str, Any]:
         loss_kwargs=kwargs,
         **{**SGD, "learning_rate": 0.01, **options},
     )
-    with torch.no_grad():
+    with torch.no_grad(), _gathered(*trained.model.parameters(), written=True):
         for parameter in trained.model.parameters():
             parameter.mul_(1.05)
     trained.train()

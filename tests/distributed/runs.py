@@ -92,15 +92,14 @@ REFUSED = {name for name in CASES if name.startswith("refused")}
 CORE = {
     ("ddp", 2): [
         "every loss", "taught", "groups, shared prompts", "whole groups", "whole groups online", "lora, shared prompts",
-        "accumulation", "masked, checkpointing", "measured alpha", "known reference", "known tokens", "stream", "lists of scores",
+        "accumulation", "masked, checkpointing", "measured alpha", "known reference", "stream", "lists of scores",
         "remembering", "remembering, accumulation", "statistics", "selfish", "one process logs", "held out", "turns", "online",
         "blocks online", "remembering online", "preferring", "fine-tuned", "fine-tuned per sequence", "idle", "uneven",
         "refused dispatch", "refused alpha online",
     ],
     ("fsdp", 2): [
-        "every loss", "taught", "remembering", "masked", "trained head", "moved reference", "moved adapter", "known reference",
-        "known adapter", "groups", "refused alpha", "held out", "groups online", "blocks of two steps online", "taught online",
-        "generated", "sampled", "in parts", "fine-tuned", "idle", "checkpoints in parts",
+        "every loss", "taught", "remembering", "masked", "trained head", "moved reference", "moved adapter", "known reference", "groups", "refused alpha", "held out", "groups online", "blocks of two steps online", "taught online",
+        "generated", "in parts", "fine-tuned", "idle", "checkpoints in parts",
     ],
     ("zero3", 2): [
         "every loss", "taught", "masked", "trained head", "moved reference", "moved adapter", "known reference", "refused alpha",
