@@ -50,7 +50,7 @@ OFFLINE = {
     '`alpha="auto"`': ["measured alpha", "run with measured alpha", "refused alpha"],
     "processes whose rows all have weight 0": ["idle"],
     "rows of weight 0, with LoRA": ["idle, lora"],
-    "processes without one of the two pairs": ["idle, groups of one side"],
+    "processes without one of the two pairs": ["pairs of one side"],
     "a last batch, and an evaluation, that do not divide": ["uneven"],
     "the same, dropped": ["uneven, dropped"],
     "what one process logs": ["one process logs"],

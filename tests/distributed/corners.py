@@ -10,7 +10,6 @@ from accelerate.utils import merge_fsdp_weights
 from datasets import Dataset, load_from_disk
 from safetensors.torch import load_file
 
-import trl_ext
 from tests import stateful
 from tests.conftest import preference_rows
 from tests.distributed.cases import EVERY, PLACED, ROWS, SGD, STRATEGY, WORLD, outcome, short, trainer
@@ -185,6 +184,5 @@ def refused_dispatch(model_dir: Path, folder: Path) -> dict[str, Any]:
 
 def refused_online(model_dir: Path, folder: Path) -> dict[str, Any]:
     with pytest.raises(ValueError, match="is measured on a dataset of pairs: offline training alone has one"):
-        trl_ext.OnlineDPOConfig(**short(folder, **PLACED, loss_type="bias_variance", loss_kwargs={"alpha": "auto"}))
         online(model_dir, folder, **PLACED, loss_type="bias_variance", loss_kwargs={"alpha": "auto"})
     return {}

@@ -50,7 +50,7 @@ CASES = {
     # Nothing to learn, and ends that do not divide
     "idle": partial(corners.idle, loss_type=["sigmoid", "offset", "bias_variance"]),
     "idle, lora": partial(corners.idle, loss_type="offset", peft=lora()),
-    "idle, groups of one side": corners.one_sided,
+    "pairs of one side": corners.one_sided,
     "tied online": corners.tied,
     "uneven": partial(corners.uneven, rows=9, loss_type=["offset", "length_regularized"]),
     "uneven, dropped": partial(corners.uneven, rows=13, drop=True, loss_type="offset"),
@@ -98,8 +98,9 @@ CORE = {
         "refused dispatch", "refused alpha online",
     ],
     ("fsdp", 2): [
-        "every loss", "taught", "remembering", "masked", "trained head", "moved reference", "moved adapter", "known reference", "groups", "refused alpha", "held out", "groups online", "blocks of two steps online", "taught online",
-        "generated", "in parts", "fine-tuned", "idle", "checkpoints in parts",
+        "every loss", "taught", "remembering", "masked", "trained head", "moved reference", "moved adapter", "known reference",
+        "groups", "refused alpha", "held out", "groups online", "blocks of two steps online", "taught online", "generated", "in parts",
+        "fine-tuned", "idle", "checkpoints in parts",
     ],
     ("zero3", 2): [
         "every loss", "taught", "masked", "trained head", "moved reference", "moved adapter", "known reference", "refused alpha",
@@ -108,7 +109,7 @@ CORE = {
 }  # fmt: skip
 # ... and all of these by `make test-distributed`
 FOUR = [
-    "every loss", "taught", "whole groups", "statistics", "trained head", "known reference", "idle", "idle, groups of one side",
+    "every loss", "taught", "whole groups", "statistics", "trained head", "known reference", "idle", "pairs of one side",
     "tied online", "uneven", "checkpoints in parts", "online", "generated", "fine-tuned", "rounds",
 ]  # fmt: skip
 # Parameters are whole there, as under DDP
