@@ -54,7 +54,7 @@ def run(name: str, size: int, model_dir, folder, given: dict[str, Any]) -> DPOTr
     rows = preference_rows(ROWS) if get_loss(name, **HYPERPARAMETERS.get(name, {})).takes_pairs else of_groups()
     trainer = build(
         DPOTrainer, DPOConfig, model_dir, folder, dataset=Dataset.from_list(rows), loss_type=name, max_steps=2, optim="sgd",
-        loss_kwargs=HYPERPARAMETERS.get(name), learning_rate=0.01, max_grad_norm=0.0,
+        loss_kwargs=HYPERPARAMETERS.get(name), learning_rate=1e-3 if name == "inpo" else 0.01, max_grad_norm=0.0,
         per_device_train_batch_size=size, gradient_accumulation_steps=ROWS // size, trainer_kwargs=given,
     )  # fmt: skip
     trainer.train()
