@@ -26,7 +26,7 @@ test: .venv/ready  ## run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
 
 test-distributed: .venv/ready  ## run the tests of several processes alone: DDP, FSDP2 and, where deepspeed is installed, ZeRO
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/distributed tests/test_many_processes.py $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow or distributed" tests/distributed tests/test_many_processes.py $(ARGS)
 
 test-faults: .venv/ready  ## kill real runs at random, and compare what they come to with undisturbed ones. ARGS="--kills 200 --seed 1"
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults $(ARGS)

@@ -137,7 +137,6 @@ REPEATED = [
             "test_option_that_changes_no_number[precompute_ref_log_probs-",
             "test_option_that_changes_no_number[gradient_checkpointing-",
             "test_option_that_changes_no_number[remove_unused_columns-",
-            "test_accumulation_equals_one_batch[",
             "test_resumed_run_equals_the_uninterrupted_one[",
             "test_stream_equals_dataset[",
         )

@@ -19,6 +19,7 @@ import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
+from accelerate.commands.merge import merge_command_parser
 
 import trl_ext
 from tests import test_papers
@@ -131,6 +132,13 @@ def test_command_is_understood(command, here, monkeypatch, trl_as_it_was):  # no
         assert targets and all(f"\n{target}:" in (ROOT / "Makefile").read_text() for target in targets)
     elif words[0] == "python" and words[1].startswith("benchmarks/"):
         read_arguments(words[1], words[2:], monkeypatch)
+    elif words[:2] == ["accelerate", "merge-weights"]:
+        assert merge_command_parser().parse_args(words[2:]).output_path == "merged"
+    elif words[0] == "python" and words[1].endswith("/zero_to_fp32.py"):  # DeepSpeed writes it beside a checkpoint
+        tool = importlib.util.find_spec("deepspeed")
+        if tool is None:
+            pytest.skip("deepspeed is not installed")
+        read_arguments(str(Path(tool.origin).parent / "utils" / "zero_to_fp32.py"), words[2:], monkeypatch)
     elif words[0] in ("tensorboard", ".venv/bin/pre-commit") or words[:4] == ["python", "-m", "pip", "install"]:
         assert words[0] == "tensorboard" or (Path(sys.executable).parent / Path(words[0]).name).exists()
     elif words[:2] == ["pip", "install"]:
@@ -162,7 +170,7 @@ def test_command_in_a_sentence_is_understood(command):
 # Of other programs, of data and of models
 OTHERS = {
     "metrics": {"eval_accuracy"},
-    "several-gpus": {"CUDA_VISIBLE_DEVICES", "HF_HOME"},
+    "several-gpus": {"CUDA_VISIBLE_DEVICES", "HF_HOME", "SHARDED_STATE_DICT"},
     "which-loss-which-data": {"im_start"},
 }
 

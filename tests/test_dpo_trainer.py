@@ -16,7 +16,6 @@ from tests.helpers import (
     OF_TOKENS,
     OUR_LOSSES,
     REFERENCE_FREE,
-    WITH_STATE,
     assert_same_parameters,
     build,
     history,
@@ -62,18 +61,6 @@ def test_half_precision_is_close_to_full(loss_type, tiny_model_dir, tmp_path):
         losses.append([entry["loss"] for entry in history(trainer)[:3]])
     assert losses[0] == pytest.approx(losses[1], rel=0.05)
     assert losses[0] != losses[1]
-
-
-@pytest.mark.parametrize("loss_type", [name for name in OUR_LOSSES if name not in WITH_STATE])
-def test_accumulation_equals_one_batch(loss_type, tiny_model_dir, tmp_path):
-    runs = [
-        build(DPOTrainer, DPOConfig, tiny_model_dir, tmp_path / str(size), loss_type=loss_type, max_steps=2, optim="sgd",
-              learning_rate=0.1, per_device_train_batch_size=size, gradient_accumulation_steps=8 // size)
-        for size in (8, 2)
-    ]  # fmt: skip
-    for trainer in runs:
-        trainer.train()
-    assert_same_parameters(parameters(runs[0]), parameters(runs[1]), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("loss_type", OUR_LOSSES)

@@ -1,6 +1,7 @@
 """Single stages of the rounds: which model, which prompts, which pairs."""
 
 import json
+import shutil
 import types
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled, set_hf_deepspeed_config
 
 from tests.conftest import preference_rows
 from tests.test_rounds import longer, prompts_file, settings
@@ -329,3 +331,28 @@ def test_functions_are_known_by_name_in_the_next_run(tmp_path):
         with pytest.raises(ValueError, match=r"other settings: \['judge'\] differ"):
             disk.claim(tmp_path, changed)
     assert disk._lasting(JudgeFunction(longer)) == "trl_ext.data.rewards:JudgeFunction"
+
+
+def test_zero3_is_of_training_alone(rounds, tiny_model_dir, monkeypatch):
+    """While it is on, transformers loads models in parts, and what samples and scores has no engine that would put them together."""
+    config, seen = type("Zero3", (), {"is_zero3": lambda self: True})(), []
+    arguments, sample = IterativeDPO._training_arguments, iterate.sample_completions
+
+    def turned_on(*args, **named):
+        set_hf_deepspeed_config(config)
+        return arguments(*args, **named)
+
+    def sampled(*args, **kwargs):
+        seen.append(("sample", is_deepspeed_zero3_enabled()))
+        return sample(*args, **kwargs)
+
+    def learn(self, folder, *args):
+        seen.append(("train", is_deepspeed_zero3_enabled()))
+        shutil.copytree(tiny_model_dir, folder / "model")
+        (folder / "log.json").write_text("[]")
+
+    monkeypatch.setattr(IterativeDPO, "_training_arguments", turned_on)
+    monkeypatch.setattr(IterativeDPO, "_learn", learn)
+    monkeypatch.setattr(iterate, "sample_completions", sampled)
+    rounds().run()
+    assert seen == [("sample", False), ("train", True)] * 2 + [("sample", False)]

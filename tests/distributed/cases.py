@@ -2,7 +2,6 @@
 
 import os
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 import trl_ext
 from tests import stateful
 from tests.conftest import preference_rows
-from tests.conversations import rows as conversations
 from tests.helpers import OUR_LOSSES, WITH_STATE, build, history, masked_rows
 from tests.helpers import options as short
 from tests.online.runs import Scripted, online, prompts
@@ -37,12 +35,16 @@ RANK = int(os.environ.get("RANK", "0"))
 ROWS = 8  # a step takes them all
 SGD = {"max_steps": 2, "optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0}
 MOVES = {"sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 0.5}
-ZERO = {
-    "zero_optimization": {
+STAGES = {
+    "zero2": {"stage": 2},
+    "zero3": {
         "stage": 3,
         "stage3_param_persistence_threshold": 0,  # tiny parameters are partitioned too
         "stage3_gather_16bit_weights_on_model_save": True,
     },
+}
+ZERO = {
+    "zero_optimization": STAGES.get(STRATEGY),
     "gradient_clipping": 0.0,
     "zero_allow_untested_optimizer": True,
     "zero_force_ds_cpu_optimizer": False,
@@ -50,7 +52,8 @@ ZERO = {
     "gradient_accumulation_steps": "auto",
     "train_batch_size": "auto",
 }
-PLACED = {"deepspeed": ZERO, "use_cpu": False, "ddp_backend": "gloo"} if STRATEGY == "zero" else {}
+PLACED = {"deepspeed": ZERO, "use_cpu": False, "ddp_backend": "gloo"} if STRATEGY in STAGES else {}
+WHOLE = STRATEGY not in ("fsdp", "zero3")  # each process has all parameters
 
 
 def lora(**options) -> LoraConfig:
@@ -153,7 +156,7 @@ def statistics(model_dir: Path, folder: Path, **options) -> dict[str, Any]:
         loss_kwargs=kwargs,
         **{**SGD, "learning_rate": 0.01, **options},
     )
-    with torch.no_grad():
+    with torch.no_grad(), _gathered(*trained.model.parameters(), written=True):
         for parameter in trained.model.parameters():
             parameter.mul_(1.05)
     trained.train()
@@ -280,10 +283,10 @@ def known_reference(model_dir: Path, folder: Path, **options) -> dict[str, Any]:
     first, second = outcome(whole), outcome(resumed)
     for name, value in first["weights"].items():
         torch.testing.assert_close(second["weights"][name], value, rtol=1e-4, atol=1e-5)
-    if STRATEGY != "ddp" and RANK == 1:
+    if not WHOLE and RANK == 1:
         memory._forget(memory._reference)  # what one process has to ask, all have to
     whole.evaluate()
-    known = STRATEGY == "ddp" or WORLD == 1
+    known = WHOLE or WORLD == 1
     assert len(forwards) == (2 if known else 4)
     whole.evaluate()
     assert len(forwards) == (2 if known else 4) and len(readings) == 3
@@ -320,7 +323,8 @@ def scripted(model_dir: Path, folder: Path, peft=None, trainer_kwargs=None, resu
         model_dir,
         folder,
         cls=Scripted,
-        trainer_kwargs={"peft_config": peft, **(trainer_kwargs or {})},
+        # By its name: under ZeRO-3 a model cannot be copied
+        trainer_kwargs={"peft_config": peft, "model": str(model_dir), **(trainer_kwargs or {})},
         **{"per_device_train_batch_size": ROWS // WORLD, **SGD, **PLACED, **options},
     )
     trained.train(resume_from_checkpoint=resume)
@@ -373,7 +377,7 @@ def remembering_online(model_dir: Path, folder: Path) -> dict[str, Any]:
     with stateful.registered():
         trained = online(
             model_dir, folder, cls=Scripted, per_device_train_batch_size=ROWS // WORLD, loss_type=["centred", "sigmoid"],
-            trainer_kwargs={"reward_funcs": few, "train_dataset": EVERY}, **{**SGD, **PLACED, "max_steps": 3},
+            trainer_kwargs={"reward_funcs": few, "train_dataset": EVERY, "model": str(model_dir)}, **{**SGD, **PLACED, "max_steps": 3},
         )  # fmt: skip
         counts = []
         pair = trained.pair
@@ -501,7 +505,12 @@ def preferring(model_dir: Path, folder: Path) -> dict[str, Any]:
     """A general preference model is trained, and judges online: each process has a copy, and compares its own completions."""
     pairs = Dataset.from_list([{k: row[k] for k in ("prompt", "chosen", "rejected")} for row in preference_rows(ROWS)])
     args = RewardConfig(
-        **short(folder, preference_dim=4, per_device_train_batch_size=ROWS // WORLD, **{**SGD, "learning_rate": 1e-3})
+        **short(
+            folder,
+            preference_dim=4,
+            per_device_train_batch_size=ROWS // WORLD,
+            **{**SGD, **PLACED, "learning_rate": 1e-3},
+        )
     )
     judge = RewardTrainer(str(model_dir), args, train_dataset=pairs)
     judge.train()
@@ -527,81 +536,3 @@ def fine_tuned(model_dir: Path, folder: Path, steps: int = 1, **options) -> dict
 
 
 EVERY = prompts(ROWS)
-ADAPTER = partial(scripted, peft=lora(), loss_type="anchored", **MOVES, max_steps=3, learning_rate=1.0)
-ALONE = ["trpa", "drpo"]
-HEAD = partial(train, peft=lora(modules_to_save=["lm_head"]), loss_type="offset")
-CASES = {
-    "ddp": {
-        "every loss": every_loss,
-        "taught": taught,
-        "groups, precomputed": partial(groups, precompute_ref_log_probs=True, share_prefix=True),
-        "whole groups": partial(
-            groups,
-            loss_type=ALONE,
-            learning_rate=0.01,
-            loss_kwargs={"trpa": {"correct": 0.75}, "drpo": {"correct": 0.45, "max_length": 16, "kl_weight": 1.0}},
-        ),
-        "whole groups online": partial(
-            scripted, num_generations=4, loss_type=ALONE, loss_kwargs={"drpo": {"correct": 30.0, "max_length": 16}}
-        ),
-        "lora, shared prompts": partial(train, peft=lora(), loss_type="offset", share_prefix=True),
-        "accumulation": partial(
-            train, steps=2, loss_type=["inpo", "sppo_soft"], share_prefix=False, learning_rate=1e-3
-        ),
-        "masked": partial(masked, gradient_checkpointing=True),
-        "measured alpha": measured_alpha,
-        "known reference": known_reference,
-        "known tokens": partial(known_reference, loss_type="dmpo"),
-        "stream": partial(every_loss, stream=True),
-        "lists of scores": partial(lists, stream=True),
-        "remembering": remembering,
-        "remembering, accumulation": partial(remembering, steps=2),
-        "statistics": statistics,
-        "selfish": selfish,
-        "one process logs": one_process_logs,
-        "held out": held_out,
-        "turns": partial(train, rows=conversations() * 2, loss_type="dmpo", evaluate=True, learning_rate=1e-3),
-        "online": partial(scripted, num_generations=4, loss_type=["offset", "anchored"]),
-        "blocks online": partial(blocks_online, current=[True, False] * 2, loss_type="trpa"),
-        "remembering online": remembering_online,
-        "preferring": preferring,
-        "fine-tuned": fine_tuned,
-        "fine-tuned per sequence": partial(fine_tuned, steps=2, per_sequence_loss=True),
-    },
-    "fsdp": {
-        "every loss": every_loss,
-        "taught": taught,
-        "remembering": remembering,
-        "masked": masked,
-        "trained head": HEAD,
-        "moved reference": moved_reference,
-        "moved adapter": ADAPTER,
-        "known reference": known_reference,
-        "known adapter": partial(known_reference, peft=lora(init_lora_weights=False)),
-        "groups, precomputed": partial(groups, precompute_ref_log_probs=True),
-        "alpha": refused_alpha,
-        "held out": held_out,
-        "online": partial(scripted, num_generations=4, loss_type="anchored", pairing="group"),
-        "blocks online": partial(
-            blocks_online, current=[True, False, False, False], loss_type="offset", steps_per_generation=4
-        ),
-        "taught online": taught_online,
-        "generated": partial(generated, generation_kwargs={"do_sample": False}),
-        "sampled": partial(generated, temperature=1e-4),
-        "in parts": partial(in_parts, generation_kwargs={"do_sample": False}),
-        "fine-tuned": fine_tuned,
-    },
-    "zero": {
-        "every loss": every_loss,
-        "taught": taught,
-        "masked": masked,
-        "trained head": HEAD,
-        "moved reference": moved_reference,
-        "moved adapter": ADAPTER,
-        "known reference": known_reference,
-        "alpha": refused_alpha,
-        "held out": held_out,
-        "generated": partial(generated, generation_kwargs={"do_sample": False}),
-        "in parts": partial(in_parts, generation_kwargs={"do_sample": False}),
-    },
-}

@@ -119,6 +119,17 @@ def test_a_reference_that_is_given(tiny_model_dir, tmp_path):
     assert_equal(learn(trainer, inputs), expected(trainer, inputs, sigmoid))
 
 
+def test_under_zero3_the_reference_is_loaded_by_the_policys_name(tiny_model_dir, tmp_path, monkeypatch):
+    """A model cannot be copied there, so one that has no name is refused."""
+    for module in ("trl_ext.trainers.online.trainer", "trl.experimental.utils"):
+        monkeypatch.setattr(f"{module}.is_deepspeed_zero3_enabled", lambda: True)
+    trainer = online(tiny_model_dir, tmp_path, trainer_kwargs={"model": str(tiny_model_dir)})
+    first = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32).lm_head.weight
+    assert trainer.ref_model is not trainer.model and torch.equal(trainer.ref_model.lm_head.weight, first)
+    with pytest.raises(ValueError, match="instantiate your reference model directly"):
+        online(tiny_model_dir, tmp_path)  # a model that is loaded
+
+
 def test_how_completions_are_sampled(tiny_model_dir, tmp_path):
     kwargs = {
         "temperature": 0.7, "top_k": 5, "top_p": 0.9, "min_p": 0.1, "repetition_penalty": 1.5, "max_new_tokens": 9,

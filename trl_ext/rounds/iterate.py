@@ -10,6 +10,7 @@ from datasets import Dataset
 from rich.console import Console
 from transformers import AutoTokenizer
 from transformers.integrations import get_reporting_integration_callbacks
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from trl_ext.data.cache import content_seed, processes, write_atomically
 from trl_ext.data.columns import takes_each_reward
@@ -80,6 +81,7 @@ class IterativeDPO:
         self.losses = build_losses(self.names, config.training.get("loss_kwargs"))
         # Refused now, not after the first sampling
         self.args = self._training_arguments(self.folder)
+        unset_hf_deepspeed_config()  # ZeRO-3 is of training: what samples and scores is loaded whole in each process
         self._check_losses()
         models = model_names(config.scorer)
         models += [("implicit reference", name) for name in [config.implicit_reference] if name is not None]
@@ -298,6 +300,7 @@ class IterativeDPO:
         args = self._training_arguments(folder / "train", run_name=name, project=project)
         with one_run(group, name):
             self._learn(folder, policy, pairs, args, metrics)
+        unset_hf_deepspeed_config()
 
     def _learn(self, folder: Path, policy: str, pairs: Dataset, args: DPOConfig, metrics: dict[str, Any]) -> None:
         reference = self.config.model if self.config.reference == "keep" else policy

@@ -5,6 +5,7 @@ Online DPO in four steps: generate, score, pair, learn.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -195,10 +196,11 @@ class OnlineDPOTrainer(Together, Generation, Learning, Evaluation, WithTerms, TR
             check_preference_model(judge, next(iter(train_dataset))["prompt"])
 
         model_init_kwargs = args.model_init_kwargs
+        load = None
         if isinstance(model, str):
-            model = create_model_from_path(
-                model, **{"trust_remote_code": args.trust_remote_code, **(model_init_kwargs or {})}
-            )
+            options = {"trust_remote_code": args.trust_remote_code, **(model_init_kwargs or {})}
+            load = functools.partial(create_model_from_path, model, **options)
+            model = load()
             args.model_init_kwargs = None  # used up; TRL refuses them beside a model
         for given in (model, ref_model):
             if given is not None:
@@ -210,7 +212,9 @@ class OnlineDPOTrainer(Together, Generation, Learning, Evaluation, WithTerms, TR
                 f"None of the losses {list(losses)} reads a reference model. Leave `ref_model` out.{hint}"
             )
         if ref_model is None and self._needs_reference and peft_config is None:
-            if not (args.sync_ref_model and is_peft_model(model)):
+            if is_deepspeed_zero3_enabled() and load is not None:
+                ref_model = load()  # a model cannot be copied there
+            elif not (args.sync_ref_model and is_peft_model(model)):
                 # TRL's says what ZeRO-3 needs in place of a copy
                 ref_model = create_reference_model(model) if is_deepspeed_zero3_enabled() else frozen_copy(model)
         self._has_ref_model = ref_model is not None
