@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from tests.helpers import options
 from trl_ext.data.cache import Ledger, read_sealed, write_sealed
 from trl_ext.data.sampling import sample_completions
 from trl_ext.rounds import disk
+from trl_ext.trainers import checkpoints
 from trl_ext.trainers.checkpoints import CONTENTS, problem, whole_checkpoint
 
 
@@ -140,7 +142,8 @@ def test_where_no_checkpoint_is_whole(tmp_path):
         ValueError, match=r"checkpoint-1 was not finished: it has no trainer_state\.json\. No other one is whole"
     ):
         whole_checkpoint(str(tmp_path), str(tmp_path / "checkpoint-1"))
-    assert whole_checkpoint(str(tmp_path), None) is whole_checkpoint(str(tmp_path), False) is None
+    for given in (None, False, "false"):
+        assert whole_checkpoint(str(tmp_path), given) is None
 
 
 def test_what_a_half_overwritten_checkpoint_was_before_does_not_count(offline, monkeypatch):
@@ -159,6 +162,26 @@ def test_what_a_half_overwritten_checkpoint_was_before_does_not_count(offline, m
     finally:
         for path, data in kept.items():
             path.write_bytes(data)
+
+
+def test_an_older_checkpoint_stays_until_the_next_is_whole(offline, tmp_path, monkeypatch):
+    """With room for one: killed before the newer one is whole, a run has the older one to go on from."""
+    shutil.copytree(offline.args.output_dir, tmp_path, dirs_exist_ok=True)
+    for name, value in {"output_dir": str(tmp_path), "save_total_limit": 1}.items():
+        monkeypatch.setattr(offline.args, name, value)
+
+    def killed(folder):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "_contents", killed)
+        with pytest.raises(KeyboardInterrupt):
+            offline._save_checkpoint(offline.model, None)
+    assert whole_checkpoint(str(tmp_path), True) == str(tmp_path / "checkpoint-1")
+    assert offline.args.save_total_limit == 1
+    offline._save_checkpoint(offline.model, None)
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+    assert whole_checkpoint(str(tmp_path), "True") == str(tmp_path / "checkpoint-2")
 
 
 def test_what_an_earlier_run_left_is_no_part_of_a_checkpoint(offline):

@@ -134,6 +134,9 @@ def whole_checkpoint(output_dir: str, given: str | bool | None) -> str | None:
     Raises:
         `ValueError`: If the given one, or each one, is damaged or was not finished, and for a folder that is none.
     """
+    words = {"true": True, "false": False}
+    if isinstance(given, str) and not Path(given).is_dir():  # on the command line the option is text
+        given = words.get(given.lower(), given)
     if not given:
         return None
     if given is True:
