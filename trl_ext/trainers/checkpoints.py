@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from transformers.trainer_utils import rotate_checkpoints
 
@@ -52,7 +53,14 @@ class WholeCheckpoints:
     """Put in front of a trainer: a checkpoint counts once it is finished, and is resumed from only if it is whole."""
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
-        checkpoint = whole_checkpoint(self.args.output_dir, resume_from_checkpoint)
+        checkpoint, refusal = None, None
+        try:
+            checkpoint = whole_checkpoint(self.args.output_dir, resume_from_checkpoint)
+        except ValueError as error:
+            refusal = str(error)
+        # All processes refuse, or none does: one that went on would wait for the others
+        for text in filter(None, gather_object([refusal])):
+            raise ValueError(text)
         self._before_training(checkpoint)
         return super().train(checkpoint, *args, **kwargs)
 
