@@ -51,7 +51,6 @@ def folder(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", OF_DPO)
-@pytest.mark.usefixtures("trl_as_it_was")
 def test_run_dpo(name, tiny_model_dir, folder, capfd):
     given, said = OF_DPO[name]
     start = ["run", "dpo", "--model_name_or_path", str(tiny_model_dir), "--dataset_name", "data.jsonl", *BASE]
@@ -59,7 +58,6 @@ def test_run_dpo(name, tiny_model_dir, folder, capfd):
 
 
 @pytest.mark.parametrize("file", OF_DPO_DATA)
-@pytest.mark.usefixtures("trl_as_it_was")
 def test_run_dpo_on_broken_files(file, tiny_model_dir, folder, capfd):
     text, said = OF_DPO_DATA[file]
     Path(file).write_text(text)
