@@ -78,7 +78,7 @@ def test_the_reference_is_the_first_policy_or_that_of_the_round(
     for name in ("checkpoint-9", "checkpoint-10", "checkpoint-11"):
         (folder / "train" / name).mkdir(parents=True)
     for name in ("checkpoint-9", "checkpoint-10"):  # the third was being written when the run was killed
-        (folder / "train" / name / "trainer_state.json").write_text("{}")
+        (folder / "train" / name / "trainer_state.json").write_text('{"global_step": 9}')
     pairs = Dataset.from_list(preference_rows(2))
     run._train(folder, policy, pairs, {"round": 2, "mean_score": 1.5})
     first = dict(AutoModelForCausalLM.from_pretrained(tiny_model_dir).named_parameters())

@@ -164,7 +164,8 @@ def load_reference(model: torch.nn.Module, folder: str) -> None:
             "restored. Resume from a checkpoint that was saved with it, or start anew from the checkpoint's model."
         )
     state = load_file(path)
-    if PartialState().num_processes == 1:  # else each process has a part of every weight, or other names
+    # Else each process has a part of every weight, or other names
+    if PartialState().num_processes == 1 and not is_deepspeed_zero3_enabled():
         forms, wanted = (
             {name: tuple(value.shape) for name, value in each.items()} for each in (state, model.state_dict())
         )

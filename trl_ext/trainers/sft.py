@@ -216,7 +216,8 @@ class SFTTrainer(WholeCheckpoints, trl.SFTTrainer):
             self._signature_columns.append(WEIGHT)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        eval_dataset = over_splits(eval_dataset, self._with_classes)
+        if not isinstance(eval_dataset, str):  # the name of one that was given when the trainer was built
+            eval_dataset = over_splits(eval_dataset, self._with_classes)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     # Loss
