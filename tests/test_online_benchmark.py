@@ -161,7 +161,8 @@ def test_memory(online, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["online.py", *TINY, "--measure-memory", "ours"])
     online.main()
     measured = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert measured["peak_mb"] > 100 and measured["peak_mb"] >= measured["added_mb"] >= 0
+    # The kernel adds its counts of pages up now and then: of a process that has had its peak, a little may be missing
+    assert measured["peak_mb"] > 100 and measured["peak_mb"] >= measured["added_mb"] > -2
 
 
 @pytest.mark.parametrize(
