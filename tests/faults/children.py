@@ -21,7 +21,9 @@ def start(work: Callable[[], None], log: Path) -> int:
     if pid:
         return pid
     status = 1
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell leaves out where the tests run in the background
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # which a shell leaves out where the tests run in the background
     try:
         file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(file, 1)
