@@ -35,7 +35,7 @@ def columns_of(dataset: Dataset | IterableDataset, split: str) -> list[str]:
 
 
 def over_splits(dataset: Any, function: Callable[[Any, str], Any], split: str = "eval") -> Any:
-    """`function` of a dataset and its name, or of each in a dict of them by its key; what is no dataset stays as it is."""
+    """`function` of a dataset and its name, or of each in a dict of them by its key; `None` stays, all else is a `TypeError`."""
     if isinstance(dataset, Mapping):
         return type(dataset)({name: over_splits(each, function, name) for name, each in dataset.items()})
     if dataset is not None and not isinstance(dataset, (Dataset, IterableDataset)):

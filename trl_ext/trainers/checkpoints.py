@@ -148,17 +148,17 @@ def whole_checkpoint(output_dir: str, given: str | bool | None) -> str | None:
     if not given:
         return None
     if given is True:
-        last = last_whole(output_dir, warn=True)
-        if last is None:
+        given = last_whole(output_dir, warn=True)
+        if given is None:
             raise ValueError(
                 f"There is no whole checkpoint in {output_dir}: start anew, without `resume_from_checkpoint`."
             )
-        given = last
-    found = problem(Path(given)) if Path(given).is_dir() else None
-    if found is not None:
-        last = last_whole(Path(given).parent)
-        advice = f"Resume from {last}" if last else "No other one is whole: start anew, without it"
-        raise ValueError(f"{found} {advice}.")
+    elif Path(given).is_dir():
+        found = problem(Path(given))
+        if found is not None:
+            last = last_whole(Path(given).parent)
+            advice = f"Resume from {last}" if last else "No other one is whole: start anew, without it"
+            raise ValueError(f"{found} {advice}.")
     check_checkpoint(given)
     return given
 
