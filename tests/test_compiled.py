@@ -24,7 +24,7 @@ def test_a_compiled_run(backend, tiny_model_dir, tmp_path, monkeypatch):
         options = {"torch_compile": True, "torch_compile_backend": "aot_eager"} if compiled else {}
         trainer = build(
             DPOTrainer, DPOConfig, tiny_model_dir, tmp_path, loss_type="offset", max_steps=2, logprob_backend=backend,
-            gradient_checkpointing=False, **options,
+            gradient_checkpointing=False, pad_to_multiple_of=32, **options,
         )  # fmt: skip
         trainer.train()
         histories.append(history(trainer))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import children
 from trl_ext import list_losses
 
 
@@ -64,7 +65,7 @@ def in_turns(row):
 
 
 @pytest.mark.parametrize("name", [*EXAMPLES, "online_dpo with reference answers"])
-def test_example(name, tiny_model_dir, shared_data, tmp_path):
+def test_example(name, tiny_model_dir, shared_data, tmp_path, monkeypatch):
     rows = (shared_data / "imdb_sentiment" / "pairs_train.jsonl").read_text().splitlines()[:24]
     if name == "bias_variance":  # reviews have no traces: one is made up
         rows = [json.loads(row) for row in rows]
@@ -84,34 +85,41 @@ def test_example(name, tiny_model_dir, shared_data, tmp_path):
         rows = [json.dumps(in_turns(json.loads(row))) for row in rows]
     data = tmp_path / "pairs.jsonl"
     data.write_text("\n".join(rows))
-    command = [sys.executable, ROOT / "examples" / f"{name}.py", "--model_name_or_path", tiny_model_dir, "--dataset_name", data,
-               "--output_dir", tmp_path / "out", "--max_steps", "2", "--logging_steps", "1", "--use_cpu", "--bf16", "false",
-               "--per_device_train_batch_size", "2", "--report_to", "none"]  # fmt: skip
+    flags = ["--model_name_or_path", tiny_model_dir, "--dataset_name", data, "--output_dir", tmp_path / "out", "--max_steps", "2",
+             "--logging_steps", "1", "--use_cpu", "--bf16", "false", "--per_device_train_batch_size", "2", "--report_to", "none"]  # fmt: skip
     if name == "madpo":
-        command += ["--reward_max_steps", "2", "--held_out", "0.25"]
+        flags += ["--reward_max_steps", "2", "--held_out", "0.25"]
     if name == "aligndistil":
-        command += ["--teacher_max_steps", "1"]
+        flags += ["--teacher_max_steps", "1"]
     if name == "online_dpo":
-        command += ["--max_new_tokens", "8", *(["--overlap", "bleu"] if with_references else [])]
+        flags += ["--max_new_tokens", "8", *(["--overlap", "bleu"] if with_references else [])]
     if name == "trpa":
-        command += ["--max_new_tokens", "8"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_DATASETS_CACHE": str(tmp_path / "cache"),
-                   "TRL_EXT_CACHE": str(tmp_path / "scores")}  # fmt: skip
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True, env=environment, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert METRIC[name] in done.stdout
-    assert ("rewards/bleu/mean" in done.stdout) == bool(with_references)
+        flags += ["--max_new_tokens", "8"]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TRL_EXT_CACHE", str(tmp_path / "scores"))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    script, log = ROOT / "examples" / f"{name}.py", tmp_path / "log"
+    assert children.script(script, flags, log) == 0, log.read_text()
+    shown = log.read_text()
+    assert METRIC[name] in shown
+    assert ("rewards/bleu/mean" in shown) == bool(with_references)
     assert (tmp_path / "out" / "model.safetensors").is_file()
     assert "huggingface.co/papers" in (tmp_path / "out" / "README.md").read_text()
     if (
         name == "aligndistil"
     ):  # teachers of an earlier run, perhaps of other pairs, are used where they are named alone
-        again = subprocess.run([*map(str, command)], capture_output=True, text=True, env=environment, cwd=tmp_path)
         teacher, reverse = tmp_path / "out" / "teacher", tmp_path / "out" / "reverse"
-        assert again.returncode == 2
-        assert f"{teacher} is there already. Use it with `--teacher_model_name_or_path {teacher}`" in again.stderr
-        command += ["--teacher_model_name_or_path", teacher, "--reverse_model_name_or_path", reverse]
+        assert children.script(script, flags, log) == 2
+        again = f"{teacher} is there already. Use it with `--teacher_model_name_or_path {teacher}`"
+        assert again in log.read_text()
+        flags += ["--teacher_model_name_or_path", teacher, "--reverse_model_name_or_path", reverse]
         before = (teacher / "model.safetensors").stat().st_mtime_ns
-        again = subprocess.run([*map(str, command)], capture_output=True, text=True, env=environment, cwd=tmp_path)
-        assert again.returncode == 0, again.stderr
+        assert children.script(script, flags, log) == 0, log.read_text()
         assert (teacher / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_an_example_in_a_python_of_its_own():
+    """The others run in forks of this process, which has imported everything: here nothing has been imported before."""
+    command = [sys.executable, str(ROOT / "examples" / "offset.py"), "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0 and "--loss_kwargs" in done.stdout

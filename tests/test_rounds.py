@@ -1,13 +1,7 @@
 """Rounds: stages done once, killed runs, recipes."""
 
 import json
-import os
-import random
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -103,39 +97,6 @@ def test_more_rounds_can_be_added_and_other_settings_not(tiny_model_dir, prompts
     assert long[0] == short[0] and long == run(tiny_model_dir, prompts, tmp_path / "new", rounds=2)
     with pytest.raises(ValueError, match=r"other settings: \['num_generations'\] differ"):
         run(tiny_model_dir, prompts, tmp_path / "run", num_generations=4)
-
-
-KILL = """
-import json, sys
-from trl_ext.rounds import IterativeDPO, RoundsConfig
-if __name__ == "__main__":
-    IterativeDPO(RoundsConfig(**json.loads(sys.argv[1]))).run()
-"""
-
-
-def weights(folder):
-    return load_file(folder / "round-2" / "model" / "model.safetensors")
-
-
-@pytest.mark.slow
-def test_killed_at_random_and_started_again(tiny_model_dir, prompts, tmp_path):
-    training = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2}
-    whole = run(tiny_model_dir, prompts, tmp_path / "whole", training=training)
-    config = settings(tiny_model_dir, prompts, tmp_path / "killed", training=training)
-    command = [sys.executable, "-c", KILL, json.dumps(config)]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
-    chance = random.Random(0)
-    for _ in range(3):
-        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        try:
-            process.wait(timeout=10 + chance.random() * 6)  # past the imports, in the middle of the work
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            time.sleep(0.1)
-    assert IterativeDPO(RoundsConfig(**config)).run() == whole
-    for name, value in weights(tmp_path / "whole").items():
-        assert torch.equal(value, weights(tmp_path / "killed")[name]), name
 
 
 @pytest.fixture(scope="module")

@@ -49,10 +49,16 @@ def rounds(start, folder, loss, **overrides):
     return metrics
 
 
-def test_length_regularized_rounds_do_not_grow(start, tmp_path):
-    regularized = {"loss_type": "length_regularized", "loss_kwargs": {"alpha": 0.09}}
-    ours = rounds(start, tmp_path / "ours", regularized)
-    plain = rounds(start, tmp_path / "plain", {"loss_type": "sigmoid"})
+@pytest.fixture(scope="module")
+def plain(start, tmp_path_factory):
+    """Three rounds of DPO, their folder and their metrics."""
+    folder = tmp_path_factory.mktemp("plain")
+    return folder, rounds(start, folder, {"loss_type": "sigmoid"})
+
+
+def test_length_regularized_rounds_do_not_grow(start, plain, tmp_path):
+    ours = rounds(start, tmp_path, {"loss_type": "length_regularized", "loss_kwargs": {"alpha": 0.09}})
+    plain = plain[1]
     for metrics in (ours, plain):
         rewards = [entry["reward"] for entry in metrics]
         assert rewards == sorted(rewards) and rewards[-1] > rewards[0] + 0.5
@@ -62,18 +68,18 @@ def test_length_regularized_rounds_do_not_grow(start, tmp_path):
     assert lengths == sorted(lengths) and lengths[-1] > 1.3 * first
 
 
-def test_dice_lowers_the_gap_of_lengths(start, tmp_path):
-    rounds(start, tmp_path / "dpo", {"loss_type": "sigmoid"}, rounds=1)
+def test_dice_lowers_the_gap_of_lengths(start, plain, tmp_path):
+    """Of the pairs that a policy of one round makes, which like long answers."""
     bootstrap = {
-        "model": str(tmp_path / "dpo" / "round-1" / "model"),
+        "model": str(plain[0] / "round-1" / "model"),
         "implicit_reference": str(start / "model"),
         "reward_funcs": "implicit",
         "rounds": 1,
+        "num_generations": 3,
     }
+    one_step = {"loss_type": "sigmoid", "max_steps": 1}  # the pairs are made before it
     gaps = {
-        shaping: rounds(start, tmp_path / str(shaping), {"loss_type": "sigmoid"}, length_shaping=shaping, **bootstrap)[
-            0
-        ]["length_gap"]
+        shaping: rounds(start, tmp_path / str(shaping), one_step, length_shaping=shaping, **bootstrap)[0]["length_gap"]
         for shaping in (None, "balance")
     }
     assert abs(gaps["balance"]) < 0.2 * abs(gaps[None]), gaps

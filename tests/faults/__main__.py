@@ -32,7 +32,7 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 from rich.console import Console
 from rich.table import Table
 
-from tests.faults import children
+from tests import children
 from tests.faults.model import tiny_model
 from tests.faults.moments import Moments
 from tests.faults.runs import RUNS, Run, difference

@@ -162,7 +162,7 @@ def rounds(folder: Path, model: Path) -> None:
         prompts=str(prompts),
         reward_funcs="tests.faults.runs:length",
         output_dir=str(folder),
-        rounds=1,
+        rounds=2,
         num_generations=3,
         sampling={"max_new_tokens": 4, "batch_size": 2},
         training=training,
@@ -172,9 +172,10 @@ def rounds(folder: Path, model: Path) -> None:
 
 def of_rounds(folder: Path) -> dict[str, Any]:
     found = {"metrics": json.loads((folder / "metrics.json").read_text())}
-    log = json.loads((folder / "round-1" / "log.json").read_text())
-    found["log"] = [{name: entry[name] for name in entry if not any(word in name for word in OWN)} for entry in log]
-    return found | load_file(folder / "round-1" / "model" / "model.safetensors")
+    for name in ("round-1", "round-2"):
+        log = json.loads((folder / name / "log.json").read_text())
+        found[name] = [{key: entry[key] for key in entry if not any(word in key for word in OWN)} for entry in log]
+    return found | load_file(folder / "round-2" / "model" / "model.safetensors")
 
 
 def stages(folder: Path) -> tuple[str, int]:

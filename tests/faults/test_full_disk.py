@@ -9,7 +9,7 @@ from functools import partial
 
 import pytest
 
-from tests.faults import children
+from tests import children
 from tests.faults.__main__ import watched
 from tests.faults.runs import RUNS, difference
 from trl_ext.data import cache

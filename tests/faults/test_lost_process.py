@@ -7,7 +7,7 @@ from functools import partial
 
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
-from tests.faults import children
+from tests import children
 from tests.faults.__main__ import watched
 from tests.faults.runs import RUNS
 

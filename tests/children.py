@@ -1,7 +1,8 @@
-"""Runs in forked processes, which can be killed: what was imported once need not be imported by each."""
+"""Work in forked processes, which can be killed: what was imported once need not be imported by each."""
 
 import contextlib
 import os
+import runpy
 import signal
 import sys
 import time
@@ -31,6 +32,10 @@ def start(work: Callable[[], None], log: Path) -> int:
         sys.stdout = sys.stderr = os.fdopen(file, "w", buffering=1)
         work()
         status = 0
+    except SystemExit as stop:
+        status = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        if isinstance(stop.code, str):
+            print(stop.code)
     except BaseException:
         with contextlib.suppress(OSError):  # of a full disk
             traceback.print_exc()
@@ -59,3 +64,14 @@ def ended(pid: int, kill_after: float | None = None, number: int = signal.SIGKIL
 def run(work: Callable[[], None], log: Path, **kill) -> int:
     """Do `work` in a process of its own and return how it ended."""
     return ended(start(work, log), **kill)
+
+
+def script(path: Path, arguments: list, log: Path) -> int:
+    """Do what `python path arguments` does in a process of its own and return how it ended."""
+
+    def work() -> None:
+        sys.argv = [str(path), *map(str, arguments)]
+        sys.path.insert(0, str(path.parent))
+        runpy.run_path(str(path), run_name="__main__")
+
+    return run(work, log)
