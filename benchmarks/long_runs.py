@@ -6,7 +6,8 @@ Long runs in the demonstration's world: do memory, threads, open files and the t
 
 Each part runs in a process of its own, with evaluation, checkpoints and logs on the way as a user has them. A line is fitted to what
 is measured after the first fifth, in which caches fill, and its slope stands beside a 95 % interval, as the change over the
-whole run in per cent of the level. "flat" says that the interval holds 0, or that the change is less than `--tolerance`.
+whole run in per cent of the level. "flat" says that the whole interval lies within `--tolerance` of 0 (of seconds, which the
+machine's other work moves, within `--tolerance-seconds`); "undecided", that it holds 0 and reaches further.
 """
 
 import argparse
@@ -151,9 +152,11 @@ def slope(values: list[float]) -> dict[str, float | str]:
 
 
 def verdict(found: dict[str, float], tolerance: float) -> str:
-    """`"flat"`, `"rises"` or `"falls"`."""
-    if found["low"] <= 0 <= found["high"] or abs(found["change"]) < tolerance:
+    """`"flat"`, `"rises"`, `"falls"` or `"undecided"`."""
+    if -tolerance <= found["low"] and found["high"] <= tolerance:
         return "flat"
+    if found["low"] <= 0 <= found["high"]:
+        return "undecided"
     return "rises" if found["change"] > 0 else "falls"
 
 
@@ -175,6 +178,9 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5, help="default: %(default)s")
     parser.add_argument(
         "--tolerance", type=float, default=2.0, help="per cent of the level that count as flat (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--tolerance-seconds", type=float, default=10.0, help="the same for the time of a step (default: %(default)s)"
     )
     parser.add_argument("--csv", help="write the rows here")
     parser.add_argument("--plot", help="draw every part here")
@@ -207,7 +213,8 @@ def main() -> None:
         for quantity in QUANTITIES:
             found = slope([point[quantity] for point in measured[part]])
             shown = {"part": part, "quantity": QUANTITIES[quantity], "steps": len(measured[part]), **found}
-            rows.append({**shown, "verdict": verdict(found, args.tolerance), **common.provenance("cpu")})
+            tolerance = args.tolerance_seconds if quantity == "seconds" else args.tolerance
+            rows.append({**shown, "verdict": verdict(found, tolerance), **common.provenance("cpu")})
     common.table(rows, COLUMNS, "Change over the whole run")
     if args.csv:
         common.write(rows, args.csv)

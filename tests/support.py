@@ -100,24 +100,26 @@ VALUES = "tests/test_dpo_values.py::test_loss_and_gradients_equal_the_plain_way"
 PARITY = "tests/test_parity.py"
 ONLINE_PARITY = "tests/online/test_trainer.py::test_loss_and_gradients_are_trls_on_the_same_completions"
 LOG_PROBS = "tests/test_rounds_log_probs.py::test_equal_to_the_trainers_reference"
+ROUND = "tests/test_rounds_training.py::test_a_round_is_a_training_on_its_pairs"
 BACKENDS = {
     "`DPOTrainer`": {
         "`auto`": f"{PARITY}::test_backend", "`torch`": f"{PARITY}::test_backend", "`liger`": f"{PARITY}::test_backend",
         "`trl`": f"{PARITY}::test_loss_type",
     },
-    "`OnlineDPOTrainer`": {"`auto`": ONLINE_PARITY, "`torch`": None, "`liger`": None, "`trl`": ONLINE_PARITY},
-    "rounds": {"`auto`": LOG_PROBS, "`torch`": None, "`liger`": None, "`trl`": LOG_PROBS},
+    "`OnlineDPOTrainer`": dict.fromkeys(("`auto`", "`torch`", "`liger`", "`trl`"), ONLINE_PARITY),
+    "rounds": {"`auto`": LOG_PROBS, "`torch`": ROUND, "`liger`": ROUND, "`trl`": LOG_PROBS},
 }  # fmt: skip
+LORA = "tests/test_lora.py::test_gradients_follow_from_those_of_the_merged_model"
 ADAPTERS = {
     "`DPOTrainer`": {
         "full": VALUES, "LoRA": f"{PARITY}::test_peft", "LoRA with a trained head": "tests/distributed/test_several_processes.py::test_core",
     },
-    "`OnlineDPOTrainer`": {"full": ONLINE_PARITY, "LoRA": ONLINE_PARITY, "LoRA with a trained head": None},
+    "`OnlineDPOTrainer`": {"full": ONLINE_PARITY, "LoRA": ONLINE_PARITY, "LoRA with a trained head": ONLINE_PARITY},
     "`RewardTrainer`": {
-        "full": "tests/test_reward_trainer.py::test_eurus_terms", "LoRA": None,
+        "full": "tests/test_reward_trainer.py::test_eurus_terms", "LoRA": LORA,
         "LoRA with a trained head": "tests/test_preference_model.py::test_an_adapter",
     },
-    "`SFTTrainer`": {"full": "tests/test_sft_trainer.py::test_values", "LoRA": None, "LoRA with a trained head": None},
+    "`SFTTrainer`": {"full": "tests/test_sft_trainer.py::test_values", "LoRA": LORA, "LoRA with a trained head": LORA},
     "rounds": {"full": "tests/test_rounds.py::test_two_rounds", "LoRA": NONE, "LoRA with a trained head": NONE},
 }  # fmt: skip
 TEACHERS = "tests/test_teachers.py"
@@ -143,11 +145,11 @@ ABILITIES = {
     "state: `alpha_dpo`, `beta_dpo`, `robust_em`": {
         "`DPOTrainer`": "tests/test_losses_with_state.py::test_statistics_are_those_of_the_deltas_of_a_run",
         "`OnlineDPOTrainer`": "tests/test_losses_with_state.py::test_online_reliabilities_are_those_of_the_judges_labels",
-        "rounds": None,
+        "rounds": ROUND,
     },
     "tokens: `dmpo`": {
         "`DPOTrainer`": "tests/test_turns_in_runs.py::test_loss_and_gradients_equal_the_plain_way",
-        "`OnlineDPOTrainer`": "tests/test_turns_in_runs.py::test_online_it_is_dpo", "rounds": None,
+        "`OnlineDPOTrainer`": "tests/test_turns_in_runs.py::test_online_it_is_dpo", "rounds": ROUND,
     },
     "teachers: `aligndistil`": {
         "`DPOTrainer`": f"{TEACHERS}::test_loss_and_every_gradient_equal_the_plain_way",
@@ -164,23 +166,26 @@ ABILITIES = {
                                 (("loss_type", "simpo"), ("sync_ref_model", True))),
         "`OnlineDPOTrainer`": Refusal("needs a reference model, and a run of ['simpo'] has none",
                                       (("loss_type", "simpo"), ("sync_ref_model", True))),
-        "rounds": None,
+        "rounds": Refusal("reads a reference model, so ['sync_ref_model'] would have no effect",
+                          (("loss_type", "simpo"), ("sync_ref_model", True))),
     },
     "it, and a precomputed reference": {
         "`DPOTrainer`": Refusal("reads a reference model, so ['precompute_ref_log_probs'] would have no effect",
                                 (("loss_type", "simpo"), ("precompute_ref_log_probs", True))),
-        "`OnlineDPOTrainer`": NONE, "rounds": None,
+        "`OnlineDPOTrainer`": NONE,
+        "rounds": Refusal("reads a reference model, so ['precompute_ref_log_probs'] would have no effect",
+                          (("loss_type", "simpo"), ("precompute_ref_log_probs", True))),
     },
     "moving reference": {
         "`DPOTrainer`": "tests/test_reference_runs.py::test_a_reference_that_follows_the_policy",
-        "`OnlineDPOTrainer`": "tests/online/test_trainer.py::test_a_reference_that_moves", "rounds": None,
+        "`OnlineDPOTrainer`": "tests/online/test_trainer.py::test_a_reference_that_moves", "rounds": ROUND,
     },
     "precomputed reference": {
-        "`DPOTrainer`": "tests/test_dpo_trainer.py::test_option_that_changes_no_number", "`OnlineDPOTrainer`": NONE, "rounds": None,
+        "`DPOTrainer`": "tests/test_dpo_trainer.py::test_option_that_changes_no_number", "`OnlineDPOTrainer`": NONE, "rounds": ROUND,
     },
     "remembered reference": {
         "`DPOTrainer`": "tests/test_reference_memory.py::test_the_second_epoch_runs_no_reference", "`OnlineDPOTrainer`": NONE,
-        "rounds": None,
+        "rounds": ROUND,
     },
     "two traces: `bias_variance`": {
         "`DPOTrainer`": VALUES, "`OnlineDPOTrainer`": "tests/online/test_values.py::test_two_traces",

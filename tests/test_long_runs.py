@@ -18,13 +18,15 @@ def test_a_line_by_hand(long_runs):
     # One more per step: of ten steps 10, in per cent of the median, 103.5
     assert found == pytest.approx({"level": 103.5, "change": 1000 / 103.5, "low": 1000 / 103.5, "high": 1000 / 103.5})
     assert long_runs.verdict(found, 2.0) == "rises" and long_runs.verdict(found, 10.0) == "flat"
+    assert long_runs.verdict({"change": -3.0, "low": -4.0, "high": -1.0}, 2.0) == "falls"
+    assert long_runs.verdict({"change": 1.0, "low": -1.0, "high": 3.0}, 2.0) == "undecided"
     # Slope -1/5, of the sum of squares 4/5 is left: a standard error of sqrt(4/5 / 2 / 5); the level is 1/2, t of two degrees 4.3027
     found = long_runs.slope([7.0, 1.0, 0.0, 1.0, 0.0])
     reach = 4.302653 * (0.8 / 2 / 5) ** 0.5
     assert found["change"] == pytest.approx(-0.2 * 1000) and found["high"] == pytest.approx(
         (-0.2 + reach) * 1000, rel=1e-5
     )
-    assert long_runs.verdict(found, 2.0) == "flat"
+    assert long_runs.verdict(found, 2.0) == "undecided"
 
 
 def test_neighbours_are_one_block(long_runs):

@@ -184,6 +184,7 @@ REFUSED = [
     ({"sampling": [3]}, "must be a dictionary"),
     ({"training": {"output_dir": "x"}}, "may not set"),
     ({"training": {"pairing": "all"}}, "may not set"),
+    ({"training": {"resume_from_checkpoint": "x"}}, "may not set"),
     ({"training": {"learning_rat": 1e-6}}, r"unknown settings \['learning_rat'\]\. Did you mean 'learning_rate'"),
     ({"training": {"learning_rate": "1e-6"}}, "`training.learning_rate='1e-6'` is a str; expected a number"),
     ({"training": {"max_steps": 2.5}}, "`training.max_steps=2.5` is a float; expected a whole number"),
@@ -199,6 +200,21 @@ REFUSED = [
         {"judge": JUDGE, "length_shaping": "balance", "training": {"loss_type": "sppo_soft"}},
         "`length_shaping='balance'`",
     ),
+    # What only the trainer of a round says
+    ({"training": {"loss_type": "simpo", "sync_ref_model": True}}, "reads a reference model, so"),
+    ({"training": {"loss_type": "simpo", "precompute_ref_log_probs": True}}, "reads a reference model, so"),
+    ({"training": {"sync_ref_model": True, "precompute_ref_log_probs": True}}, "assumes a fixed reference model"),
+    ({"training": {"eval_strategy": "steps"}}, "you didn't pass an `eval_dataset`"),
+    (
+        {"training": {"loss_type": "offset", "accelerator_config": {"dispatch_batches": True}}},
+        "Leave it out of `accelerator_config`",
+    ),
+    ({"training": {"teacher_model_name_or_path": "."}}, "None of the losses .* reads teachers"),
+    ({"training": {"max_length": 1}}, "nothing of a completion is left"),
+    ({"training": {"pad_token": "<|none|>"}}, "is not found in the vocabulary"),
+    ({"training": {"train_sampling_strategy": "group_by_length"}}, "`training` cannot be used"),
+    ({"training": {"optim": "adamw_bnb_8bit"}}, "bitsandbytes"),
+    ({"training": {"model_init_kwargs": {"dtype": "float99"}}}, "`dtype='float99'` is no dtype"),
 ]
 
 
@@ -220,6 +236,11 @@ def test_refused(change, message, tiny_model_dir, prompts, tmp_path):
         {"rounds": 1, "num_generations": 2, "extrapolation": -0.5},
         {"reward_funcs": {"mean": TWO}, "training": {"loss_type": "e_dpo"}},
         {"reward_funcs": TWO, "training": {"loss_type": "offset"}},
+        # Of rows as few as those of the rehearsal neither is left
+        {"training": {"dataloader_drop_last": True, "per_device_train_batch_size": 64, "dataset_num_proc": 4}},
+        {"training": {"loss_type": "inpo", "loss_kwargs": {"eta": 0.5, "tau": 0.25}}},
+        {"training": {"loss_type": "anchored"}, "pairing": "group"},
+        {"pairing": "all", "training": {"precompute_ref_log_probs": True, "optim_target_modules": ["q_proj"]}},
     ],
 )
 def test_accepted(change, tiny_model_dir, prompts, tmp_path):

@@ -38,16 +38,18 @@ OURS = (
 )
 
 
-def lora():
-    return LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+def lora(heads=None):
+    return LoraConfig(
+        r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False, modules_to_save=heads
+    )
 
 
 # Against TRL, and by hand
 
 
 @pytest.mark.parametrize("loss_type", ["sigmoid", "ipo"])
-@pytest.mark.parametrize("peft", [False, True], ids=["full", "lora"])
-@pytest.mark.parametrize("backend", ["auto", "trl"])
+@pytest.mark.parametrize("peft", [None, lora(), lora(["lm_head"])], ids=["full", "lora", "lora and head"])
+@pytest.mark.parametrize("backend", ["auto", "torch", "liger", "trl"])
 def test_loss_and_gradients_are_trls_on_the_same_completions(loss_type, peft, backend, tiny_model_dir, tmp_path):
     kwargs = {"loss_type": loss_type, "gradient_checkpointing": False}
     results = []
@@ -59,10 +61,10 @@ def test_loss_and_gradients_are_trls_on_the_same_completions(loss_type, peft, ba
             tmp_path,
             cls=cls,
             config=config,
-            trainer_kwargs={"peft_config": lora() if peft else None},
+            trainer_kwargs={"peft_config": peft},
             **options,
         )
-        if not peft:  # the policy away from its reference
+        if peft is None:  # the policy away from its reference
             with torch.no_grad():
                 for parameter in trainer.model.parameters():
                     parameter.mul_(1.05)
@@ -79,6 +81,7 @@ def test_loss_and_gradients_are_trls_on_the_same_completions(loss_type, peft, ba
     (loss, grads), (our_loss, our_grads) = results
     torch.testing.assert_close(our_loss, loss, rtol=1e-5, atol=1e-6)
     assert grads.keys() == our_grads.keys()
+    assert peft is None or any("lm_head" in name for name in grads) == bool(peft.modules_to_save)
     for name, value in grads.items():
         scale = value.abs().max() + 1e-6
         torch.testing.assert_close(our_grads[name] / scale, value / scale, rtol=1e-4, atol=2e-5)

@@ -22,7 +22,7 @@ from trl_ext.trainers.dpo_config import DPOConfig
 
 REFERENCES = ("reset", "keep")
 # Settings that the rounds choose themselves, by the dictionary in which they would stand
-RESERVED = {"sampling": ("seed", "cache_dir"), "training": ("output_dir", "pairing")}
+RESERVED = {"sampling": ("seed", "cache_dir"), "training": ("output_dir", "pairing", "resume_from_checkpoint")}
 
 
 @dataclasses.dataclass

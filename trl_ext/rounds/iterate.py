@@ -14,6 +14,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from trl_ext.data.cache import content_seed, processes, write_atomically
 from trl_ext.data.columns import takes_each_reward
+from trl_ext.data.generators import check_dtype
 from trl_ext.data.groups import from_groups
 from trl_ext.data.rewards import JUDGES, read_columns
 from trl_ext.data.sampling import check_prompts, sample_completions
@@ -24,6 +25,7 @@ from trl_ext.rounds.disk import claim
 from trl_ext.rounds.extrapolate import extrapolate
 from trl_ext.rounds.log_probs import implicit_rewards, load_model, pair_log_probs
 from trl_ext.rounds.progress import Progress, paired, sampled, scored_of, trained_in
+from trl_ext.rounds.rehearsal import made_up_groups, rehearse
 from trl_ext.rounds.replay import TEMPLATE, load_replay, mix_replay
 from trl_ext.rounds.report import round_metrics, round_table
 from trl_ext.rounds.rewards import IMPLICIT, check_kinds, model_names
@@ -82,6 +84,7 @@ class IterativeDPO:
         # Refused now, not after the first sampling
         self.args = self._training_arguments(self.folder)
         unset_hf_deepspeed_config()  # ZeRO-3 is of training: what samples and scores is loaded whole in each process
+        check_dtype((self.args.model_init_kwargs or {}).get("dtype", "auto"))
         self._check_losses()
         models = model_names(config.scorer)
         models += [("implicit reference", name) for name in [config.implicit_reference] if name is not None]
@@ -99,6 +102,10 @@ class IterativeDPO:
         if config.replay is not None:
             read = [name for name in SCORES if name in self._read]
             self.replay = load_replay(config.replay, self.prompts, read)
+        made_up = self._pairs(made_up_groups(self.prompts), "a round")
+        for name in INITIAL if "inpo" in self.losses else ():
+            made_up = made_up.add_column(name, [-1.0] * len(made_up))
+        rehearse(self.args, made_up, self.tokenizer, self._reads_reference)
 
     def _load_prompts(self) -> Dataset:
         prompts = load_rows(self.config.prompts, "prompts")
@@ -262,10 +269,9 @@ class IterativeDPO:
             groups, shaped["length_penalty"] = balance_lengths(groups)
         if self.state.is_main_process:
             write_atomically(self.folder / f"round-{number}" / "shaping.json", json.dumps(shaped))
-        groups = groups.select_columns([*self.prompts.column_names, "completions", "scores"])
+        pairs = self._pairs(groups, f"round {number}")
         if config.pairing == "group":
-            return groups
-        pairs = from_groups(groups, config.pairing, f"round {number}")
+            return pairs
         if config.min_margin:
             pairs = pairs.filter(lambda row: row["score_chosen"] - row["score_rejected"] >= config.min_margin)
             if not len(pairs):
@@ -277,6 +283,11 @@ class IterativeDPO:
             for name, column in zip(INITIAL, zip(*values, strict=True), strict=True):
                 pairs = pairs.add_column(name, list(column))
         return pairs
+
+    def _pairs(self, groups: Dataset, split: str) -> Dataset:
+        """What a round trains on; whole groups stay what they are."""
+        groups = groups.select_columns([*self.prompts.column_names, "completions", "scores"])
+        return groups if self.config.pairing == "group" else from_groups(groups, self.config.pairing, split)
 
     def _training_arguments(self, folder: Path, **named: str) -> DPOConfig:
         options = {"seed": self.config.seed, **self.config.training, **named}
