@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 
+from tests import children
 from tests.conftest import preference_rows
 from trl_ext import list_losses
 from trl_ext.cli import main
@@ -41,6 +42,15 @@ def run(*args, env=None, cwd=None, launcher=("-m", "trl_ext")):
     }
     command = [sys.executable, *launcher, *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=cwd, stdin=subprocess.DEVNULL)
+
+
+def forked(monkeypatch, folder, *args):
+    """The same in a fork of this process, which has imported everything; what it prints, errors among it, is `stdout`."""
+    log = folder / "log"
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(folder / "cache"))
+    status = children.run(lambda: sys.exit(main([*map(str, args)])), log)
+    return subprocess.CompletedProcess(args, status, log.read_text())
 
 
 @pytest.fixture
@@ -112,11 +122,11 @@ def test_run_trls_own_command(data, tiny_model_dir, tmp_path):
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
-def test_mistakes_end_without_a_traceback(data, tiny_model_dir, tmp_path):
-    done = run("run", "dpo", "--model_name_or_path", tiny_model_dir, "--dataset_name", data, "--output_dir", "out", *CPU,
-               "--loss_type", "offset", "--loss_kwargs", '{"alpha": -1}', cwd=tmp_path)  # fmt: skip
+def test_mistakes_end_without_a_traceback(data, tiny_model_dir, tmp_path, monkeypatch):
+    done = forked(monkeypatch, tmp_path, "run", "dpo", "--model_name_or_path", tiny_model_dir, "--dataset_name", data, "--output_dir", "out", *CPU,
+                  "--loss_type", "offset", "--loss_kwargs", '{"alpha": -1}')  # fmt: skip
     assert done.returncode == 2
-    assert "must be at least 0" in done.stderr and "Traceback" not in done.stderr
+    assert "must be at least 0" in done.stdout and "Traceback" not in done.stdout
 
 
 def test_run_under_accelerate(script, data, tiny_model_dir, tmp_path):
@@ -127,16 +137,17 @@ def test_run_under_accelerate(script, data, tiny_model_dir, tmp_path):
     assert "'target/mean'" in done.stdout
 
 
-def test_bad_data_end_without_a_traceback(script, data, tiny_model_dir, tmp_path):
+def test_bad_data_end_without_a_traceback(script, data, tiny_model_dir, tmp_path, monkeypatch):
     rows = [json.loads(line) for line in data.read_text().splitlines()]
     rows[3]["score_chosen"] = -1.0
     data.write_text("\n".join(map(json.dumps, rows)))
     arguments = ["run", script, "--loss_type", "offset", "--output_dir", "out", *CPU, tiny_model_dir, data]
-    done = run(*arguments, cwd=tmp_path)
+    done = forked(monkeypatch, tmp_path, *arguments)
     assert done.returncode == 2
-    assert "the first in row 3" in done.stderr
-    assert "Traceback" not in done.stderr
-    assert "Traceback" in run(*arguments, cwd=tmp_path, env={"TRL_EXT_TRACEBACK": "1"}).stderr
+    assert "the first in row 3" in done.stdout
+    assert "Traceback" not in done.stdout
+    monkeypatch.setenv("TRL_EXT_TRACEBACK", "1")
+    assert "Traceback" in forked(monkeypatch, tmp_path, *arguments).stdout
 
 
 @pytest.mark.parametrize("folder", ["scripts", "trl/scripts", "trl_ext"])
@@ -155,8 +166,8 @@ def test_no_such_script(capsys):
     assert "no script 'nowhere.py'" in capsys.readouterr().err
 
 
-def test_help_of_the_script_is_the_scripts(script, tmp_path):
-    done = run("run", script, "--help", cwd=tmp_path)
+def test_help_of_the_script_is_the_scripts(script, tmp_path, monkeypatch):
+    done = forked(monkeypatch, tmp_path, "run", script, "--help")
     assert done.returncode == 0
     assert "--loss_kwargs" in done.stdout
 
@@ -203,11 +214,11 @@ if __name__ == "__main__":
 """
 
 
-def test_run_an_unmodified_online_script(data, tiny_model_dir, tmp_path):
+def test_run_an_unmodified_online_script(data, tiny_model_dir, tmp_path, monkeypatch):
     path = tmp_path / "online.py"
     path.write_text(ONLINE)
-    done = run("run", path, "--loss_type", "anchored", "--num_generations", "3", "--pairing", "group", "--max_new_tokens",
-               "6", "--output_dir", "out", *CPU, tiny_model_dir, data, cwd=tmp_path)  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    done = forked(monkeypatch, tmp_path, "run", path, "--loss_type", "anchored", "--num_generations", "3", "--pairing", "group",
+                  "--max_new_tokens", "6", "--output_dir", "out", *CPU, tiny_model_dir, data)  # fmt: skip
+    assert done.returncode == 0, done.stdout
     assert "CLASS trl_ext.trainers.online.trainer" in done.stdout
     assert "'pairs/dropped_prompts'" in done.stdout

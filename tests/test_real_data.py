@@ -63,7 +63,7 @@ def test_held_out_accuracy_rises(loss_type, imdb, tmp_path):
                 per_device_train_batch_size=8,
                 learning_rate=1e-3,
                 per_device_eval_batch_size=32,
-                max_length=96,
+                max_length=64,
                 logging_steps=20,
                 gradient_checkpointing=False,
             )
@@ -89,7 +89,7 @@ def test_a_preference_model_learns_what_is_preferred(imdb, tmp_path):
     path, dataset, _ = imdb
     pairs = dataset.select_columns(["prompt", "chosen", "rejected"])
     args = options(
-        tmp_path, preference_dim=4, max_steps=40, per_device_train_batch_size=8, learning_rate=1e-3,
+        tmp_path, preference_dim=4, max_steps=60, per_device_train_batch_size=8, learning_rate=1e-3,
         per_device_eval_batch_size=32, logging_steps=20, gradient_checkpointing=False,
     )  # fmt: skip
     trainer = RewardTrainer(str(path), RewardConfig(**args), train_dataset=pairs["train"], eval_dataset=pairs["test"])
@@ -177,7 +177,7 @@ def test_what_two_models_have_learnt_is_distilled(imdb, tmp_path):
         config = DPOConfig(
             **options(
                 tmp_path / name, loss_type=loss_type, max_steps=25, per_device_train_batch_size=8, learning_rate=1e-3,
-                per_device_eval_batch_size=32, max_length=96, logging_steps=25, gradient_checkpointing=False,
+                per_device_eval_batch_size=32, max_length=64, logging_steps=25, gradient_checkpointing=False,
             )
         )  # fmt: skip
         return DPOTrainer(model=str(path), args=config, train_dataset=data, eval_dataset=dataset["test"], **given)
