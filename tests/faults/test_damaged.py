@@ -15,7 +15,7 @@ import trl_ext
 from tests.conftest import preference_rows
 from tests.faults.runs import length
 from tests.helpers import options
-from trl_ext.data.cache import Ledger, read_sealed, write_sealed
+from trl_ext.data.cache import Ledger, checksum, read_sealed, write_sealed
 from trl_ext.data.sampling import sample_completions
 from trl_ext.rounds import disk
 from trl_ext.trainers import checkpoints
@@ -72,6 +72,7 @@ def online(model, tmp_path_factory):
 
 
 OFFLINE = [
+    "model.safetensors",
     "losses.json",
     "loss_state.safetensors",
     "num_tokens.json",
@@ -106,16 +107,13 @@ def test_a_damaged_file_of_a_checkpoint_is_found(kind, name, offline, online):
     assert problem(checkpoint) is None
 
 
-def test_truncated_weights_are_found(offline):
+def test_of_a_large_file_the_size_is_compared(offline, monkeypatch):
     checkpoint = Path(offline.args.output_dir) / "checkpoint-2"
-    path = checkpoint / "model.safetensors"
-    data = path.read_bytes()
-    try:
-        for end in range(0, len(data), len(data) // 20):
-            path.write_bytes(data[:end])
-            assert "model.safetensors was cut off" in problem(checkpoint)
-    finally:
-        path.write_bytes(data)
+    monkeypatch.setattr(checkpoints, "LARGE", 1000)
+    found = checkpoints._contents(checkpoint)
+    assert all(size == (checkpoint / name).stat().st_size for name, (size, _) in found.items())
+    assert found["model.safetensors"][1] is found["optimizer.pt"][1] is None
+    assert found["losses.json"][1] == checksum(checkpoint / "losses.json")
 
 
 def test_a_damaged_list_of_contents(offline):

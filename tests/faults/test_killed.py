@@ -33,6 +33,8 @@ LIVES = {
         ("tear", "write round-1/scored/data", KILL, "1 stages"),
         ("kill", "write round-1/train/checkpoint-2/trainer_state", TERM, "3 stages"),
         ("tear", "write round-1/model/model", KILL, "3 stages"),
+        ("kill", "mkdir round-2", TERM, "4 stages"),
+        ("tear", "write round-2/train/checkpoint-2/model", KILL, "7 stages"),
     ],
 }  # fmt: skip
 

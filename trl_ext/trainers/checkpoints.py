@@ -19,7 +19,7 @@ from trl_ext.trainers.checkpoint_files import STATE, check_checkpoint, unreadabl
 
 logger = logging.getLogger(__name__)
 
-# Sizes and checksums of what a run is resumed with, beside the weights
+# Sizes and checksums of what a run is resumed with
 CONTENTS = "trl_ext_contents.json"
 BEING_WRITTEN = "null"
 TOKENS_FILE = "num_tokens.json"
@@ -34,6 +34,9 @@ OURS = (
 # Of transformers, FSDP and DeepSpeed
 THEIRS = (
     STATE,
+    "model*.safetensors",
+    "adapter_model.*",
+    "*.index.json",
     "optimizer.*",
     "scheduler.pt",
     "scaler.pt",
@@ -45,8 +48,8 @@ THEIRS = (
     "latest",
 )
 # What the reference has said is not among them: it says by itself whether it is whole, and is computed anew.
-# Bytes from which on the size alone of a file of theirs is compared: all of a large optimizer would take minutes
-LARGE = 2**28
+# Bytes from which on the size alone of a file of theirs is compared: a checksum takes as long as reading the file
+LARGE = 2**33
 
 
 class WholeCheckpoints:
@@ -183,8 +186,8 @@ def problem(checkpoint: Path) -> str | None:
         return f"The checkpoint {checkpoint} was not finished: a process had not yet written its part."
     for name in _damaged(checkpoint):
         return (
-            f"The checkpoint {checkpoint} is damaged: {name} was cut off, changed or removed since it was written ({CONTENTS} says how large "
-            "files were, and their checksums)."
+            f"The checkpoint {checkpoint} is damaged: {name} was cut off, changed or removed since it was written. {CONTENTS} says how large "
+            "files were, and their checksums: remove it where the change is meant."
         )
     for path, reason in unreadable(checkpoint):
         return f"The checkpoint {checkpoint} is damaged: {path.name} was cut off or changed, and cannot be read ({reason})."
