@@ -24,6 +24,7 @@ from trl_ext.trainers.dpo_config import DPOConfig
 from trl_ext.trainers.loss_types import build_losses, check_combination, resolve_loss_types
 from trl_ext.trainers.metrics import pair_metrics
 from trl_ext.trainers.mixing import MeasuredMixing
+from trl_ext.trainers.options import refuse_dropped_data
 from trl_ext.trainers.policy_copy import frozen_copy
 from trl_ext.trainers.prepare import PreferenceData
 from trl_ext.trainers.reference import copies_policy, precomputed, reference_forward, refuse_reference
@@ -193,6 +194,7 @@ class DPOTrainer(WithTerms, trl.DPOTrainer):
             )
         if copied and self.precompute_ref_logps:
             self.ref_model = None  # it has served
+        refuse_dropped_data(self)
         bind_forward(base_model(self.model))
         self._teachers = Teachers(self, teachers) if teachers else None
         self._mixing = MeasuredMixing(self)

@@ -74,6 +74,19 @@ def check_options(args: Any) -> None:
     _check_keywords(args)
 
 
+def refuse_dropped_data(trainer: Any) -> None:
+    """Raise a `ValueError` where `dataloader_drop_last` drops every row: training would end at once, with a warning."""
+    data, args = trainer.train_dataset, trainer.args
+    if data is None or not hasattr(data, "__len__") or not args.dataloader_drop_last:
+        return
+    batch = args.train_batch_size * trainer.accelerator.num_processes
+    if 0 < len(data) < batch:
+        raise ValueError(
+            f"`dataloader_drop_last=True` would drop all {len(data)} rows of the train dataset: a batch of all processes has {batch}. Lower "
+            "`per_device_train_batch_size`, or leave `dataloader_drop_last` out."
+        )
+
+
 def _check_number(name: str, value: Any, least: float | None, most: float | None) -> None:
     whole = name in WHOLE or name in WHOLE_OF_SYNC
     if is_finite_number(value) and (isinstance(value, numbers.Integral) or not whole):

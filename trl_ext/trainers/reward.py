@@ -28,6 +28,7 @@ from trl_ext.data.classifier import ADAPTER_CONFIG, refuse_preference_model
 from trl_ext.data.paths import refuse_missing_path
 from trl_ext.data.preference_model import preference_score
 from trl_ext.trainers.checkpoints import WholeCheckpoints
+from trl_ext.trainers.options import refuse_dropped_data
 from trl_ext.trainers.trl_seam import REWARD_TRAINER, require_names
 
 
@@ -163,6 +164,7 @@ class RewardTrainer(WholeCheckpoints, trl.RewardTrainer):
                 quantization_config=quantization_config,
                 peft_config=peft_config,
             )
+        refuse_dropped_data(self)
         if self._embeds:
             self.model.config.preference_temperature = args.preference_temperature
 

@@ -26,6 +26,7 @@ from trl_ext.data.columns import WEIGHT, over_splits
 from trl_ext.data.conditions import CONDITION, PLACES, class_columns, require_reading_template, with_classes
 from trl_ext.data.paths import refuse_missing_path
 from trl_ext.trainers.checkpoints import WholeCheckpoints
+from trl_ext.trainers.options import refuse_dropped_data
 from trl_ext.trainers.trl_seam import SFT_TRAINER, base_model, require_names, unbind_forward
 
 
@@ -192,6 +193,7 @@ class SFTTrainer(WholeCheckpoints, trl.SFTTrainer):
             peft_config=peft_config,
             formatting_func=formatting_func,
         )
+        refuse_dropped_data(self)
         if self._columns:
             self._name, self._paper = "C-RLFT", PAPER
         if self._weighted:

@@ -40,6 +40,7 @@ from trl_ext.trainers.online.prompts import PromptData
 from trl_ext.trainers.online.rewards import Scores, judge_scores, reward_scores, rows_of
 from trl_ext.trainers.online.selection import Selection, select
 from trl_ext.trainers.online.together import Together
+from trl_ext.trainers.options import refuse_dropped_data
 from trl_ext.trainers.policy_copy import frozen_copy
 from trl_ext.trainers.reference import SyncReferenceAdapter, add_reference_adapter
 from trl_ext.trainers.scoring import build_scorer
@@ -243,6 +244,7 @@ class OnlineDPOTrainer(Together, Generation, Learning, Evaluation, WithTerms, TR
             args.model_init_kwargs = model_init_kwargs
         if isinstance(judge, PreferenceModel):
             judge.model.to(self.accelerator.device)
+        refuse_dropped_data(self)
         self.num_generations = args.num_generations
         self._thinking = (True, False) if "bias_variance" in losses else (True,)
         self._win_rates = judge is not None and any(reads_win_rates(loss) for loss in losses.values())
