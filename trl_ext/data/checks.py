@@ -3,6 +3,7 @@
 import logging
 from typing import Any
 
+import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset
 
 from trl_ext.reading import is_finite_number as is_finite_number
@@ -91,6 +92,35 @@ def check_tokenized(
     if isinstance(dataset, Dataset):
         say_what_was_dropped(len(dataset), len(kept), split, max_length)
     return kept
+
+
+def refuse_unknown_tokens(dataset: Dataset | IterableDataset, split: str, model: Any) -> None:
+    """
+    Raise a `ValueError` for a token id that a model has no embedding for: on a GPU it would end in an assertion of the device.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            Tokenized; a stream is not looked at, which would draw all of it.
+        split (`str`):
+            What the dataset is called in the error.
+        model ([`~transformers.PreTrainedModel`]):
+            What reads the tokens.
+    """
+    number = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    if number is None or not isinstance(dataset, Dataset):
+        return
+    names = [name for name in TOKENIZED if name in dataset.column_names]
+    for start, table in enumerate(dataset.select_columns(names).with_format("arrow").iter(batch_size=1000)):
+        for name in names:
+            largest = pc.max(pc.list_flatten(table.column(name))).as_py()
+            if largest is not None and largest >= number:
+                rows = table.column(name).to_pylist()
+                row = 1000 * start + next(i for i, ids in enumerate(rows) if max(ids, default=0) >= number)
+                raise ValueError(
+                    f"Row {row} of the {split} dataset has the token id {largest} or one as large in {name!r}, and the model has {number} "
+                    "embeddings. Take the tokenizer that belongs to the model, or, where tokens were added to it, give the model room for "
+                    "them: model.resize_token_embeddings(len(tokenizer))."
+                )
 
 
 def say_what_was_dropped(before: int, after: int, split: str, max_length: int | None) -> None:

@@ -164,7 +164,13 @@ def checked(
         return dataset
     if isinstance(dataset, Dataset):
         table = dataset.select_columns(numeric).with_format("arrow")[:]
-        check_values({name: table[name].to_pylist() for name in numeric}, losses, split)
+        values = {name: table[name].to_pylist() for name in numeric}
+        check_values(values, losses, split)
+        if WEIGHT in values and values[WEIGHT] and not any(values[WEIGHT]):
+            raise ValueError(
+                f"Each of the {len(dataset)} rows of the {split} dataset has a 'weight' of 0, so that none of them counts. Drop the column "
+                "(dataset.remove_columns('weight')), or give some rows a weight."
+            )
         return dataset
     first = next(iter(dataset))
 

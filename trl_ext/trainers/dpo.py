@@ -15,8 +15,9 @@ from datasets import Dataset, IterableDataset
 from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
 
 from trl_ext.data.cache import write_atomically
-from trl_ext.data.checks import REFERENCES
+from trl_ext.data.checks import REFERENCES, refuse_unknown_tokens
 from trl_ext.data.collator import RowsCollator
+from trl_ext.data.columns import over_splits
 from trl_ext.data.paths import refuse_missing_path
 from trl_ext.rows import TABLE, Plan, Rows, from_batch
 from trl_ext.trainers.checkpoints import TOKENS_FILE
@@ -195,6 +196,8 @@ class DPOTrainer(WithTerms, trl.DPOTrainer):
         if copied and self.precompute_ref_logps:
             self.ref_model = None  # it has served
         refuse_dropped_data(self)
+        for split, data in (("train", self.train_dataset), ("eval", self.eval_dataset)):
+            over_splits(data, functools.partial(refuse_unknown_tokens, model=self.model), split)
         bind_forward(base_model(self.model))
         self._teachers = Teachers(self, teachers) if teachers else None
         self._mixing = MeasuredMixing(self)
