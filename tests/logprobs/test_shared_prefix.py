@@ -137,7 +137,9 @@ def test_pays_where_prompts_are_long():
 @pytest.mark.parametrize("name", INEXACT)
 def test_where_it_is_not_exact(name):
     options, reason = INEXACT[name]
-    assert reason in why_not_shared(tiny(name, options))
+    said = why_not_shared(tiny(name, options))
+    # Before transformers 5.23 the layers of RecurrentGemma were called after the model
+    assert reason in said or (name == "recurrent_gemma" and "'recurrent'" in said)
 
 
 def test_dropout():

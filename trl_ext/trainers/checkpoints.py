@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, is_peft_model
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError
 from transformers.trainer_utils import rotate_checkpoints
 
@@ -65,6 +66,8 @@ class WholeCheckpoints:
         for text in filter(None, gather_object([refusal])):
             raise ValueError(text)
         self._before_training(checkpoint)
+        if checkpoint is not None:
+            _load_first_of_several_adapters(self, checkpoint)
         return super().train(checkpoint, *args, **kwargs)
 
     def _before_training(self, checkpoint: str | None) -> None:
@@ -108,6 +111,16 @@ class WholeCheckpoints:
             yield
         finally:
             self.args.save_total_limit = limit
+
+
+def _load_first_of_several_adapters(trainer: Any, checkpoint: str) -> None:
+    """What transformers before 5.23 leaves as it is: where a reference lies beside the adapter, it loads the reference's alone."""
+    model, sharded = trainer.model, trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    there = any((Path(checkpoint) / name).exists() for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME))
+    if there and not sharded and is_peft_model(model) and {"default"} < {*model.peft_config}:
+        active = model.active_adapter
+        model.load_adapter(checkpoint, "default", is_trainable=active == "default")
+        model.set_adapter(active)
 
 
 def _of_the_disk(error: Exception) -> bool:
