@@ -22,8 +22,9 @@ help:  ## list the commands
 demo: .venv/ready  ## train DPO and our losses in a small world, nothing to download
 	$(BIN)/trl-ext demo $(ARGS)
 
+# A worker that is done takes tests from another: some take a minute
 test: .venv/ready  ## run the tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 test-distributed: .venv/ready  ## run the tests of several processes alone: DDP, FSDP2 and, where deepspeed is installed, ZeRO
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow or distributed" tests/distributed tests/test_many_processes.py $(ARGS)

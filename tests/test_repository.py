@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 import trl_ext
 from tests import smoke
@@ -211,3 +213,15 @@ def test_the_model_of_the_smoke_test_trains(tmp_path, monkeypatch, trl_as_it_was
 def test_a_checkout_is_no_wheel():
     with pytest.raises(AssertionError, match="is a checkout, not the wheel"):
         smoke.check_installation()
+
+
+def test_the_oldest_versions_are_those_that_are_allowed():
+    """CONTRIBUTING.md names a command that tests with the lower bounds."""
+    said = re.search(r'VERSIONS="(transformers==[^"]*)"', (ROOT / "CONTRIBUTING.md").read_text())[1]
+    oldest = dict(each.split("==") for each in said.split())
+    for text in PROJECT["dependencies"]:
+        requirement = Requirement(text)
+        least = [Version(each.version) for each in requirement.specifier if each.operator == ">="]
+        if requirement.name in oldest:
+            assert least == [Version(oldest[requirement.name])], requirement.name
+    assert {"transformers", "liger-kernel", "torch"} <= {*oldest}
