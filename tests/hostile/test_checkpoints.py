@@ -95,7 +95,8 @@ def test_trainers_look_before_they_resume(tmp_path, checkpoint, monkeypatch):
     monkeypatch.setattr(checkpoints, "check_checkpoint", looked.append)
     parent = type("Parent", (), {"train": lambda self, *args, **kwargs: trained.append(args)})
     trainer = type("Mine", (with_terms.WithTerms, parent), {})()
-    trainer.args = SimpleNamespace(output_dir=str(tmp_path))
+    trainer.args, trainer.model = SimpleNamespace(output_dir=str(tmp_path)), torch.nn.Linear(1, 1)
+    trainer.is_fsdp_enabled = trainer.is_deepspeed_enabled = False
     for given in (None, False, "here", True):
         trainer.train(given)
     assert looked == ["here", str(checkpoint)] and trained == [(None,), (None,), ("here",), (str(checkpoint),)]

@@ -167,10 +167,7 @@ def checked(
         values = {name: table[name].to_pylist() for name in numeric}
         check_values(values, losses, split)
         if WEIGHT in values and values[WEIGHT] and not any(values[WEIGHT]):
-            raise ValueError(
-                f"Each of the {len(dataset)} rows of the {split} dataset has a 'weight' of 0, so that none of them counts. Drop the column "
-                "(dataset.remove_columns('weight')), or give some rows a weight."
-            )
+            raise ValueError(f"All weights of the {split} dataset are 0: nothing would be learnt from it.")
         return dataset
     first = next(iter(dataset))
 

@@ -62,8 +62,6 @@ def with_classes(
             )
     if WEIGHT in available:
         dataset = checked(dataset, [WEIGHT], {}, split)
-        if isinstance(dataset, Dataset) and not any(dataset[WEIGHT]):
-            raise ValueError(f"All weights of the {split} dataset are 0: nothing would be learnt from it.")
     if CONDITION not in available:
         return dataset
     if {"image", "images"} & {*available}:
