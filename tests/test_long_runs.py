@@ -34,6 +34,10 @@ def test_neighbours_are_one_block(long_runs):
     values = [5.0] * 125
     values[60] = 1e6
     assert long_runs.slope(values) == {"level": 5.0, "change": 0.0, "low": 0.0, "high": 0.0}
+    # Of seconds the fastest tenth, also where most of a block is slow; one that grows is seen in it
+    values = [5.0 if i % 3 else 1.0 for i in range(125)]
+    assert long_runs.slope(values, long_runs.fastest_tenth) == {"level": 1.0, "change": 0.0, "low": 0.0, "high": 0.0}
+    assert long_runs.slope([value + i for i, value in enumerate(values)], long_runs.fastest_tenth)["low"] > 0
     with pytest.raises(ValueError, match="2 steps are too few for a line"):
         long_runs.slope([1.0, 2.0])
 
