@@ -250,6 +250,14 @@ def test_accepted(change, tiny_model_dir, prompts, tmp_path):
     assert (config.model, config.output_dir) == (given["model"], given["output_dir"])
 
 
+def test_prompts_of_which_some_are_too_long(tiny_model_dir, tmp_path):
+    """Training drops them: the rehearsal takes the shortest."""
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("\n".join(json.dumps({"prompt": text}) for text in (" film" * 60, " a review", " film" * 50)))
+    given = settings(tiny_model_dir, str(path), tmp_path / "run", training={"max_length": 12})
+    IterativeDPO(RoundsConfig(**given))
+
+
 @pytest.mark.parametrize(
     ("reads", "pairing", "message"),
     [
