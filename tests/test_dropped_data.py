@@ -1,5 +1,8 @@
 """`dataloader_drop_last` with fewer rows than a batch: TRL's trainers train nothing and say so in a warning."""
 
+import contextlib
+from types import SimpleNamespace
+
 import pytest
 from datasets import Dataset
 
@@ -7,6 +10,7 @@ import trl_ext
 from tests.conftest import preference_rows
 from tests.helpers import build
 from tests.online.runs import online, prompts
+from trl_ext.trainers.options import refuse_dropped_data
 from trl_ext.trainers.reward import RewardConfig, RewardTrainer
 
 
@@ -58,3 +62,13 @@ def test_a_stream_has_no_number_of_rows(tiny_model_dir, tmp_path):
     stream = Dataset.from_list(TRAINERS["DPO"][2]).to_iterable_dataset()
     given = {"dataset": stream, "per_device_train_batch_size": 5, "dataloader_drop_last": True}
     build(trl_ext.DPOTrainer, trl_ext.DPOConfig, tiny_model_dir, tmp_path, **given)
+
+
+@pytest.mark.parametrize(("split", "message"), [(False, "would drop all 4 rows"), (True, None)])
+def test_batches_of_several_processes(split, message):
+    """Each process has a batch of its own, or a part of one."""
+    accelerator = SimpleNamespace(num_processes=2, split_batches=split)
+    args = SimpleNamespace(dataloader_drop_last=True, train_batch_size=4)
+    trainer = SimpleNamespace(train_dataset=range(4), args=args, accelerator=accelerator)
+    with pytest.raises(ValueError, match=message) if message else contextlib.nullcontext():
+        refuse_dropped_data(trainer)

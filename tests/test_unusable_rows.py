@@ -39,6 +39,12 @@ def test_a_token_that_the_model_does_not_know(name, split, tiny_model_dir, tmp_p
         trainer(beyond)
 
 
+def test_before_the_reference_reads_it(tiny_model_dir, tmp_path):
+    beyond = Dataset.from_list([TOKENS, {**TOKENS, "chosen_ids": [embeddings(tiny_model_dir)]}])
+    with pytest.raises(ValueError, match="Row 1 of the train dataset has the token id"):
+        build(DPOTrainer, DPOConfig, tiny_model_dir, tmp_path, dataset=beyond, precompute_ref_log_probs=True)
+
+
 def test_a_tokenizer_with_more_tokens_than_the_model(tiny_model_dir, tmp_path):
     rows = [{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in preference_rows(4)]
     rows[2]["chosen"] += " <new>"

@@ -239,6 +239,7 @@ class DPOTrainer(WithTerms, trl.DPOTrainer):
             return dataset  # nobody reads them, or they are there already
         if not isinstance(dataset, Dataset):
             return super()._precompute_ref_logps(dataset, name, batch_size)  # says that a stream cannot be precomputed
+        refuse_unknown_tokens(dataset, name, self.model)  # before the reference reads them, while this is being built
         return precomputed(self, super()._precompute_ref_logps, dataset, name, batch_size)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):

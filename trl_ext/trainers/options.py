@@ -79,7 +79,8 @@ def refuse_dropped_data(trainer: Any) -> None:
     data, args = trainer.train_dataset, trainer.args
     if data is None or not hasattr(data, "__len__") or not args.dataloader_drop_last:
         return
-    batch = args.train_batch_size * trainer.accelerator.num_processes
+    shared = trainer.accelerator.split_batches  # one batch, cut for the processes
+    batch = args.train_batch_size * (1 if shared else trainer.accelerator.num_processes)
     if 0 < len(data) < batch:
         raise ValueError(
             f"`dataloader_drop_last=True` would drop all {len(data)} rows of the train dataset: a batch of all processes has {batch}. Lower "
